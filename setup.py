@@ -1,0 +1,241 @@
+"""Builds the native modules of optim8 with ninja; everything else about the package stands in pyproject.toml.
+
+`optim8._cpu` is built always, `optim8._cuda` where nvcc and csrc/cuda/*.cu are found. Sources are found by pattern,
+so adding a file never touches this one. Objects stay in build/native-*, so a second build compiles only what changed.
+
+Environment:
+  CXX                C++ compiler; default: g++, else c++.
+  OPTIM8_CUDA        1 demands the CUDA module, 0 forbids it; default: built where nvcc is found.
+  OPTIM8_CUDA_ARCHS  architectures such as "80;90;120+PTX", or "native" for the GPUs present;
+                     default: those of 80;90;100;120+PTX that nvcc knows.
+  OPTIM8_SANITIZE    sanitizers for the CPU module, such as "address,undefined"; objects get a folder of their own.
+  OPTIM8_WERROR      0 lets compiler warnings pass; default: a warning is an error.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+# No contraction and no fast-math: every instruction set must give the same bits.
+MATH = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+BASE = [*MATH, "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", f"-I{CSRC}"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi")), "-mprefer-vector-width=512"]
+ISA_FLAGS = {"scalar": [], "avx2": AVX2, "avx512": AVX512} if IS_X86 else {"scalar": []}
+
+DEFAULT_ARCHS = "80;90;100;120+PTX"
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"optim8 setup: {message}")
+
+
+def setting(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, "")
+    if value not in ("", *allowed):
+        fail(f"{name} must be one of {', '.join(allowed)} or unset, got {value!r}.")
+    return value
+
+
+def cxx() -> str:
+    return os.environ.get("CXX") or shutil.which("g++") or "c++"
+
+
+def werror(*flags: str) -> list[str]:
+    return [] if setting("OPTIM8_WERROR", ("0", "1")) == "0" else list(flags)
+
+
+def ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja") or fail("needs ninja to build. `pip install ninja`, or drop --no-build-isolation.")
+    return str(Path(BIN_DIR) / "ninja")
+
+
+def sanitizer_flags() -> list[str]:
+    names = os.environ.get("OPTIM8_SANITIZE", "")
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"] if names else []
+
+
+def binding_flags() -> list[str]:
+    import pybind11
+
+    includes = [sysconfig.get_path("include"), pybind11.get_include()]
+    return [flag for path in includes for flag in ("-isystem", path)]
+
+
+class Plan:
+    """The text of one build.ninja."""
+
+    def __init__(self) -> None:
+        self.lines = ["ninja_required_version = 1.5"]
+        for rule, text in (("compile", "COMPILE"), ("link", "LINK")):
+            self.lines += [f"rule {rule}", "  command = $command", f"  description = {text} $out"]
+            if rule == "compile":
+                self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    @staticmethod
+    def path(path: Path | str) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    def add(self, rule: str, output: Path, inputs: list[Path], command: list[str]) -> Path:
+        self.lines.append(f"build {self.path(output)}: {rule} {' '.join(map(self.path, inputs))}")
+        self.lines.append("  command = " + command_text(command).replace("$", "$$"))
+        return output
+
+    def compile(self, compiler: str, source: Path, output: Path, flags: list[str]) -> Path:
+        depfile = ["-MD", "-MF", f"{output}.d"]
+        return self.add("compile", output, [source], [compiler, *flags, *depfile, "-c", str(source), "-o", str(output)])
+
+    def link(self, output: Path, objects: list[Path], flags: list[str]) -> Path:
+        command = [cxx(), "-shared", "-o", str(output), *map(str, objects), *flags]
+        return self.add("link", output, objects, command)
+
+
+def command_text(command: list[str]) -> str:
+    # The compiler itself may be several words, such as `ccache g++`.
+    return " ".join([command[0], *map(shlex.quote, command[1:])])
+
+
+def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
+    flags = [*BASE, "-fopenmp", *werror("-Werror"), *sanitizer_flags()]
+    x86 = ["-DOPTIM8_HAVE_X86=1"] if IS_X86 else []
+    objects = []
+    for source in sorted(CSRC.glob("bind_cpu*.cpp")):
+        extra = [*binding_flags(), *x86, f'-DOPTIM8_VERSION="{version}"']
+        objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.o", [*flags, *extra]))
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        if source.name == "dispatch.cpp":
+            objects.append(plan.compile(cxx(), source, folder / "dispatch.o", [*flags, *x86]))
+            continue
+        for isa, isa_flags in ISA_FLAGS.items():
+            extra = [*isa_flags, f"-DOPTIM8_ISA={isa}"]
+            objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.{isa}.o", [*flags, *extra]))
+    if not objects:
+        fail(f"found no csrc/bind_cpu*.cpp under {ROOT}. Build from a complete source tree.")
+    plan.link(output, objects, ["-fopenmp", *sanitizer_flags()])
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    return shutil.which("nvcc") or next((path for home in homes if home and (path := shutil.which(f"{home}/bin/nvcc"))), None)
+
+
+def cuda_wanted() -> bool:
+    choice = setting("OPTIM8_CUDA", ("0", "1"))
+    sources, nvcc = list((CSRC / "cuda").glob("*.cu")), find_nvcc()
+    if choice == "1" and not (sources and nvcc):
+        missing = "nvcc is neither on the PATH nor under CUDA_HOME" if sources else "there is no csrc/cuda/*.cu"
+        fail(f"OPTIM8_CUDA=1 demands the CUDA module, but {missing}. Install the CUDA toolkit or unset OPTIM8_CUDA.")
+    return choice != "0" and bool(sources and nvcc)
+
+
+def toolkit_file(nvcc: str, *patterns: str) -> Path:
+    """The folder of a toolkit file. nvcc on the PATH may be a wrapper; what it would run names the toolkit's root."""
+    with tempfile.NamedTemporaryFile(suffix=".cu") as source:
+        run = subprocess.run([nvcc, "--dryrun", "-E", source.name], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", run.stderr, re.MULTILINE)
+    if not top:
+        fail(f"`{nvcc} --dryrun` names no toolkit root (TOP=): {run.stderr.strip() or run.stdout.strip()}")
+    root = Path(top.group(1).strip()).resolve()
+    for pattern in patterns:
+        for found in sorted(root.glob(pattern)):
+            return found.parent
+    fail(f"the CUDA toolkit in {root} has no {' or '.join(patterns)}. Install the CUDA runtime's development files.")
+
+
+def arch_flags(nvcc: str) -> list[str]:
+    asked = os.environ.get("OPTIM8_CUDA_ARCHS", "")
+    if asked == "native":
+        return ["-arch=native"]
+    archs = [arch.strip() for arch in (asked or DEFAULT_ARCHS).split(";") if arch.strip()]
+    for arch in archs:
+        if not re.fullmatch(r"\d+[af]?(\+PTX)?", arch):
+            fail(f'OPTIM8_CUDA_ARCHS must look like "80;90;120+PTX" or "native", got {arch!r} in {asked!r}.')
+    if not asked:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        dropped = [arch for arch in archs if f"sm_{arch.removesuffix('+PTX')}" not in known]
+        if dropped:
+            print(f"optim8 setup: {nvcc} does not know architectures {', '.join(dropped)}; building without them.")
+        archs = [arch for arch in archs if arch not in dropped]
+    flags = []
+    for arch in archs:
+        name = arch.removesuffix("+PTX")
+        code = f"[sm_{name},compute_{name}]" if arch.endswith("+PTX") else f"sm_{name}"
+        flags += ["-gencode", f"arch=compute_{name},code={code}"]
+    return flags
+
+
+def plan_cuda(plan: Plan, folder: Path, output: Path, version: str) -> None:
+    nvcc = find_nvcc()
+    include = toolkit_file(nvcc, "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
+    library = toolkit_file(nvcc, "lib64/libcudart_static.a", "lib/libcudart_static.a", "targets/*/lib/libcudart_static.a")
+    # Spills and local memory are warnings, warnings are errors: a kernel that outgrows its registers does not build.
+    gates = ["-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage", *werror("-Werror", "all-warnings")]
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra"]
+    size = ["-Xfatbin", "-compress-all", "-cudart", "static"]
+    flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", *gates, *host, *size, *arch_flags(nvcc)]
+    objects = []
+    for source in sorted(CSRC.glob("bind_cuda*.cpp")):
+        extra = [*werror("-Werror"), *binding_flags(), "-isystem", str(include), f'-DOPTIM8_VERSION="{version}"']
+        objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.o", [*BASE, *extra]))
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        objects.append(plan.compile(nvcc, source, folder / f"{source.stem}.cu.o", [*flags, "-ccbin", cxx()]))
+    plan.link(output, objects, [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
+
+
+class NinjaBuild(build_ext):
+    """setuptools' build_ext, with ninja in the place of its compiler calls."""
+
+    def run(self) -> None:
+        if not sys.platform.startswith("linux"):
+            fail(f"builds on Linux, got {sys.platform}.")
+        if self.inplace and not cuda_wanted():
+            for stale in (ROOT / "optim8").glob("_cuda*.so"):
+                stale.unlink()
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition(".")[2]
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        sanitize = "-" + os.environ["OPTIM8_SANITIZE"].replace(",", "-") if os.environ.get("OPTIM8_SANITIZE") else ""
+        folder = ROOT / "build" / f"native{suffix.removesuffix('.so')}{sanitize}" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        output = folder / f"{name}{suffix}"
+        plan = Plan()
+        {"_cpu": plan_cpu, "_cuda": plan_cuda}[name](plan, folder, output, self.distribution.get_version())
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree take turns
+            (folder / "build.ninja").write_text("\n".join(plan.lines) + "\n")
+            jobs = ["-j", str(self.parallel)] if self.parallel else []
+            if subprocess.run([ninja(), "-C", str(folder), *jobs], check=False).returncode:
+                fail(
+                    f"{ext.name} did not compile; the compiler's message stands above. If it is only a warning of a "
+                    "newer compiler, OPTIM8_WERROR=0 lets it pass."
+                )
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(output), str(target))
+
+
+names = ["optim8._cpu", *(["optim8._cuda"] if cuda_wanted() else [])]
+setup(ext_modules=[Extension(name, sources=[]) for name in names], cmdclass={"build_ext": NinjaBuild})
