@@ -137,7 +137,9 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
 
 def find_nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return shutil.which("nvcc") or next((path for home in homes if home and (path := shutil.which(f"{home}/bin/nvcc"))), None)
+    return shutil.which("nvcc") or next(
+        (path for home in homes if home and (path := shutil.which(f"{home}/bin/nvcc"))), None
+    )
 
 
 def cuda_wanted() -> bool:
@@ -188,7 +190,9 @@ def arch_flags(nvcc: str) -> list[str]:
 def plan_cuda(plan: Plan, folder: Path, output: Path, version: str) -> None:
     nvcc = find_nvcc()
     include = toolkit_file(nvcc, "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
-    library = toolkit_file(nvcc, "lib64/libcudart_static.a", "lib/libcudart_static.a", "targets/*/lib/libcudart_static.a")
+    library = toolkit_file(
+        nvcc, "lib64/libcudart_static.a", "lib/libcudart_static.a", "targets/*/lib/libcudart_static.a"
+    )
     # Spills and local memory are warnings, warnings are errors: a kernel that outgrows its registers does not build.
     gates = ["-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage", *werror("-Werror", "all-warnings")]
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra"]
