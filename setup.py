@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -207,6 +208,16 @@ def plan_cuda(plan: Plan, folder: Path, output: Path, version: str) -> None:
     plan.link(output, objects, [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
 
 
+class FreshBuild(build):
+    """setuptools' build, without what an earlier build left: a module that was removed would be packed again."""
+
+    def run(self) -> None:
+        library = Path(self.build_lib).resolve()
+        if ROOT / "build" in library.parents:
+            shutil.rmtree(library / "optim8", ignore_errors=True)
+        super().run()
+
+
 class NinjaBuild(build_ext):
     """setuptools' build_ext, with ninja in the place of its compiler calls."""
 
@@ -227,7 +238,7 @@ class NinjaBuild(build_ext):
         output = folder / f"{name}{suffix}"
         plan = Plan()
         {"_cpu": plan_cpu, "_cuda": plan_cuda}[name](plan, folder, output, self.distribution.get_version())
-        with open(folder / "lock", "w") as lock:
+        with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree take turns
             (folder / "build.ninja").write_text("\n".join(plan.lines) + "\n")
             jobs = ["-j", str(self.parallel)] if self.parallel else []
@@ -242,4 +253,7 @@ class NinjaBuild(build_ext):
 
 
 names = ["optim8._cpu", *(["optim8._cuda"] if cuda_wanted() else [])]
-setup(ext_modules=[Extension(name, sources=[]) for name in names], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension(name, sources=[]) for name in names],
+    cmdclass={"build": FreshBuild, "build_ext": NinjaBuild},
+)

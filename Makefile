@@ -1,0 +1,90 @@
+# `make` lists the targets. ARGS="..." is passed on to the program that a target runs.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test,experiments,lint
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NATIVE := $(shell find csrc 2>/dev/null)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Without a GPU the environment leaves the CUDA module out, which takes minutes to compile; `cuda-check` compiles it.
+export OPTIM8_CUDA ?= $(if $(wildcard /dev/nvidia* /dev/dxg),,0)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: env
+env: $(VENV)/.built ## make .venv, with the package in it (editable) and what tests, experiments and lint need
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make env: constraints.txt is for Python 3.11 \
+	and newer, $(PYTHON) is " + sys.version.split()[0] + ". Name another: make env PYTHON=python3.12")'
+	@echo "installing into $(VENV) (some minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools pybind11 ninja
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+.PHONY: demo
+demo: env ## train a small GPT with AdamW, AdamW8bit and Lion8bit side by side
+	$(BIN)/python experiments/train_lm.py $(ARGS)
+
+.PHONY: test
+test: env ## run the tests and the examples in docstrings
+	$(BIN)/pytest --quiet --doctest-modules optim8 tests $(ARGS)
+
+# The package goes to a folder of its own, so a sanitized module never mixes with the normal one. Leaks are not looked
+# for: CPython and torch keep what they allocate. libstdc++ is preloaded so that AddressSanitizer finds its throw.
+SANITIZED := build/sanitized
+.PHONY: test-sanitize
+test-sanitize: env ## run the tests of native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer
+	OPTIM8_CUDA=0 OPTIM8_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(SANITIZED) OPTIM8_TESTED_PACKAGE=$(SANITIZED) \
+	$(BIN)/pytest --quiet -m "not slow" tests $(ARGS)
+
+.PHONY: lint
+lint: env ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+.PHONY: format
+format: env ## bring all files into the style that lint checks
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+.PHONY: bench
+bench: $(VENV)/.peers ## measure the optimizer step against torch and the peers
+	$(BIN)/python experiments/bench_step.py $(ARGS)
+
+$(VENV)/.peers: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS),peers]'
+	@touch $@
+
+.PHONY: report
+report: env ## render the tables of README.md from experiments/results
+	$(BIN)/python experiments/report.py $(ARGS)
+
+.PHONY: cuda-check
+cuda-check: env ## compile the CUDA module (needs nvcc, no GPU) and import it
+	OPTIM8_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda-check
+	$(BIN)/python -c 'import sys; sys.path.insert(0, "build/cuda-check/optim8"); import _cuda; print("imported", _cuda.__file__)'
+
+.PHONY: clean
+clean: ## remove what was built and cached; keeps .venv
+	rm -rf build dist *.egg-info optim8/*.so $(VENV)/.built .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

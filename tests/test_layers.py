@@ -1,0 +1,153 @@
+"""Imports point one way: optim -> functional -> _native -> compiled modules -> csrc/{cpu,cuda} -> csrc/core."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A module imports from its own layer's package and from layers below it. Files beside __init__.py are layers by name.
+PYTHON_LAYERS = ["_cpu", "_cuda", "_native", "functional", "paging", "optim", "memory", "__init__", "__main__"]
+COMPILED = ("_cpu", "_cuda")
+
+# What each part of csrc may include from csrc, by the first part of the path.
+CSRC_INCLUDES = {
+    "core": {"core"},
+    "cpu": {"core", "cpu"},
+    "cuda": {"core", "cuda"},
+    "bind": {"core", "bind"},
+    "bind_cpu": {"core", "cpu", "bind"},
+    "bind_cuda": {"core", "cuda", "bind"},
+}
+
+
+def imported_modules(text: str, module: str) -> list[str]:
+    """Dotted names under optim8 that the source of `module` (say "optim8.optim.adam") imports, by any spelling."""
+    is_package = module.endswith(".__init__")
+    package = module.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            # `from optim8 import functional` imports a module; `from optim8.functional import f` names one inside it.
+            found += [".".join([*base, alias.name]) if base == ["optim8"] else ".".join(base) for alias in node.names]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            if name in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+                dotted = str(node.args[0].value)
+                found.append("optim8" + dotted if dotted.startswith(".") else dotted)
+    return [name for name in found if name.split(".")[0] == "optim8" and not (is_package and name == module)]
+
+
+def python_violations(text: str, module: str) -> list[str]:
+    """Imports of `module` that do not point down, as messages."""
+    layer = module.split(".")[1]
+    messages = []
+    for name in imported_modules(text, module):
+        target = name.split(".")[1] if "." in name else "__init__"
+        if target not in PYTHON_LAYERS:
+            target = "__init__"  # a public name, such as `from optim8 import AdamW8bit`
+        down = PYTHON_LAYERS.index(target) < PYTHON_LAYERS.index(layer) or target == layer
+        if not down:
+            messages.append(f"{module} ({layer}) imports {name} ({target}), which lies above it")
+        if target in COMPILED and layer != "_native":
+            messages.append(f"{module} imports {name}; only optim8._native imports compiled modules")
+    return messages
+
+
+def csrc_violations(text: str, path: str) -> list[str]:
+    """Includes of `path` (relative to csrc) that do not point down, as messages."""
+    part = Path(path).parts[0]
+    part = next((name for name in ("bind_cpu", "bind_cuda") if part.startswith(name)), part)
+    messages = []
+    for quote, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', text, re.MULTILINE):
+        if re.match(r"(torch|ATen|c10)/", name):
+            messages.append(f"csrc/{path} includes {name}; native code includes no torch header")
+        if quote == "<" and name.startswith("pybind11") and not part.startswith("bind"):
+            messages.append(f"csrc/{path} includes {name}; only bindings know Python")
+        if quote == "<" and name.startswith("cuda") and part in ("core", "cpu", "bind", "bind_cpu"):
+            messages.append(f"csrc/{path} includes {name}; only csrc/cuda and its binding know CUDA")
+        if quote == '"':
+            target = name.split("/")[0] if "/" in name else part
+            if target not in CSRC_INCLUDES[part]:
+                messages.append(f"csrc/{path} includes {name}; {part} includes only {sorted(CSRC_INCLUDES[part])}")
+    return messages
+
+
+PYTHON_FILES = sorted((ROOT / "optim8").rglob("*.py"))
+CSRC_FILES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+
+
+def test_files_are_found() -> None:
+    assert len(PYTHON_FILES) > 3
+    assert len(CSRC_FILES) > 3
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_imports_point_down(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    assert python_violations(path.read_text(), module) == []
+
+
+@pytest.mark.parametrize("path", CSRC_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_csrc_includes_point_down(path: Path) -> None:
+    assert csrc_violations(path.read_text(), str(path.relative_to(ROOT / "csrc"))) == []
+
+
+@pytest.mark.parametrize(
+    "module, text",
+    [
+        ("optim8.functional.blockwise", "from optim8.optim import base"),
+        ("optim8.functional.blockwise", "from ..optim.base import Base"),
+        ("optim8.functional.blockwise", "import optim8.optim.adam as adam"),
+        ("optim8.functional.__init__", "from .. import optim"),
+        ("optim8.functional.blockwise", "def f():\n    from optim8 import optim"),
+        ("optim8.functional.blockwise", "from optim8 import _cpu"),
+        ("optim8.functional.blockwise", "import importlib\nimportlib.import_module('optim8._cuda')"),
+        ("optim8.functional.blockwise", "from importlib import import_module\nimport_module('._cpu', 'optim8')"),
+        ("optim8._native", "from . import functional"),
+        ("optim8.optim.adam", "from optim8 import AdamW8bit"),
+        ("optim8.optim.adam", "from .._cpu import step"),
+        ("optim8.optim.adam", "import optim8"),
+    ],
+)
+def test_an_import_that_points_up_is_noticed(module: str, text: str) -> None:
+    assert python_violations(text, module) != []
+
+
+@pytest.mark.parametrize(
+    "module, text",
+    [
+        ("optim8.__init__", "from .optim import AdamW8bit\nfrom . import functional"),
+        ("optim8.__main__", "import torch\nfrom optim8 import __version__, _native"),
+        ("optim8.optim.adam", "from .base import Base\nfrom ..functional import steps\nfrom .. import _native"),
+        ("optim8.optim.__init__", "from . import adam\nfrom .adam import Adam8bit"),
+        ("optim8._native", "from optim8 import _cpu\nimport optim8._cuda"),
+    ],
+)
+def test_an_import_that_points_down_is_allowed(module: str, text: str) -> None:
+    assert python_violations(text, module) == []
+
+
+@pytest.mark.parametrize(
+    "path, text",
+    [
+        ("core/codec.h", '#include "cpu/simd.h"'),
+        ("core/codec.h", "#include <cuda_runtime.h>"),
+        ("core/rules/adam.h", '#  include "bind/view.h"'),
+        ("cpu/step.cpp", '#include "cuda/step.h"'),
+        ("cpu/step.cpp", "#include <pybind11/pybind11.h>"),
+        ("cuda/step.cu", "#include <torch/extension.h>"),
+        ("bind_cpu.cpp", '#include "cuda/step.h"'),
+        ("bind_cuda_more.cpp", '#include "cpu/step.h"'),
+    ],
+)
+def test_an_include_that_points_up_is_noticed(path: str, text: str) -> None:
+    assert csrc_violations(text, path) != []
