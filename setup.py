@@ -124,6 +124,8 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
     for source in sorted(CSRC.glob("bind_cpu*.cpp")):
         extra = [*binding_flags(), *x86, f'-DOPTIM8_VERSION="{version}"']
         objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.o", [*flags, *extra]))
+    if not objects:
+        fail(f"found no csrc/bind_cpu*.cpp under {ROOT}. Build from a complete source tree.")
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source.name == "dispatch.cpp":
             objects.append(plan.compile(cxx(), source, folder / "dispatch.o", [*flags, *x86]))
@@ -131,8 +133,6 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
         for isa, isa_flags in ISA_FLAGS.items():
             extra = [*isa_flags, f"-DOPTIM8_ISA={isa}"]
             objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.{isa}.o", [*flags, *extra]))
-    if not objects:
-        fail(f"found no csrc/bind_cpu*.cpp under {ROOT}. Build from a complete source tree.")
     plan.link(output, objects, ["-fopenmp", *sanitizer_flags()])
 
 

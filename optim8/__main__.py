@@ -1,0 +1,79 @@
+"""`python -m optim8`: what is installed, what of it runs on this machine, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from optim8 import _native
+
+ROW = "{:<14}{}"
+
+
+def package_version() -> str:
+    try:
+        return version("optim8")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def describe_cpu() -> tuple[str, str | None]:
+    """One line on optim8._cpu, and what to do where it is missing or refuses to work."""
+    try:
+        isa = _native.cpu().isa_info()
+    except (ImportError, RuntimeError, ValueError) as error:
+        return "not usable", str(error)
+    parts = [f"{title} {' '.join(isa[key])}" for title, key in (("compiled", "compiled"), ("runs here", "available"))]
+    return f"built; {'; '.join(parts)}; used {isa['used']}", None
+
+
+def describe_cuda() -> tuple[str, str | None]:
+    """One line on optim8._cuda, and what to do where it is missing though torch sees a GPU."""
+    try:
+        _native.cuda()
+    except ImportError as error:
+        return "not built", str(error) if torch.cuda.is_available() else None
+    return "built", None
+
+
+def describe_gpu() -> tuple[str, str | None]:
+    """One line on the GPUs that torch sees."""
+    if torch.version.cuda is None:
+        return "none (this torch is built without CUDA)", None
+    if not torch.cuda.is_available():
+        return f"none (torch is built for CUDA {torch.version.cuda}, but sees no GPU)", None
+    names = [
+        f"{torch.cuda.get_device_name(index)} (sm_{''.join(map(str, torch.cuda.get_device_capability(index)))})"
+        for index in range(torch.cuda.device_count())
+    ]
+    return f"{', '.join(names)}; CUDA {torch.version.cuda}", None
+
+
+def show_info() -> int:
+    """Print the report. Returns 0, or 1 where the CPU module cannot be used."""
+    rows = {"optim8._cpu": describe_cpu(), "optim8._cuda": describe_cuda(), "GPU": describe_gpu()}
+    print(ROW.format("optim8", package_version()))
+    print(ROW.format("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"))
+    print(ROW.format("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
+    for name, (line, _) in rows.items():
+        print(ROW.format(name, line))
+    for name, (_, remedy) in rows.items():
+        if remedy:
+            print(f"\n{name}: {remedy}")
+    return 0 if rows["optim8._cpu"][1] is None else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m optim8", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("info", help="what is installed and what runs here (the default)")
+    parser.parse_args(arguments)
+    return show_info()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
