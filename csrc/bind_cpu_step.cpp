@@ -1,0 +1,225 @@
+// Gathering the tensors of a step from Python objects, and running it.
+#include "bind/step_table.h"
+#include "core/codec.h"
+#include "core/rules/all.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+#include <algorithm>
+
+namespace optim8 {
+namespace {
+
+struct RuleInfo {
+    const char* name;
+    RuleId id;
+    int states;
+};
+constexpr RuleInfo rule_infos[] = {
+#define OPTIM8_RULE_INFO(name, type) {#name, RuleId::name, type::states},
+    OPTIM8_RULES(OPTIM8_RULE_INFO)
+#undef OPTIM8_RULE_INFO
+};
+
+// The names of the states, in the order of every rule.
+constexpr const char* state_names[max_states] = {"exp_avg", "exp_avg_sq"};
+constexpr const char* absmax_names[max_states] = {"exp_avg_absmax", "exp_avg_sq_absmax"};
+
+struct Names {
+    PyObject *grad, *step, *state[max_states], *absmax[max_states];
+    Names() {
+        grad = PyUnicode_InternFromString("grad");
+        step = PyUnicode_InternFromString("step");
+        for (int s = 0; s < max_states; ++s) {
+            state[s] = PyUnicode_InternFromString(state_names[s]);
+            absmax[s] = PyUnicode_InternFromString(absmax_names[s]);
+        }
+    }
+};
+
+const Names& names() {
+    static const Names* made = new Names;
+    return *made;
+}
+
+// One parameter's place, for messages.
+struct Place {
+    const std::string& owner;
+    int64_t group, index;
+
+    [[noreturn]] void fail(const std::string& what) const {
+        throw py::value_error(owner + ": parameter " + std::to_string(index) + " of group " + std::to_string(group) +
+                              " " + what);
+    }
+};
+
+View view_of(PyObject* object, const Place& place, const char* what, const char* advice) {
+    View view;
+    if (!read_view(object, view)) {
+        place.fail(std::string(what) +
+                   " is not a dense tensor with memory of its own (sparse, meta or another kind). " + advice);
+    }
+    return view;
+}
+
+void check_param(const View& p, const Place& place) {
+    if (!p.has_storage())
+        place.fail("must be float32, bfloat16 or float16, got " + p.describe() +
+                   ". Convert the model, or leave this parameter out.");
+    if (!p.dense())
+        place.fail("must fill its memory without gaps or overlap, got " + p.describe() +
+                   ". Make it contiguous with `param.data = param.data.contiguous()`.");
+}
+
+void check_grad(const View& p, const View& g, const Place& place) {
+    if (!g.same_device(p))
+        place.fail("has a gradient on another device: parameter " + p.describe() + ", gradient " + g.describe() +
+                   ". Move one of them.");
+    if (!g.same_shape(p))
+        place.fail("has a gradient of another shape: parameter " + p.describe() + ", gradient " + g.describe() + ".");
+    if (!g.has_storage() || (g.storage() != p.storage() && g.storage() != Storage::Float32))
+        place.fail("needs a gradient of its own dtype or float32: parameter " + p.describe() + ", gradient " +
+                   g.describe() + ". Cast the gradient.");
+}
+
+View state_view(PyObject* entry, PyObject* name, const Place& place) {
+    PyObject* value = PyDict_GetItemWithError(entry, name);
+    const std::string text = "state['" + std::string(py::str(py::handle(name))) + "']";
+    if (value == nullptr)
+        place.fail("lacks " + text +
+                   ". Load a state dict that this optimizer wrote, or clear optimizer.state to start anew.");
+    View view;
+    if (!read_view(value, view)) place.fail("has a " + text + " that is no dense tensor.");
+    return view;
+}
+
+}  // namespace
+
+Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper& hyper, const std::string& owner,
+                      int64_t group, py::dict relaid) {
+    const RuleInfo& info = rule_infos[static_cast<int>(rule)];
+    const Names& key = names();
+    Wanted wanted;
+    Scalars scalars{};
+    float scalars_step = -1;
+    const int64_t count = static_cast<int64_t>(params.size());
+    for (int64_t i = 0; i < count; ++i) {
+        const Place place{owner, group, i};
+        PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+        const py::object held = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, key.grad));
+        if (!held) throw py::error_already_set();
+        if (held.is_none()) continue;
+        py::handle grad = held;
+        if (relaid.size() != 0) {
+            const py::int_ at(i);
+            if (relaid.contains(at)) grad = PyDict_GetItem(relaid.ptr(), at.ptr());
+        }
+
+        const View p = view_of(param, place, "itself", "Only dense parameters can be stepped.");
+        check_param(p, place);
+        const View g = view_of(grad.ptr(), place, "has a gradient that",
+                               "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
+        check_grad(p, g, place);
+        if (!g.same_layout(p)) {
+            wanted.layout.push_back(i);
+            continue;
+        }
+        PyObject* entry = PyDict_GetItemWithError(state.ptr(), param);
+        if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
+        if (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0) {
+            wanted.state.push_back(i);
+            continue;
+        }
+
+        Row row{};
+        row.param = p.data;
+        row.grad = g.data;
+        row.size = p.size;
+        row.rule = rule;
+        row.param_storage = p.storage();
+        row.grad_storage = g.storage();
+        const int64_t blocks = blocks_of(p.size, step_block);
+        for (int s = 0; s < info.states; ++s) {
+            const View values = state_view(entry, key.state[s], place);
+            const bool codes = values.is_uint8();
+            const Precision precision = codes ? Precision::Bits8 : Precision::Bits32;
+            if ((!codes && !values.is_float32()) || !values.same_shape(p) || !values.same_layout(p) ||
+                !values.same_device(p) || (s > 0 && precision != row.precision))
+                place.fail(std::string("needs a state['") + state_names[s] +
+                           "'] of uint8 codes or float32, like the parameter " + p.describe() +
+                           " in shape, strides and device, got " + values.describe() +
+                           ". Load the checkpoint with load_state_dict.");
+            row.precision = precision;
+            row.state[s] = values.data;
+            if (!codes) continue;
+            const View absmax = state_view(entry, key.absmax[s], place);
+            if (!absmax.is_float32() || absmax.size != blocks || !absmax.contiguous() || !absmax.same_device(p))
+                place.fail(std::string("needs a state['") + absmax_names[s] + "'] of float32 [" +
+                           std::to_string(blocks) + "] beside the parameter, got " + absmax.describe() +
+                           ". Load the checkpoint with load_state_dict.");
+            row.absmax[s] = static_cast<float*>(absmax.data);
+        }
+        const View step = state_view(entry, key.step, place);
+        if (!step.is_float32() || step.size != 1 || !step.on_cpu())
+            place.fail("needs a state['step'] of float32 () on cpu, got " + step.describe() + ".");
+        const float next = *static_cast<float*>(step.data) + 1;
+        if (next != scalars_step) {
+            scalars = derive(hyper, next);
+            scalars_step = next;
+        }
+        row.scalars = scalars;
+        if (!p.on_cpu()) place.fail("is " + p.describe() + ", and this build steps CPU tensors only.");
+        rows_.push_back(row);
+        steps_.push_back(static_cast<float*>(step.data));
+        next_steps_.push_back(next);
+    }
+    return wanted;
+}
+
+void StepTable::run_cpu(int threads) {
+    // Work is split by blocks, not by tensors: chunk c covers the same run of blocks whatever tensors they are of.
+    constexpr int64_t chunk = 128;
+    std::vector<int64_t> first(rows_.size() + 1, 0);
+    for (size_t r = 0; r < rows_.size(); ++r) first[r + 1] = first[r] + blocks_of(rows_[r].size, step_block);
+    const Kernels& use = kernels();
+    const py::gil_scoped_release release;
+    parallel_for(first.back(), chunk, threads, [&](int64_t begin, int64_t end) {
+        size_t r = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
+        for (; begin < end; ++r) {
+            const int64_t stop = std::min(end, first[r + 1]);
+            if (stop > begin) use.step_blocks(rows_[r], begin - first[r], stop - first[r]);
+            begin = std::max(begin, stop);
+        }
+    });
+    for (size_t r = 0; r < rows_.size(); ++r) *steps_[r] = next_steps_[r];
+}
+
+void bind_step(py::module_& m) {
+    py::class_<Hyper>(m, "Hyper", "The named scalars of a step, as the user set them.")
+        .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                         double gradient_scale) {
+                 return Hyper{lr, beta1, beta2, eps, weight_decay, maximize, gradient_scale};
+             }),
+             py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps") = 0.0,
+             py::arg("weight_decay") = 0.0, py::arg("maximize") = false, py::arg("gradient_scale") = 1.0);
+    py::class_<Wanted>(m, "Wanted", "What a step needs from Python before it can run.")
+        .def_readonly("state", &Wanted::state)
+        .def_readonly("layout", &Wanted::layout);
+    py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
+        .def(py::init<>())
+        .def(
+            "add",
+            [](StepTable& table, py::list params, py::dict state, const std::string& rule, const Hyper& hyper,
+               const std::string& owner, int64_t group, py::dict relaid) {
+                for (const RuleInfo& info : rule_infos)
+                    if (rule == info.name) return table.add(params, state, info.id, hyper, owner, group, relaid);
+                throw py::value_error("StepTable.add: rule must be one of those in csrc/core/rules/all.h, got '" +
+                                      rule + "'.");
+            },
+            py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("hyper"), py::arg("owner"), py::arg("group"),
+            py::arg("relaid"))
+        .def("run_cpu", &StepTable::run_cpu, py::arg("threads"))
+        .def("__len__", [](const StepTable& table) { return table.rows().size(); });
+}
+
+}  // namespace optim8

@@ -1,0 +1,43 @@
+// What every block kernel needs: a short last group made whole, and a block's largest magnitude.
+#pragma once
+
+#include "cpu/simd.h"
+
+#include <cstring>
+
+OPTIM8_BEGIN
+
+// Zero-padded copies of the last values, fewer than a group, so that the loops know whole groups only.
+template <class T>
+struct Padded {
+    T values[group] = {};
+    Padded(const T* from, int64_t n) { std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T)); }
+};
+
+// The largest magnitude as bits: at least inf_bits when the block holds anything that is not finite.
+template <class T>
+uint32_t largest_bits(const T* values, int64_t n) {
+    constexpr int lanes = group / width;
+    U largest(0u);
+    int64_t i = 0;
+    for (; i + group <= n; i += group)
+        for (int j = 0; j < lanes; ++j) largest = maximum(largest, magnitude_bits(load(values + i + j * width)));
+    if (i < n) {
+        const Padded<T> rest(values + i, n - i);
+        for (int j = 0; j < lanes; ++j) largest = maximum(largest, magnitude_bits(load(rest.values + j * width)));
+    }
+    return reduce_max(largest);
+}
+
+// The largest magnitude below a limit. Infinity as the limit leaves out what is not finite; a smaller one outliers too.
+template <class T>
+uint32_t largest_bits_below(const T* values, int64_t n, uint32_t limit) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = magnitude_bits(to_float(values[i]));
+        if (bits < limit) largest = maximum(largest, bits);
+    }
+    return largest;
+}
+
+OPTIM8_END

@@ -1,0 +1,201 @@
+// Blockwise quantization of values to 8-bit codes and back: the functional API's kernels. The dynamic code takes the
+// closed form; any other table of 256 sorted values is searched.
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+#include <algorithm>
+#include <cstring>
+
+OPTIM8_BEGIN
+namespace {
+
+constexpr int lanes = group / width;
+
+// Zero-padded copies of the last values, fewer than a group, so that the loops know whole groups only.
+template <class T>
+struct Padded {
+    T values[group] = {};
+    Padded(const T* from, int64_t n) { std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T)); }
+};
+
+template <class T>
+uint32_t largest_bits(const T* values, int64_t n) {
+    U largest(0u);
+    int64_t i = 0;
+    for (; i + group <= n; i += group)
+        for (int j = 0; j < lanes; ++j) largest = maximum(largest, magnitude_bits(load(values + i + j * width)));
+    if (i < n) {
+        const Padded<T> rest(values + i, n - i);
+        for (int j = 0; j < lanes; ++j) largest = maximum(largest, magnitude_bits(load(rest.values + j * width)));
+    }
+    return reduce_max(largest);
+}
+
+template <class T>
+uint32_t largest_finite_bits(const T* values, int64_t n) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = magnitude_bits(to_float(values[i]));
+        if (bits < inf_bits) largest = maximum(largest, bits);
+    }
+    return largest;
+}
+
+// Nearest entry of any sorted table: the number of midpoints below y. The readable reference of all encoders.
+inline uint8_t search(float y, const float* middle) {
+    int found = 0;
+    for (int half = code_size / 2; half > 0; half /= 2)
+        if (y > middle[found + half - 1]) found += half;
+    return static_cast<uint8_t>(found);
+}
+
+template <CodeKind kind>
+OPTIM8_HD uint8_t encode_one(float x, float reciprocal, const float* middle) {
+    if (kind == CodeKind::Signed) return encode<Code::Signed>(x, reciprocal, Tables<Code::Signed>::all);
+    if (kind == CodeKind::Unsigned) return encode<Code::Unsigned>(x, reciprocal, Tables<Code::Unsigned>::all);
+    return search(x * reciprocal, middle);
+}
+
+// A block with NaN or infinity in it: NaN is stored as 0 is, an infinity as the last code of its sign.
+template <CodeKind kind, class T>
+void encode_checked(const T* values, int64_t n, Normalizer normal, const float* middle, uint8_t* codes) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float x = to_float(values[i]);
+        if (magnitude_bits(x) == inf_bits) {
+            codes[i] = x > 0.0f ? code_size - 1 : 0;
+        } else {
+            const float finite = magnitude_bits(x) > inf_bits ? 0.0f : x * normal.scale;
+            codes[i] = encode_one<kind>(finite, normal.reciprocal, middle);
+        }
+    }
+}
+
+template <CodeKind kind, class T>
+OPTIM8_HD void encode_values(const T* values, float scale, float reciprocal, const float* middle, uint8_t* codes) {
+    if constexpr (kind == CodeKind::Any) {
+        for (int i = 0; i < group; ++i) codes[i] = search(to_float(values[i]) * scale * reciprocal, middle);
+    } else {
+        F x[lanes];
+        for (int j = 0; j < lanes; ++j) x[j] = load(values + j * width) * F(scale);
+        encode_group<kind == CodeKind::Signed ? Code::Signed : Code::Unsigned>(x, reciprocal, codes);
+    }
+}
+
+template <CodeKind kind, class T>
+void quantize_block(const T* values, int64_t n, const float* middle, uint8_t* codes, float* absmax) {
+    uint32_t largest = largest_bits(values, n);
+    const bool finite = largest < inf_bits;
+    if (!finite) largest = largest_finite_bits(values, n);
+    *absmax = float_of(largest);
+    const Normalizer normal = normalizer(*absmax);
+    if (!finite) return encode_checked<kind>(values, n, normal, middle, codes);
+    int64_t i = 0;
+    for (; i + group <= n; i += group)
+        encode_values<kind>(values + i, normal.scale, normal.reciprocal, middle, codes + i);
+    if (i < n) {
+        const Padded<T> rest(values + i, n - i);
+        uint8_t out[group];
+        encode_values<kind>(rest.values, normal.scale, normal.reciprocal, middle, out);
+        std::memcpy(codes + i, out, static_cast<size_t>(n - i));
+    }
+}
+
+template <CodeKind kind, class T>
+void quantize_range(const QuantizeJob& job, int64_t begin, int64_t end) {
+    const T* values = static_cast<const T*>(job.values);
+    for (int64_t b = begin; b < end; ++b) {
+        const int64_t at = b * job.blocksize;
+        quantize_block<kind>(values + at, std::min(job.blocksize, job.size - at), job.middle, job.codes + at,
+                             job.absmax + b);
+    }
+}
+
+template <class T>
+void quantize_storage(const QuantizeJob& job, int64_t begin, int64_t end) {
+    switch (job.kind) {
+        case CodeKind::Signed:
+            return quantize_range<CodeKind::Signed, T>(job, begin, end);
+        case CodeKind::Unsigned:
+            return quantize_range<CodeKind::Unsigned, T>(job, begin, end);
+        case CodeKind::Any:
+            return quantize_range<CodeKind::Any, T>(job, begin, end);
+    }
+}
+
+template <CodeKind kind, class T>
+OPTIM8_HD void decode_values(const uint8_t* codes, float absmax, const float* code, T* out) {
+    if constexpr (kind == CodeKind::Any) {
+        for (int i = 0; i < group; ++i) out[i] = from_float<T>(code[codes[i]] * absmax);
+    } else {
+        F x[lanes];
+        decode_group<kind == CodeKind::Signed ? Code::Signed : Code::Unsigned>(codes, x);
+        for (int j = 0; j < lanes; ++j) store(out + j * width, x[j] * F(absmax));
+    }
+}
+
+template <CodeKind kind, class T>
+void dequantize_range(const DequantizeJob& job, int64_t begin, int64_t end) {
+    T* values = static_cast<T*>(job.out);
+    for (int64_t b = begin; b < end; ++b) {
+        const int64_t stop = std::min((b + 1) * job.blocksize, job.size);
+        int64_t i = b * job.blocksize;
+        for (; i + group <= stop; i += group) decode_values<kind>(job.codes + i, job.absmax[b], job.code, values + i);
+        if (i < stop) {
+            const Padded<uint8_t> rest(job.codes + i, stop - i);
+            T out[group];
+            decode_values<kind>(rest.values, job.absmax[b], job.code, out);
+            std::memcpy(values + i, out, static_cast<size_t>(stop - i) * sizeof(T));
+        }
+    }
+}
+
+template <class T>
+void dequantize_storage(const DequantizeJob& job, int64_t begin, int64_t end) {
+    switch (job.kind) {
+        case CodeKind::Signed:
+            return dequantize_range<CodeKind::Signed, T>(job, begin, end);
+        case CodeKind::Unsigned:
+            return dequantize_range<CodeKind::Unsigned, T>(job, begin, end);
+        case CodeKind::Any:
+            return dequantize_range<CodeKind::Any, T>(job, begin, end);
+    }
+}
+
+}  // namespace
+
+void quantize_blocks(const QuantizeJob& job, int64_t begin, int64_t end) {
+    switch (job.storage) {
+        case Storage::Float32:
+            return quantize_storage<float>(job, begin, end);
+        case Storage::BFloat16:
+            return quantize_storage<bfloat16>(job, begin, end);
+        case Storage::Float16:
+            return quantize_storage<float16>(job, begin, end);
+    }
+}
+
+void dequantize_blocks(const DequantizeJob& job, int64_t begin, int64_t end) {
+    switch (job.storage) {
+        case Storage::Float32:
+            return dequantize_storage<float>(job, begin, end);
+        case Storage::BFloat16:
+            return dequantize_storage<bfloat16>(job, begin, end);
+        case Storage::Float16:
+            return dequantize_storage<float16>(job, begin, end);
+    }
+}
+
+void encode_groups(const EncodeJob& job, int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+        const int64_t at = g * group, n = std::min<int64_t>(group, job.size - at);
+        const Padded<float> quotients(job.quotients + at, n);
+        uint8_t codes[group];
+        if (job.kind == CodeKind::Signed)
+            encode_values<CodeKind::Signed>(quotients.values, 1.0f, 1.0f, nullptr, codes);
+        else
+            encode_values<CodeKind::Unsigned>(quotients.values, 1.0f, 1.0f, nullptr, codes);
+        std::memcpy(job.codes + at, codes, static_cast<size_t>(n));
+    }
+}
+
+OPTIM8_END

@@ -1,0 +1,174 @@
+// LLM.int8(): rows and columns to int8, back, and the scaling of an integer product. The arithmetic is float64 in
+// plain loops, which compilers vectorize for every instruction set with the same results.
+#include "core/int8.h"
+#include "cpu/blocks.h"
+#include "cpu/kernels_functional.h"
+
+#include <algorithm>
+#include <type_traits>
+
+OPTIM8_BEGIN
+namespace {
+
+constexpr int lanes = group / width;
+
+template <class T>
+void widen(const T* from, int64_t n, float (&to)[group]) {
+    if (n == group) {
+        for (int j = 0; j < lanes; ++j) store(to + j * width, load(from + j * width));
+    } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+    }
+}
+
+template <class T>
+void narrow(const float (&from)[group], int64_t n, T* to) {
+    if (n == group) {
+        for (int j = 0; j < lanes; ++j) store(to + j * width, load(from + j * width));
+    } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(from[i]);
+    }
+}
+
+template <class T>
+void mark_outliers(const Int8QuantizeJob& job, int64_t row) {
+    const T* values = static_cast<const T*>(job.values) + row * job.columns;
+    if (largest_bits(values, job.columns) < bits_of(job.threshold)) return;
+    for (int64_t c = 0; c < job.columns; ++c) {
+        const float x = to_float(values[c]);
+        // Several threads may mark a column at the same time.
+        if (x >= job.threshold || -x >= job.threshold) __atomic_store_n(job.outliers + c, 1, __ATOMIC_RELAXED);
+    }
+}
+
+template <class T>
+void quantize_row(const Int8QuantizeJob& job, int64_t row) {
+    const T* values = static_cast<const T*>(job.values) + row * job.columns;
+    int8_t* codes = job.codes + row * job.columns;
+    const uint32_t limit = bits_of(job.threshold);
+    const uint32_t largest = largest_bits(values, job.columns);
+    const bool finite = largest < inf_bits;
+    const float absmax = float_of(largest < limit ? largest : largest_bits_below(values, job.columns, limit));
+    const double factor = int8_factor(absmax);
+    job.stats[row] = absmax;
+    for (int64_t at = 0; at < job.columns; at += group) {
+        const int64_t n = std::min<int64_t>(group, job.columns - at);
+        float x[group] = {};
+        int8_t out[group];
+        widen(values + at, n, x);
+        if (job.outliers != nullptr)
+            for (int64_t i = 0; i < n; ++i) x[i] = job.outliers[at + i] != 0 ? 0.0f : x[i];
+        if (finite)
+            for (int i = 0; i < group; ++i) out[i] = encode_int8(x[i], factor);
+        else
+            for (int i = 0; i < group; ++i) out[i] = encode_int8_checked(x[i], factor);
+        std::memcpy(codes + at, out, static_cast<size_t>(n));
+    }
+}
+
+template <class T>
+void quantize_columns(const Int8ColumnsJob& job, int64_t begin) {
+    const int64_t n = std::min<int64_t>(group, job.columns - begin);
+    const T* values = static_cast<const T*>(job.values) + begin;
+    const uint32_t limit = bits_of(job.threshold);
+    uint32_t largest[group] = {};
+    float x[group] = {};
+    for (int64_t r = 0; r < job.rows; ++r) {
+        widen(values + r * job.columns, n, x);
+        for (int i = 0; i < group; ++i) {
+            const uint32_t bits = magnitude_bits(x[i]);
+            largest[i] = std::max(largest[i], bits < limit ? bits : 0u);
+        }
+    }
+    double factor[group];
+    for (int i = 0; i < group; ++i) factor[i] = int8_factor(float_of(largest[i]));
+    for (int64_t i = 0; i < n; ++i) job.stats[begin + i] = float_of(largest[i]);
+    const bool with_threshold = limit < inf_bits;
+    for (int64_t r = 0; r < job.rows; ++r) {
+        int8_t out[group];
+        widen(values + r * job.columns, n, x);
+        for (int i = 0; i < group; ++i) {
+            const bool left_out = with_threshold && magnitude_bits(x[i]) >= limit;
+            out[i] = encode_int8_checked(left_out ? 0.0f : x[i], factor[i]);
+        }
+        std::memcpy(job.codes + r * job.columns + begin, out, static_cast<size_t>(n));
+    }
+}
+
+template <class T>
+void scale_row(const Int8ScaleJob& job, int64_t row) {
+    const int32_t* sums = job.sums + row * job.columns;
+    T* out = static_cast<T*>(job.out) + row * job.columns;
+    const double row_scale = int8_row_scale(job.row_stats[row]);
+    for (int64_t at = 0; at < job.columns; at += group) {
+        const int64_t n = std::min<int64_t>(group, job.columns - at);
+        float scaled[group];
+        const float* bias = job.bias == nullptr ? nullptr : job.bias + at;
+        for (int64_t i = 0; i < n; ++i)
+            scaled[i] = scale_int8(sums[at + i], row_scale, job.column_stats[at + i], bias == nullptr ? 0.0f : bias[i]);
+        narrow(scaled, n, out + at);
+    }
+}
+
+// Calls work with a null pointer of the storage type, which names the type.
+template <class Work>
+void with_storage(Storage storage, const Work& work) {
+    switch (storage) {
+        case Storage::Float32:
+            return work(static_cast<float*>(nullptr));
+        case Storage::BFloat16:
+            return work(static_cast<bfloat16*>(nullptr));
+        case Storage::Float16:
+            return work(static_cast<float16*>(nullptr));
+    }
+}
+template <class Pointer>
+using Pointee = std::remove_pointer_t<Pointer>;
+
+}  // namespace
+
+void int8_outliers(const Int8QuantizeJob& job, int64_t begin, int64_t end) {
+    with_storage(job.storage, [&](auto type) {
+        for (int64_t row = begin; row < end; ++row) mark_outliers<Pointee<decltype(type)>>(job, row);
+    });
+}
+
+void int8_rows(const Int8QuantizeJob& job, int64_t begin, int64_t end) {
+    with_storage(job.storage, [&](auto type) {
+        for (int64_t row = begin; row < end; ++row) quantize_row<Pointee<decltype(type)>>(job, row);
+    });
+}
+
+void int8_columns(const Int8ColumnsJob& job, int64_t begin, int64_t end) {
+    with_storage(job.storage, [&](auto type) {
+        for (int64_t g = begin; g < end; ++g) quantize_columns<Pointee<decltype(type)>>(job, g * group);
+    });
+}
+
+void int8_dequantize(const Int8DequantizeJob& job, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = row * job.columns;
+        for (int64_t c = 0; c < job.columns; ++c) job.out[at + c] = decode_int8(job.codes[at + c], job.stats[row]);
+    }
+}
+
+void int8_scale(const Int8ScaleJob& job, int64_t begin, int64_t end) {
+    with_storage(job.storage, [&](auto type) {
+        for (int64_t row = begin; row < end; ++row) scale_row<Pointee<decltype(type)>>(job, row);
+    });
+}
+
+void int8_product(const Int8ProductJob& job, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const int8_t* a = job.a + row * job.inner;
+        for (int64_t column = 0; column < job.columns; ++column) {
+            const int8_t* b = job.b + column * job.inner;
+            // Unsigned, so that a sum beyond int32 wraps instead of being undefined.
+            uint32_t sum = 0;
+            for (int64_t k = 0; k < job.inner; ++k) sum += static_cast<uint32_t>(a[k] * b[k]);
+            job.sums[row * job.columns + column] = static_cast<int32_t>(sum);
+        }
+    }
+}
+
+OPTIM8_END

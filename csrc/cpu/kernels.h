@@ -1,0 +1,48 @@
+// The kernels that every instruction set offers, each a function over a range of work items. One list: the table of
+// functions, its declaration for each set and the dispatch expand it.
+#pragma once
+
+#include "core/row.h"
+
+namespace optim8 {
+
+enum class CodeKind : uint8_t { Signed, Unsigned, Any };
+
+struct QuantizeJob {
+    const void* values;
+    uint8_t* codes;
+    float* absmax;        // one for each block
+    const float* code;    // 256 sorted values
+    const float* middle;  // the 255 midpoints between them
+    int64_t size, blocksize;
+    Storage storage;
+    CodeKind kind;
+};
+
+struct DequantizeJob {
+    const uint8_t* codes;
+    const float* absmax;
+    const float* code;
+    void* out;
+    int64_t size, blocksize;
+    Storage storage;
+    CodeKind kind;
+};
+
+// Codes of quotients, for checking the codec over every float32.
+struct EncodeJob {
+    const float* quotients;
+    uint8_t* codes;
+    int64_t size;
+    CodeKind kind;
+};
+
+}  // namespace optim8
+
+// X(name, job type): void name(const job&, first item, one past the last item).
+//   step_blocks, quantize_blocks, dequantize_blocks: items are blocks.   encode_groups: items are groups of 64 values.
+#define OPTIM8_KERNELS(X) \
+    X(step_blocks, Row) \
+    X(quantize_blocks, QuantizeJob) \
+    X(dequantize_blocks, DequantizeJob) \
+    X(encode_groups, EncodeJob)

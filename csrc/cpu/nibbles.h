@@ -1,0 +1,164 @@
+// Primitives of 4-bit codes for the instruction set this file is compiled for: 64 quotients to 32 packed bytes, 32
+// packed bytes to 64 values, and the table look-ups of the packed product, 16 lanes at a time.
+#pragma once
+
+#include "core/fourbit.h"
+#include "cpu/simd.h"
+
+OPTIM8_BEGIN
+
+constexpr int gemv_lanes = 16;
+
+#if defined(__AVX512VBMI__)
+
+OPTIM8_HD F clamp_unit(F y) { return _mm512_range_ps(y.v, _mm512_set1_ps(1.0f), 0x02); }  // smaller magnitude, own sign
+
+// The codes below and above a cell's midpoint as bytes, twice over: byte permutes take six bits of index.
+struct alignas(64) CellBytes {
+    uint8_t below[64], above[64];
+};
+constexpr CellBytes make_cell_bytes(const FourbitTables& t) {
+    CellBytes bytes{};
+    for (int i = 0; i < 64; ++i) {
+        bytes.below[i] = static_cast<uint8_t>(t.below[i % fourbit_cells]);
+        bytes.above[i] = static_cast<uint8_t>(t.above[i % fourbit_cells]);
+    }
+    return bytes;
+}
+template <Fourbit type>
+struct CellBytesOf {
+    static constexpr CellBytes all = make_cell_bytes(FourbitOf<type>::all);
+};
+
+template <Fourbit type>
+OPTIM8_HD void encode_nibbles(const float* quotients, uint8_t* packed) {
+    const FourbitTables& t = FourbitOf<type>::all;
+    __m512i cell[4];
+    uint64_t is_above = 0;
+    for (int j = 0; j < 4; ++j) {
+        const __m512 y = _mm512_loadu_ps(quotients + 16 * j);
+        const __m512 scaled = _mm512_mul_ps(y, _mm512_set1_ps(16.0f));
+        cell[j] = _mm512_cvt_roundps_epi32(scaled, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+        is_above |= static_cast<uint64_t>(_mm512_cmp_ps_mask(y, pick(t.midpoint, cell[j]).v, _CMP_GT_OQ)) << (16 * j);
+    }
+    const __m512i cells = gather_bytes<0>(cell[0], cell[1], cell[2], cell[3]);
+    const __m512i below = _mm512_permutexvar_epi8(cells, _mm512_load_si512(CellBytesOf<type>::all.below));
+    const __m512i above = _mm512_permutexvar_epi8(cells, _mm512_load_si512(CellBytesOf<type>::all.above));
+    const __m512i codes = _mm512_mask_blend_epi8(is_above, below, above);
+    const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));  // 16 * first + second
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi16_epi8(pairs));
+}
+
+// The 64 nibbles of 32 bytes, high one first, each in the low half of a byte (the high half is whatever came along).
+OPTIM8_HD __m512i spread_nibbles(const uint8_t* packed) {
+    const __m512i words = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    const __m512i start = _mm512_set1_epi64(0x181c'1014'080c'0004);  // bit 4, 0, 12, 8, 20, 16, 28, 24
+    return _mm512_multishift_epi64_epi8(start, words);
+}
+
+OPTIM8_HD void decode_nibbles(const uint8_t* packed, const float (&table)[fourbit_size], float* out) {
+    const __m512i nibbles = spread_nibbles(packed);
+    const __m512 values = _mm512_loadu_ps(table);
+    const auto put = [&](__m128i quarter, float* to) {
+        _mm512_storeu_ps(to, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(quarter), values));
+    };
+    put(_mm512_castsi512_si128(nibbles), out);
+    put(_mm512_extracti32x4_epi32(nibbles, 1), out + 16);
+    put(_mm512_extracti32x4_epi32(nibbles, 2), out + 32);
+    put(_mm512_extracti32x4_epi32(nibbles, 3), out + 48);
+}
+
+template <class T>
+OPTIM8_HD void decode_nibbles(const uint8_t* packed, const T (&table)[fourbit_size], T* out) {
+    static_assert(sizeof(T) == 2, "16-bit storage");
+    const __m512i nibbles = spread_nibbles(packed);
+    // Word permutes take five bits of index, so the table stands there twice.
+    const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    const __m512i first = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(nibbles));
+    const __m512i second = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(nibbles, 1));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(first, values));
+    _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(second, values));
+}
+
+struct NibbleTable {
+    __m512 values;
+    explicit NibbleTable(const float* table) : values(_mm512_loadu_ps(table)) {}
+    // The values of nibble `turn` (0 to 7, lowest bits first) of each 32-bit lane.
+    template <int turn>
+    OPTIM8_HD F at(U words) const {
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(words.v, 4 * turn), values);
+    }
+};
+OPTIM8_HD U load_words(const uint8_t* from) { return U(_mm512_loadu_si512(from)); }
+template <int scales>
+OPTIM8_HD F spread_scales(const float* absmax, int) {
+    __m512 spread = _mm512_set1_ps(absmax[0]);
+    for (int i = 1; i < scales; ++i) {
+        const __mmask16 from_here = static_cast<__mmask16>(0xffffu << (i * gemv_lanes / scales));
+        spread = _mm512_mask_broadcastss_ps(spread, from_here, _mm_load_ss(absmax + i));
+    }
+    return spread;
+}
+
+#else
+
+template <Fourbit type>
+OPTIM8_HD void encode_nibbles(const float* quotients, uint8_t* packed) {
+    int32_t codes[group];
+    for (int i = 0; i < group; ++i) codes[i] = encode_fourbit(quotients[i], FourbitOf<type>::all);
+    for (int i = 0; i < group / 2; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
+}
+
+template <class T>
+OPTIM8_HD void decode_nibbles(const uint8_t* packed, const T (&table)[fourbit_size], T* out) {
+    for (int i = 0; i < group / 2; ++i) {
+        out[2 * i] = table[packed[i] >> 4];
+        out[2 * i + 1] = table[packed[i] & 15];
+    }
+}
+
+#if defined(__AVX2__)
+
+OPTIM8_HD F clamp_unit(F y) { return _mm256_max_ps(_mm256_min_ps(y.v, _mm256_set1_ps(1.0f)), _mm256_set1_ps(-1.0f)); }
+
+struct NibbleTable {
+    __m256 low, high;
+    explicit NibbleTable(const float* table) : low(_mm256_loadu_ps(table)), high(_mm256_loadu_ps(table + 8)) {}
+    template <int turn>
+    OPTIM8_HD F at(U words) const {
+        const __m256i index = _mm256_srli_epi32(words.v, 4 * turn);
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 of the nibble to the sign
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
+    }
+};
+OPTIM8_HD U load_words(const uint8_t* from) { return U(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+template <int scales>
+OPTIM8_HD F spread_scales(const float* absmax, int first_lane) {
+    const float* from = absmax + first_lane * scales / gemv_lanes;
+    if (scales < 4) return _mm256_set1_ps(*from);
+    return _mm256_set_m128(_mm_set1_ps(from[1]), _mm_set1_ps(from[0]));
+}
+
+#else
+
+struct NibbleTable {
+    const float* values;
+    explicit NibbleTable(const float* table) : values(table) {}
+    template <int turn>
+    OPTIM8_HD F at(U words) const {
+        return values[(words >> (4 * turn)) & 15];
+    }
+};
+OPTIM8_HD U load_words(const uint8_t* from) {
+    return static_cast<uint32_t>(from[0]) | static_cast<uint32_t>(from[1]) << 8 | static_cast<uint32_t>(from[2]) << 16 |
+           static_cast<uint32_t>(from[3]) << 24;
+}
+template <int scales>
+OPTIM8_HD F spread_scales(const float* absmax, int first_lane) {
+    return absmax[first_lane * scales / gemv_lanes];
+}
+
+#endif
+#endif
+
+OPTIM8_END

@@ -1,0 +1,48 @@
+// Work split over threads: items are handed out in chunks, in order, to whoever is free. What an item computes does
+// not depend on who computes it, so results are the same for any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace optim8 {
+
+// Default floating-point environment for the time of a call: torch.set_flush_denormal sets a flag of the calling
+// thread alone, which would make results depend on which thread computes them.
+class DefaultRounding {
+  public:
+#if defined(__x86_64__)
+    DefaultRounding() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+    ~DefaultRounding() { _mm_setcsr(saved_); }
+
+  private:
+    unsigned saved_;
+#else
+    DefaultRounding() {}
+#endif
+};
+
+// work(begin, end) over all of [0, items).
+template <class Work>
+void parallel_for(int64_t items, int64_t chunk, int threads, const Work& work) {
+    const int64_t chunks = (items + chunk - 1) / chunk;
+    if (threads <= 1 || chunks <= 1) {
+        const DefaultRounding rounding;
+        if (items > 0) work(int64_t{0}, items);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(static_cast<int>(std::min<int64_t>(threads, chunks)))
+    {
+        const DefaultRounding rounding;
+        for (int64_t c = next++; c < chunks; c = next++) work(c * chunk, std::min(items, (c + 1) * chunk));
+    }
+}
+
+}  // namespace optim8

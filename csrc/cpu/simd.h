@@ -1,0 +1,20 @@
+// The vector types of the instruction set this file is compiled for: F (float32), I (int32), U (uint32), each of
+// `width` lanes, with the operations of core/scalar.h; loads and stores of the storage types; and the two codec
+// primitives over a group of 64 values, decode_group and encode_group.
+#pragma once
+
+#include "core/codec.h"
+#include "cpu/storage.h"
+
+OPTIM8_BEGIN
+constexpr int group = 64;
+static_assert(step_block % group == 0, "blocks are whole groups");
+OPTIM8_END
+
+#if defined(__AVX512VBMI__)
+#include "cpu/simd_avx512.h"
+#elif defined(__AVX2__)
+#include "cpu/simd_avx2.h"
+#else
+#include "cpu/simd_scalar.h"
+#endif

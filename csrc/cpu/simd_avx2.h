@@ -1,0 +1,168 @@
+// AVX2 with FMA and F16C: 8 lanes. Decades are found by a multiplication and one compare, their lines by 8-entry
+// permutes.
+#pragma once
+
+#include <immintrin.h>
+
+OPTIM8_BEGIN
+
+constexpr int width = 8;
+
+struct F {
+    __m256 v;
+    F() = default;
+    OPTIM8_HD F(__m256 x) : v(x) {}
+    OPTIM8_HD explicit F(float x) : v(_mm256_set1_ps(x)) {}
+};
+struct I {
+    __m256i v;
+};
+struct U {
+    __m256i v;
+    U() = default;
+    OPTIM8_HD explicit U(__m256i x) : v(x) {}
+    OPTIM8_HD explicit U(uint32_t x) : v(_mm256_set1_epi32(static_cast<int>(x))) {}
+};
+
+OPTIM8_HD F operator*(F a, F b) { return _mm256_mul_ps(a.v, b.v); }
+OPTIM8_HD F operator+(F a, F b) { return _mm256_add_ps(a.v, b.v); }
+OPTIM8_HD F operator-(F a, F b) { return _mm256_sub_ps(a.v, b.v); }
+OPTIM8_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+OPTIM8_HD F square_root(F x) { return _mm256_sqrt_ps(x.v); }
+OPTIM8_HD F divide(F a, F b) { return _mm256_div_ps(a.v, b.v); }
+OPTIM8_HD F maximum(F a, F b) { return _mm256_max_ps(a.v, b.v); }
+OPTIM8_HD F sign(F x) {
+    const __m256 moves = _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+    const __m256 with_sign = _mm256_or_ps(_mm256_and_ps(x.v, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
+    return _mm256_and_ps(moves, with_sign);
+}
+OPTIM8_HD U magnitude_bits(F x) {
+    return U(_mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(static_cast<int>(abs_mask))));
+}
+OPTIM8_HD U maximum(U a, U b) { return U(_mm256_max_epu32(a.v, b.v)); }
+OPTIM8_HD uint32_t reduce_max(U x) {
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
+OPTIM8_HD I truncate(F x) { return I{_mm256_cvttps_epi32(x.v)}; }
+OPTIM8_HD I minimum(I a, I b) { return I{_mm256_min_epi32(a.v, b.v)}; }
+
+OPTIM8_HD F load(const float* from) { return _mm256_loadu_ps(from); }
+OPTIM8_HD F load(const bfloat16* from) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+OPTIM8_HD F load(const float16* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+OPTIM8_HD void store(float* to, F x) { _mm256_storeu_ps(to, x.v); }
+OPTIM8_HD void store(bfloat16* to, F x) {
+    const __m256i bits = _mm256_castps_si256(x.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+OPTIM8_HD void store(float16* to, F x) {
+    const __m128i half = _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+}
+
+template <Code code>
+OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[group / width]) {
+    const float* table = Tables<code>::all.value;
+    for (int j = 0; j < group / width; ++j) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + j * width));
+        out[j] = _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(eight), 4);
+    }
+}
+
+// The zones 1 to 8 in eight entries, zone 8 at place 0, and the rule that gives the zone at the lower end of a
+// binade from its exponent field e: (e * factor + addend) >> 8.
+struct ZoneTables {
+    float threshold[8];  // of the next zone; infinity after the last
+    float slope[8], offset[8];
+    int32_t last[8];
+    int factor, addend;
+};
+constexpr bool zone_rule_holds(const CodeTables& t, int factor, int addend) {
+    int zone = 1;
+    for (int e = exponent_field(t.threshold[0]); e < 128; ++e) {
+        if ((e * factor + addend) >> 8 != zone) return false;
+        if (zone <= decades && exponent_field(t.threshold[zone]) == e) ++zone;
+    }
+    return true;
+}
+constexpr ZoneTables make_zones(const CodeTables& t) {
+    ZoneTables zones{};
+    for (int z = 1; z <= decades + 1; ++z) {
+        zones.threshold[z & 7] = z <= decades ? t.threshold[z] : __builtin_inff();
+        zones.slope[z & 7] = t.line[z].slope;
+        zones.offset[z & 7] = t.line[z].offset;
+        zones.last[z & 7] = t.line[z].last;
+    }
+    for (int factor = 64; factor < 96; ++factor)
+        for (int addend = -128 * factor; addend < 0; ++addend)
+            if ((127 * factor + addend) >> 8 == decades + 1 && zone_rule_holds(t, factor, addend)) {
+                zones.factor = factor;
+                zones.addend = addend;
+                return zones;
+            }
+    return zones;
+}
+template <Code code>
+struct ZonesOf {
+    static constexpr ZoneTables all = make_zones(Tables<code>::all);
+    static_assert(all.factor != 0, "no linear rule finds the zone of a binade");
+};
+
+OPTIM8_HD __m256i pick(const void* table, __m256i zone) {
+    return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(table)), zone);
+}
+OPTIM8_HD F pick(const float (&table)[8], __m256i zone) {
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), zone);
+}
+
+template <Code code>
+OPTIM8_HD void encode_group(const F (&x)[group / width], float reciprocal, uint8_t* codes) {
+    const ZoneTables& t = ZonesOf<code>::all;
+    const __m256 lowest = _mm256_set1_ps(Tables<code>::all.threshold[0]);
+    const __m256 magnitude_mask = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(abs_mask)));
+    __m256i index[8];
+    for (int j = 0; j < 8; ++j) {
+        const __m256 quotient = _mm256_mul_ps(x[j].v, _mm256_set1_ps(reciprocal));
+        const __m256 y = code == Code::Signed ? _mm256_and_ps(quotient, magnitude_mask) : quotient;
+        const __m256i exponent = _mm256_srli_epi32(_mm256_castps_si256(y), 23);
+        const __m256i scaled = _mm256_madd_epi16(exponent, _mm256_set1_epi32(t.factor));
+        __m256i zone = _mm256_srai_epi32(_mm256_add_epi32(scaled, _mm256_set1_epi32(t.addend)), 8);
+        const __m256 above = _mm256_cmp_ps(y, pick(t.threshold, zone).v, _CMP_GE_OQ);
+        zone = _mm256_sub_epi32(zone, _mm256_castps_si256(above));
+        const I a = nearest_on_line(F(y), pick(t.slope, zone), pick(t.offset, zone), I{pick(t.last, zone)});
+        // Below the first threshold (and for NaN) the lines do not hold: that is 0.
+        const __m256i valid = _mm256_castps_si256(_mm256_cmp_ps(y, lowest, _CMP_GE_OQ));
+        index[j] = _mm256_and_si256(a.v, valid);
+        if (code == Code::Signed) index[j] = _mm256_sign_epi32(index[j], _mm256_castps_si256(quotient));
+        if (code == Code::Positive) {
+            const __m256 positive = _mm256_cmp_ps(x[j].v, _mm256_setzero_ps(), _CMP_GT_OQ);
+            const __m256i at_least_one = _mm256_max_epi32(index[j], _mm256_set1_epi32(1));
+            index[j] = _mm256_and_si256(at_least_one, _mm256_castps_si256(positive));
+        }
+    }
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int h = 0; h < 2; ++h) {
+        __m256i low = _mm256_packs_epi32(index[4 * h], index[4 * h + 1]);
+        __m256i high = _mm256_packs_epi32(index[4 * h + 2], index[4 * h + 3]);
+        if (code == Code::Signed) {
+            low = _mm256_add_epi16(low, _mm256_set1_epi16(127));
+            high = _mm256_add_epi16(high, _mm256_set1_epi16(127));
+        }
+        const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * h), packed);
+    }
+}
+
+OPTIM8_END

@@ -1,0 +1,176 @@
+// AVX-512 with VBMI (Ice Lake, Zen 4 and later): 16 lanes. Decoding reads the exact 256-entry table by byte
+// permutes; encoding reads the line of a decade by 32-entry permutes indexed with the low exponent bits.
+#pragma once
+
+// GCC 12 warns of its own header's deliberately undefined operands (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+OPTIM8_BEGIN
+
+constexpr int width = 16;
+
+struct F {
+    __m512 v;
+    F() = default;
+    OPTIM8_HD F(__m512 x) : v(x) {}
+    OPTIM8_HD explicit F(float x) : v(_mm512_set1_ps(x)) {}
+};
+struct I {
+    __m512i v;
+};
+struct U {
+    __m512i v;
+    U() = default;
+    OPTIM8_HD explicit U(__m512i x) : v(x) {}
+    OPTIM8_HD explicit U(uint32_t x) : v(_mm512_set1_epi32(static_cast<int>(x))) {}
+};
+
+OPTIM8_HD F operator*(F a, F b) { return _mm512_mul_ps(a.v, b.v); }
+OPTIM8_HD F operator+(F a, F b) { return _mm512_add_ps(a.v, b.v); }
+OPTIM8_HD F operator-(F a, F b) { return _mm512_sub_ps(a.v, b.v); }
+OPTIM8_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+OPTIM8_HD F square_root(F x) { return _mm512_sqrt_ps(x.v); }
+OPTIM8_HD F divide(F a, F b) { return _mm512_div_ps(a.v, b.v); }
+OPTIM8_HD F maximum(F a, F b) { return _mm512_max_ps(a.v, b.v); }
+OPTIM8_HD F sign(F x) {
+    const __mmask16 moves = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+    const __m512 with_sign = _mm512_or_ps(_mm512_and_ps(x.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+    return _mm512_maskz_mov_ps(moves, with_sign);
+}
+OPTIM8_HD U magnitude_bits(F x) {
+    return U(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(static_cast<int>(abs_mask))));
+}
+OPTIM8_HD U maximum(U a, U b) { return U(_mm512_max_epu32(a.v, b.v)); }
+OPTIM8_HD uint32_t reduce_max(U x) { return _mm512_reduce_max_epu32(x.v); }
+OPTIM8_HD I truncate(F x) { return I{_mm512_cvttps_epi32(x.v)}; }
+OPTIM8_HD I minimum(I a, I b) { return I{_mm512_min_epi32(a.v, b.v)}; }
+
+OPTIM8_HD F load(const float* from) { return _mm512_loadu_ps(from); }
+OPTIM8_HD F load(const bfloat16* from) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+OPTIM8_HD F load(const float16* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+OPTIM8_HD void store(float* to, F x) { _mm512_storeu_ps(to, x.v); }
+OPTIM8_HD void store(bfloat16* to, F x) {
+    const __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+}
+OPTIM8_HD void store(float16* to, F x) {
+    const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+}
+
+// The four bytes of each of the 256 table values, a plane a byte.
+struct alignas(64) Planes {
+    uint8_t byte[4][code_size];
+};
+constexpr uint32_t constant_bits(float x) {
+    // std::bit_cast is C++20; table values are 0 or normal numbers, so the fields can be computed.
+    if (x == 0) return 0;
+    const uint32_t sign = x < 0 ? 0x80000000u : 0u;
+    const float magnitude = x < 0 ? -x : x;
+    return sign | static_cast<uint32_t>(exponent_field(magnitude)) << 23 | mantissa_field(magnitude);
+}
+constexpr Planes make_planes(const CodeTables& t) {
+    Planes planes{};
+    for (int i = 0; i < code_size; ++i)
+        for (int b = 0; b < 4; ++b) planes.byte[b][i] = static_cast<uint8_t>(constant_bits(t.value[i]) >> (8 * b));
+    return planes;
+}
+template <Code code>
+struct PlanesOf {
+    static constexpr Planes all = make_planes(Tables<code>::all);
+};
+
+OPTIM8_HD __m512i at(const void* table, int quarter) {
+    return _mm512_loadu_si512(static_cast<const char*>(table) + 64 * quarter);
+}
+
+template <Code code>
+OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[group / width]) {
+    const Planes& planes = PlanesOf<code>::all;
+    // The byte interleaving below works within 128-bit lanes; transposing 4-byte runs first makes it come out in order.
+    const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i index = _mm512_permutexvar_epi32(transpose, _mm512_loadu_si512(codes));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    __m512i byte[4];
+    for (int b = 0; b < 4; ++b) {
+        const uint8_t* plane = planes.byte[b];
+        const __m512i low = _mm512_permutex2var_epi8(at(plane, 0), index, at(plane, 1));
+        const __m512i high = _mm512_permutex2var_epi8(at(plane, 2), index, at(plane, 3));
+        byte[b] = _mm512_mask_blend_epi8(upper, low, high);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi8(byte[0], byte[1]), high01 = _mm512_unpackhi_epi8(byte[0], byte[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(byte[2], byte[3]), high23 = _mm512_unpackhi_epi8(byte[2], byte[3]);
+    out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23));
+    out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low01, low23));
+    out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(high01, high23));
+    out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
+}
+
+// Byte `which` of every 32-bit lane of four vectors, in order.
+template <int which>
+OPTIM8_HD __m512i gather_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+    alignas(64) static constexpr auto index = [] {
+        struct {
+            uint8_t byte[64];
+        } t{};
+        for (int i = 0; i < 64; ++i) t.byte[i] = static_cast<uint8_t>(4 * (i % 32) + which);
+        return t;
+    }();
+    const __m512i pick = _mm512_load_si512(index.byte);
+    const __m512i low = _mm512_permutex2var_epi8(a, pick, b);
+    const __m512i high = _mm512_permutex2var_epi8(c, pick, d);
+    return _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
+}
+
+OPTIM8_HD F pick(const float (&table)[32], __m512i zone) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), zone, _mm512_loadu_ps(table + 16));
+}
+OPTIM8_HD __m512i pick(const void* table, __m512i zone) {
+    return _mm512_permutex2var_epi32(at(table, 0), zone, at(table, 1));
+}
+
+template <Code code>
+OPTIM8_HD void encode_group(const F (&x)[group / width], float reciprocal, uint8_t* codes) {
+    const CodeTables& t = Tables<code>::all;
+    const __m512 tiny = _mm512_set1_ps(smallest_quotient);
+    __m512i magnitude[4], quotient[4];
+    for (int j = 0; j < 4; ++j) {
+        const __m512 y = _mm512_mul_ps(x[j].v, _mm512_set1_ps(reciprocal));
+        quotient[j] = _mm512_castps_si512(y);
+        // Larger magnitude of the two, sign cleared; the other operand for a NaN.
+        const __m512 clamped = code == Code::Signed ? _mm512_range_ps(y, tiny, 0x0b) : _mm512_max_ps(y, tiny);
+        const __m512i bits = _mm512_castps_si512(clamped);
+        const __m512i carry = pick(t.carry, _mm512_srli_epi32(bits, 23));
+        const __m512i zone = _mm512_srli_epi32(_mm512_add_epi32(bits, carry), 23);
+        I a = nearest_on_line(F(clamped), pick(t.slope, zone), pick(t.offset, zone), I{pick(t.last, zone)});
+        if (code == Code::Positive) {
+            const __mmask16 positive = _mm512_cmp_ps_mask(x[j].v, _mm512_setzero_ps(), _CMP_GT_OQ);
+            a.v = _mm512_maskz_mov_epi32(positive, a.v);
+        }
+        magnitude[j] = a.v;
+    }
+    __m512i index = gather_bytes<0>(magnitude[0], magnitude[1], magnitude[2], magnitude[3]);
+    if (code == Code::Signed) {
+        const __m512i signs = gather_bytes<3>(quotient[0], quotient[1], quotient[2], quotient[3]);
+        const __m512i middle = _mm512_set1_epi8(127);
+        const __m512i above = _mm512_add_epi8(middle, index);
+        index = _mm512_mask_subs_epu8(above, _mm512_movepi8_mask(signs), middle, index);
+    }
+    _mm512_storeu_si512(codes, index);
+}
+
+OPTIM8_END

@@ -1,0 +1,31 @@
+// One lane: plain C++, for every machine, and the readable form of what the others do.
+#pragma once
+
+OPTIM8_BEGIN
+
+using F = float;
+using I = int32_t;
+using U = uint32_t;
+constexpr int width = 1;
+
+template <class T>
+OPTIM8_HD F load(const T* from) {
+    return to_float(*from);
+}
+template <class T>
+OPTIM8_HD void store(T* to, F x) {
+    *to = from_float<T>(x);
+}
+OPTIM8_HD uint32_t reduce_max(U x) { return x; }
+
+template <Code code>
+OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[group]) {
+    for (int i = 0; i < group; ++i) out[i] = Tables<code>::all.value[codes[i]];
+}
+
+template <Code code>
+OPTIM8_HD void encode_group(const F (&x)[group], float reciprocal, uint8_t* codes) {
+    for (int i = 0; i < group; ++i) codes[i] = encode<code>(x[i], reciprocal, Tables<code>::all);
+}
+
+OPTIM8_END

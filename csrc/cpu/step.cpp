@@ -1,0 +1,255 @@
+// One optimizer step over blocks of one tensor, for any rule: decode, update, block maximum, encode. Names no rule.
+//
+// A block is worked in two passes over scratch that stays in L1: `advance` decodes the old state, updates, and finds
+// the block's maxima; `seal` encodes the new state. The next block advances before a block is sealed, so that the
+// latency of reducing the maxima is hidden.
+#include "core/row.h"
+#include "cpu/dispatch.h"
+#include "cpu/simd.h"
+
+#include <algorithm>
+#include <cstring>
+
+OPTIM8_BEGIN
+namespace {
+
+constexpr int lanes = group / width;
+
+// A block between its two passes.
+template <class Rule>
+struct Block {
+    alignas(64) float state[Rule::states][step_block];  // new, not yet quantized
+    alignas(64) float old_param[step_block];
+    uint8_t* codes[Rule::states];
+    float* absmax[Rule::states];
+    float new_absmax[Rule::states];
+};
+
+// Zero-padded copies of a short last block, so that the passes know whole blocks only. Padding takes part in
+// nothing: its moments stay 0.
+template <class Rule, class P, class G>
+struct Tail {
+    P param[step_block];
+    G grad[step_block];
+    uint8_t codes[Rule::states][step_block];
+};
+
+template <int s, class Rule>
+constexpr const CodeTables& tables_of() {
+    return Tables<Rule::codes[s]>::all;
+}
+
+template <int s, class Rule>
+OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[Rule::states], int at,
+                             F (&state)[Rule::states][lanes]) {
+    if constexpr (s < Rule::states) {
+        decode_group<Rule::codes[s]>(block.codes[s] + at, state[s]);
+        for (int j = 0; j < lanes; ++j) state[s][j] = state[s][j] * absmax[s];
+        decode_states<s + 1, Rule>(block, absmax, at, state);
+    }
+}
+
+template <int s, class Rule>
+float decode_one(const Block<Rule>& block, int wanted, int i) {
+    if constexpr (s + 1 < Rule::states)
+        if (wanted != s) return decode_one<s + 1, Rule>(block, wanted, i);
+    return tables_of<s, Rule>().value[block.codes[s][i]] * *block.absmax[s];
+}
+
+// The rare path of a block that holds values which are not finite. Such an element gets code 0, and its part in the
+// block's maxima is what it would be had its gradient been 0; so the block's other elements do not notice it.
+template <class Rule>
+__attribute__((noinline)) void mend(Block<Rule>& block, const Scalars& scalars, uint32_t (&largest)[Rule::states]) {
+    for (uint32_t& l : largest) l = 0;
+    for (int i = 0; i < step_block; ++i) {
+        float now[Rule::states];
+        bool finite = true;
+        for (int s = 0; s < Rule::states; ++s) {
+            now[s] = block.state[s][i];
+            finite = finite && is_finite(now[s]);
+        }
+        if (!finite) {
+            float param = block.old_param[i];
+            for (int s = 0; s < Rule::states; ++s) {
+                now[s] = decode_one<0, Rule>(block, s, i);
+                block.state[s][i] = 0.0f;
+            }
+            Rule::update(param, 0.0f, now, scalars);
+        }
+        for (int s = 0; s < Rule::states; ++s)
+            if (is_finite(now[s])) largest[s] = maximum(largest[s], magnitude_bits(now[s]));
+    }
+}
+
+template <class Rule, class P, class G>
+OPTIM8_HD void advance(Block<Rule>& block, P* param, const G* grad, const Scalars& scalars) {
+    const F factor(scalars.gradient_factor);
+    F absmax[Rule::states];
+    U largest[Rule::states];
+    for (int s = 0; s < Rule::states; ++s) {
+        absmax[s] = F(*block.absmax[s]);
+        largest[s] = U(0u);
+    }
+    for (int at = 0; at < step_block; at += group) {
+        F state[Rule::states][lanes];
+        decode_states<0, Rule>(block, absmax, at, state);
+        for (int j = 0; j < lanes; ++j) {
+            const int i = at + j * width;
+            F p = load(param + i);
+            store(block.old_param + i, p);
+            F now[Rule::states];
+            for (int s = 0; s < Rule::states; ++s) now[s] = state[s][j];
+            Rule::update(p, load(grad + i) * factor, now, scalars);
+            store(param + i, p);
+            for (int s = 0; s < Rule::states; ++s) {
+                store(block.state[s] + i, now[s]);
+                largest[s] = maximum(largest[s], magnitude_bits(now[s]));
+            }
+        }
+    }
+    uint32_t bits[Rule::states];
+    bool finite = true;
+    for (int s = 0; s < Rule::states; ++s) {
+        bits[s] = reduce_max(largest[s]);
+        finite = finite && bits[s] < inf_bits;
+    }
+    if (__builtin_expect(!finite, 0)) mend<Rule>(block, scalars, bits);
+    for (int s = 0; s < Rule::states; ++s) block.new_absmax[s] = float_of(bits[s]);
+}
+
+template <int s, class Rule>
+OPTIM8_HD void seal(Block<Rule>& block) {
+    if constexpr (s < Rule::states) {
+        const Normalizer normal = normalizer(block.new_absmax[s]);
+        if (__builtin_expect(normal.scale != 1.0f, 0))
+            for (float& x : block.state[s]) x *= normal.scale;
+        for (int at = 0; at < step_block; at += group) {
+            F x[lanes];
+            for (int j = 0; j < lanes; ++j) x[j] = load(block.state[s] + at + j * width);
+            encode_group<Rule::codes[s]>(x, normal.reciprocal, block.codes[s] + at);
+        }
+        *block.absmax[s] = block.new_absmax[s];
+        seal<s + 1, Rule>(block);
+    }
+}
+
+template <class Rule, class P, class G>
+void step_8bit(const Row& row, int64_t begin, int64_t end) {
+    const Scalars scalars = row.scalars;
+    P* param = static_cast<P*>(row.param);
+    const G* grad = static_cast<const G*>(row.grad);
+    const int64_t whole = std::min(end, row.size / step_block);
+    Block<Rule> blocks[2];
+
+    const auto point = [&](Block<Rule>& block, int64_t b) {
+        for (int s = 0; s < Rule::states; ++s) {
+            block.codes[s] = static_cast<uint8_t*>(row.state[s]) + b * step_block;
+            block.absmax[s] = row.absmax[s] + b;
+        }
+    };
+    for (int64_t b = begin; b < whole; ++b) {
+        Block<Rule>& block = blocks[b & 1];
+        point(block, b);
+        advance(block, param + b * step_block, grad + b * step_block, scalars);
+        if (b > begin) seal<0, Rule>(blocks[(b - 1) & 1]);
+    }
+    if (whole > begin) seal<0, Rule>(blocks[(whole - 1) & 1]);
+
+    if (end > whole) {
+        const int64_t at = whole * step_block;
+        const size_t n = static_cast<size_t>(row.size - at);
+        Tail<Rule, P, G> tail{};
+        std::memcpy(tail.param, param + at, n * sizeof(P));
+        std::memcpy(tail.grad, grad + at, n * sizeof(G));
+        Block<Rule>& block = blocks[0];
+        point(block, whole);
+        for (int s = 0; s < Rule::states; ++s) {
+            // The code of 0, so that padding decodes to 0.
+            std::memset(tail.codes[s], Rule::codes[s] == Code::Signed ? 127 : 0, step_block);
+            std::memcpy(tail.codes[s], block.codes[s], n);
+            block.codes[s] = tail.codes[s];
+        }
+        advance(block, tail.param, tail.grad, scalars);
+        seal<0, Rule>(block);
+        std::memcpy(param + at, tail.param, n * sizeof(P));
+        for (int s = 0; s < Rule::states; ++s) std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
+    }
+}
+
+template <class Rule, class P, class G>
+void step_32bit(const Row& row, int64_t begin, int64_t end) {
+    const Scalars scalars = row.scalars;
+    const F factor(scalars.gradient_factor);
+    P* param = static_cast<P*>(row.param);
+    const G* grad = static_cast<const G*>(row.grad);
+    float* state[Rule::states];
+    for (int s = 0; s < Rule::states; ++s) state[s] = static_cast<float*>(row.state[s]);
+
+    const auto advance_lanes = [&](P* p_at, const G* g_at, float* const(&state_at)[Rule::states]) {
+        F p = load(p_at);
+        F now[Rule::states];
+        for (int s = 0; s < Rule::states; ++s) now[s] = load(state_at[s]);
+        Rule::update(p, load(g_at) * factor, now, scalars);
+        store(p_at, p);
+        for (int s = 0; s < Rule::states; ++s) store(state_at[s], now[s]);
+    };
+    const int64_t last = std::min(end * step_block, row.size);
+    int64_t i = begin * step_block;
+    for (; i + width <= last; i += width) {
+        float* at[Rule::states];
+        for (int s = 0; s < Rule::states; ++s) at[s] = state[s] + i;
+        advance_lanes(param + i, grad + i, at);
+    }
+    if (i < last) {
+        const size_t n = static_cast<size_t>(last - i);
+        P p[width] = {};
+        G g[width] = {};
+        float rest[Rule::states][width] = {};
+        float* at[Rule::states];
+        std::memcpy(p, param + i, n * sizeof(P));
+        std::memcpy(g, grad + i, n * sizeof(G));
+        for (int s = 0; s < Rule::states; ++s) {
+            std::memcpy(rest[s], state[s] + i, n * sizeof(float));
+            at[s] = rest[s];
+        }
+        advance_lanes(p, g, at);
+        std::memcpy(param + i, p, n * sizeof(P));
+        for (int s = 0; s < Rule::states; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));
+    }
+}
+
+template <class Rule, class P, class G>
+void step_precision(const Row& row, int64_t begin, int64_t end) {
+    if (row.precision == Precision::Bits8) return step_8bit<Rule, P, G>(row, begin, end);
+    step_32bit<Rule, P, G>(row, begin, end);
+}
+
+// Gradients are of the parameter's type or float32; the binding has checked it.
+template <class Rule>
+void step_rule(const Row& row, int64_t begin, int64_t end) {
+    const bool wide = row.grad_storage == Storage::Float32;
+    switch (row.param_storage) {
+        case Storage::Float32:
+            return step_precision<Rule, float, float>(row, begin, end);
+        case Storage::BFloat16:
+            return wide ? step_precision<Rule, bfloat16, float>(row, begin, end)
+                        : step_precision<Rule, bfloat16, bfloat16>(row, begin, end);
+        case Storage::Float16:
+            return wide ? step_precision<Rule, float16, float>(row, begin, end)
+                        : step_precision<Rule, float16, float16>(row, begin, end);
+    }
+}
+
+}  // namespace
+
+void step_blocks(const Row& row, int64_t begin, int64_t end) {
+    switch (row.rule) {
+#define OPTIM8_STEP_CASE(name, type) \
+    case RuleId::name: \
+        return step_rule<type>(row, begin, end);
+        OPTIM8_RULES(OPTIM8_STEP_CASE)
+#undef OPTIM8_STEP_CASE
+    }
+}
+
+OPTIM8_END

@@ -1,0 +1,62 @@
+// 16-bit storage types and their conversion to and from float32, to nearest, ties to even, the same bits as the
+// instructions of x86 give.
+#pragma once
+
+#include "core/scalar.h"
+
+OPTIM8_BEGIN
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(float16 x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const uint32_t rest = x.bits & 0x7fffu;
+    if (rest >= 0x7c00u) {
+        const uint32_t quiet = rest > 0x7c00u ? 0x400000u : 0u;
+        return float_of(sign | inf_bits | ((rest & 0x3ffu) << 13) | quiet);
+    }
+    if (rest >= 0x400u) return float_of(sign | ((rest << 13) + ((127u - 15u) << 23)));
+    const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-08f;  // subnormal: rest * 2^-24
+    return float_of(sign | bits_of(magnitude));
+}
+
+template <class T>
+T from_float(float x);
+
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+
+template <>
+inline bfloat16 from_float<bfloat16>(float x) {
+    const uint32_t bits = bits_of(x);
+    if ((bits & abs_mask) > inf_bits) return bfloat16{0x7fc0u};
+    return bfloat16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <>
+inline float16 from_float<float16>(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+    const uint32_t rest = bits & abs_mask;
+    if (rest > inf_bits) return float16{static_cast<uint16_t>(sign | 0x7e00u | ((rest >> 13) & 0x3ffu))};
+    if (rest >= 0x47800000u) return float16{static_cast<uint16_t>(sign | 0x7c00u)};  // 2^16 and more
+    uint32_t half;
+    if (rest >= 0x38800000u) {  // 2^-14: normal in half precision
+        half = (rest - ((127u - 15u) << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+    } else {
+        // Subnormal: adding 0.5 puts the units of 2^-24 in the last bit of the sum, rounded to nearest even.
+        half = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
+    }
+    return float16{static_cast<uint16_t>(sign | half)};
+}
+
+OPTIM8_END
