@@ -46,13 +46,15 @@ test: env ## run the tests and the examples in docstrings
 # The package goes to a folder of its own, so a sanitized module never mixes with the normal one. Leaks are not looked
 # for: CPython and torch keep what they allocate. libstdc++ is preloaded so that AddressSanitizer finds its throw.
 SANITIZED := build/sanitized
+SANITIZED_TESTS = $(wildcard tests/test_codec*.py tests/test_functional_*.py tests/test_numerics_*.py tests/test_optim_*.py) \
+    tests/test_install.py::test_the_tests_run_against_the_build_that_was_asked_for
 .PHONY: test-sanitize
 test-sanitize: env ## run the tests of native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer
 	OPTIM8_CUDA=0 OPTIM8_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(SANITIZED) OPTIM8_TESTED_PACKAGE=$(SANITIZED) \
-	$(BIN)/pytest --quiet -m "not slow" tests $(ARGS)
+	$(BIN)/pytest --quiet -m "not slow" $(SANITIZED_TESTS) $(ARGS)
 
 .PHONY: lint
 lint: env ## check style and types

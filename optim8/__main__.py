@@ -32,12 +32,18 @@ def describe_cpu() -> tuple[str, str | None]:
 
 
 def describe_cuda() -> tuple[str, str | None]:
-    """One line on optim8._cuda, and what to do where it is missing though torch sees a GPU."""
+    """One line on optim8._cuda, and what to do where it does not load, or is missing though torch sees a GPU."""
     try:
-        _native.cuda()
+        if _native.cuda_or_none() is not None:
+            return "built", None
     except ImportError as error:
-        return "not built", str(error) if torch.cuda.is_available() else None
-    return "built", None
+        return "built, but does not load", f"{error}. Build it anew: `pip install .` in the source tree."
+    try:
+        if torch.cuda.is_available():
+            _native.module_for(torch.device("cuda"), "optim8._cuda")
+    except ImportError as error:
+        return "not built", str(error)
+    return "not built", None
 
 
 def describe_gpu() -> tuple[str, str | None]:
@@ -63,7 +69,7 @@ def show_info() -> int:
         print(ROW.format(name, line))
     for name, (_, remedy) in rows.items():
         if remedy:
-            print(f"\n{name}: {remedy}")
+            print(f"\nTo do for {name}: {remedy}")
     return 0 if rows["optim8._cpu"][1] is None else 1
 
 

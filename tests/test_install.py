@@ -34,7 +34,7 @@ def built_for_tests(path: Path) -> bool:
 def test_versions_agree() -> None:
     expected = importlib.metadata.version("optim8")
     assert optim8.__version__ == expected
-    assert _native.cpu().__version__ == expected
+    assert _native.cpu().version == expected
 
 
 @pytest.mark.skipif("OPTIM8_TESTED_PACKAGE" not in os.environ, reason="no particular build is to be tested")
