@@ -1,0 +1,92 @@
+"""THE table of cases: one row per optimizer. Every test that is about all optimizers runs over every row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import reference
+import torch
+
+import optim8
+
+ADAM_HYPERS: tuple[dict[str, Any], ...] = (
+    {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.03},
+    {"lr": 0.07, "betas": (0.95, 0.9995), "eps": 1e-12, "weight_decay": 0.0, "maximize": True},
+    {"lr": 2e-4, "betas": (0.0, 0.5), "eps": 0.0, "weight_decay": 0.2, "maximize": True},
+)
+LION_HYPERS: tuple[dict[str, Any], ...] = (
+    {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.3},
+    {"lr": 0.05, "betas": (0.95, 0.9995), "weight_decay": 0.0, "maximize": True},
+    {"lr": 2e-4, "betas": (0.0, 0.5), "weight_decay": 0.1, "maximize": True},
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the tests need to know of one optimizer. Everything else must hold for any optimizer."""
+
+    name: str  # optim8.<name>
+    rule: reference.Rule
+    states: Mapping[str, bool]  # state -> whether its code is signed
+    hypers: Sequence[Mapping[str, Any]]  # no row holds a default
+    defaults: Mapping[str, Any]  # of what torch.optim has no class for
+    torch_class: type[torch.optim.Optimizer] | None = None  # the 32-bit optimizer with the same meaning
+    decay_in_gradient: bool = False  # weight decay passes through the moments
+    bad_lr: float = field(default=-1e-3)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def cls(self) -> type[torch.optim.Optimizer]:
+        return getattr(optim8, self.name)  # type: ignore[no-any-return]
+
+    def make(self, params: Any, hyper: Mapping[str, Any] | None = None, **more: Any) -> Any:
+        """An optimizer with row 0 of the hyper-parameters unless told; 8-bit whatever the size unless told."""
+        options = {**(self.hypers[0] if hyper is None else hyper), "min_8bit_size": 0, **more}
+        return self.cls(params, **options)
+
+    def without_decay(self, row: int = 0, **more: Any) -> dict[str, Any]:
+        return {**self.hypers[row], "weight_decay": 0.0, **more}
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "Adam8bit",
+            reference.adam,
+            {"exp_avg": True, "exp_avg_sq": False},
+            ADAM_HYPERS,
+            {},
+            torch_class=torch.optim.Adam,
+            decay_in_gradient=True,
+        ),
+        Case(
+            "AdamW8bit",
+            reference.adamw,
+            {"exp_avg": True, "exp_avg_sq": False},
+            ADAM_HYPERS,
+            {},
+            torch_class=torch.optim.AdamW,
+        ),
+        Case(
+            "Lion8bit",
+            reference.lion,
+            {"exp_avg": True},
+            LION_HYPERS,
+            {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
+        ),
+    )
+}
+EVERY = list(CASES.values())
+
+
+def found() -> set[str]:
+    """The optimizers that the library exports."""
+    public = {name: getattr(optim8, name) for name in dir(optim8) if not name.startswith("_")}
+    return {
+        name for name, thing in public.items() if isinstance(thing, type) and issubclass(thing, torch.optim.Optimizer)
+    }

@@ -1,0 +1,149 @@
+"""Float64 references, straight from the papers: the dynamic 8-bit code and the update rules.
+
+The only other place where these formulas stand is csrc/core. Sources. The code: Dettmers 2015 (arXiv 1511.04561) and
+Dettmers et al. 2021 (arXiv 2110.02861). The rules: Kingma & Ba 2014 (arXiv 1412.6980), Loshchilov & Hutter 2017 (arXiv
+1711.05101), Chen et al. 2023 (arXiv 2302.06675).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rounding import FLT_MIN, UNIT, Array, Rounded
+
+BLOCK = 256
+MAP_SHA256 = {
+    True: "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c",
+    False: "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398",
+}
+Moments = dict[str, Rounded]
+Rule = Callable[..., tuple[Rounded, Moments]]
+
+
+# The code.
+
+
+def dynamic_map(signed: bool) -> npt.NDArray[np.float32]:
+    """The 256 sorted values: 7 decades, decade i split evenly into 2^i (signed) or 2^(i+1) (unsigned), and 0 and 1."""
+    f32 = np.float32
+    values = [f32(0), f32(1)]
+    for decade in range(7):
+        n = 2**decade if signed else 2 ** (decade + 1)
+        # torch.linspace in float32: counted from the nearer end, one rounding (a fused multiply-add) per edge.
+        step = float((f32(1) - f32(0.1)) / f32(n))
+        edge = [f32(float(f32(0.1)) + step * j) if 2 * j < n + 1 else f32(1 - step * (n - j)) for j in range(n + 1)]
+        for j in range(n):
+            value = f32(10.0 ** (decade - 6)) * ((edge[j] + edge[j + 1]) / f32(2))
+            values += [value, -value] if signed else [value]
+    return np.sort(np.array(values, np.float32))
+
+
+def zero_code(signed: bool) -> int:
+    """The index of 0."""
+    return 127 if signed else 0
+
+
+def nearest(table: npt.NDArray[np.float32], y: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+    """The index of the entry nearest to each `y`, by comparison of distances in float64; the lower one at a tie."""
+    entries, y = table.astype(np.float64), np.asarray(y, np.float64)
+    high = np.clip(np.searchsorted(entries, y), 1, len(entries) - 1)
+    return (high - (y - entries[high - 1] <= entries[high] - y)).astype(np.uint8)
+
+
+def code_slack(y: Array) -> Array:
+    """How far from `y` the encoder's own rounding may see it.
+
+    A closed form computes a real index of less than 2n in decade i by one fused multiply-add with two rounded
+    constants, each as large as the index at most: three errors of 2n * 2^-24. One index is 0.9 / n * 10^(i-6), so
+    5.4 * 2^-24 * 10^(i-6) in `y`. The thresholds between decades are constants of the order of 10^(i-6), rounded once:
+    within 8 * 2^-24 * 10^(i-6) in all.
+    """
+    top = 10.0 ** np.clip(np.ceil(np.log10(np.maximum(np.abs(y), 1e-7))), -6, 0)
+    return 8 * UNIT * top
+
+
+def block_max(x: Array) -> Array:
+    """The largest magnitude of each block of 256; the last block may be short."""
+    starts = np.arange(0, x.size, BLOCK)
+    return np.maximum.reduceat(np.abs(x), starts) if x.size else np.zeros(0)
+
+
+def per_element(absmax: Array, size: int) -> Array:
+    """Each element's block value."""
+    return np.repeat(absmax, BLOCK)[:size]
+
+
+def decode(codes: npt.NDArray[np.uint8], absmax: npt.NDArray[np.float32], signed: bool) -> Rounded:
+    """What the codes of a tensor stand for: table value times the block's absmax, one float32 product."""
+    product = dynamic_map(signed)[codes].astype(np.float64) * per_element(absmax.astype(np.float64), codes.size)
+    return Rounded.once(product, np.zeros_like(product))
+
+
+def encode(x: Array, signed: bool) -> tuple[npt.NDArray[np.uint8], Array]:
+    """Codes and absmax of `x`: nearest entries; a positive second moment takes the smallest positive code at least."""
+    absmax = block_max(x)
+    scale = per_element(absmax, x.size)
+    y = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
+    codes = nearest(dynamic_map(signed), y)
+    if not signed:
+        codes = np.where((x > 0) & (codes == 0), 1, codes).astype(np.uint8)
+    return codes, absmax
+
+
+def wrong_codes(codes: npt.NDArray[np.uint8], new: Rounded, signed: bool) -> npt.NDArray[np.intp]:
+    """Positions whose code is not the nearest entry to any quotient that float32 may have computed for `new`.
+
+    The quotient y = x * (1 / absmax) has the error of x, the error of absmax (a maximum is as far off as its worst
+    candidate) and two roundings. A code nearest to some y' within d of y is at most 2 d farther from y than the best.
+    """
+    top = block_max(new.value)
+    top_error = per_element(block_max(new.error), new.value.size)
+    top = per_element(top, new.value.size)
+    x = np.where(top > 0, new.value, 0.0)
+    safe = np.where(top > 0, top, 1.0)
+    y = x / safe
+    d = new.error / safe + np.abs(y) * (top_error / safe + 2 * UNIT) + code_slack(y)
+    table = dynamic_map(signed).astype(np.float64)
+    best = np.abs(table[nearest(dynamic_map(signed), y)] - y)
+    good = np.abs(table[codes] - y) <= best + 2 * d
+    if not signed:
+        good = np.where(codes == 0, good & (new.value - new.error <= 0), good | (codes == 1) & (y < table[1]))
+    return np.flatnonzero(~good)
+
+
+# The rules. `p`, `g` and the moments are Rounded; the rest are Python numbers, as the caller gave them.
+
+
+def adam(p: Rounded, g: Rounded, old: Moments, *, decoupled: bool = False, **h: Any) -> tuple[Rounded, Moments]:
+    """arXiv 1412.6980, algorithm 1; weight decay in the gradient, or on the parameter (arXiv 1711.05101)."""
+    lr, (beta1, beta2), t, decay = float(h["lr"]), h["betas"], h["t"], h["weight_decay"]
+    if h.get("maximize", False):
+        g = -g
+    if decay and decoupled:
+        p = p * (1 - lr * decay)
+    elif decay:
+        g = g + p * decay
+    m = old["exp_avg"] * beta1 + g * (1 - beta1)
+    v = old["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
+    # FLT_MIN: m = v = 0 with eps = 0 does not move the parameter, instead of 0 / 0.
+    denominator = (v.sqrt() / (1 - beta2**t) ** 0.5 + h["eps"]).at_least(FLT_MIN)
+    return p - m / denominator * (lr / (1 - beta1**t)), {"exp_avg": m, "exp_avg_sq": v}
+
+
+def adamw(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """arXiv 1711.05101, algorithm 2."""
+    return adam(p, g, old, decoupled=True, **h)
+
+
+def lion(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """arXiv 2302.06675, algorithm 2."""
+    lr, (beta1, beta2), m = float(h["lr"]), h["betas"], old["exp_avg"]
+    if h.get("maximize", False):
+        g = -g
+    if h["weight_decay"]:
+        p = p * (1 - lr * h["weight_decay"])
+    p = p - (m * beta1 + g * (1 - beta1)).sign() * lr
+    return p, {"exp_avg": m * beta2 + g * (1 - beta2)}

@@ -1,0 +1,73 @@
+"""The same bits from every instruction set and any number of threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optim8 import _native
+
+HERE = Path(__file__).parent
+THREADS = ("1", "2", "5")
+
+
+def _run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OPTIM8_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE)
+
+
+@pytest.fixture(scope="module")
+def hashes() -> dict[str, dict[str, dict[str, str]]]:
+    """Instruction set -> threads -> case -> SHA-256 of the results, from one process per instruction set."""
+    found = {}
+    for isa in _native.cpu().isa_info()["available"]:
+        done = _run(isa, "bits_worker.py", *THREADS)
+        assert done.returncode == 0, f"{isa}: {done.stderr}"
+        found[isa] = json.loads(done.stdout)
+    return found
+
+
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(
+    hashes: dict[str, dict[str, dict[str, str]]],
+) -> None:
+    reference = hashes["scalar"]["1"]
+    differing = [
+        f"{isa}, {threads} threads: {case}"
+        for isa, by_threads in hashes.items()
+        for threads, table in by_threads.items()
+        for case, digest in table.items()
+        if digest != reference[case]
+    ]
+    assert not differing, "\n".join(["differ from scalar, 1 thread:", *differing])
+    assert len(set(reference.values())) == len(reference), "two cases gave the same bytes: the table is too tame"
+
+
+@pytest.mark.slow
+def test_every_float32_pattern_has_the_same_code_everywhere() -> None:
+    """2^30 patterns, signed and unsigned."""
+    digests = {}
+    for isa in _native.cpu().isa_info()["available"]:
+        done = _run(isa, "bits_worker.py", "every-pattern")
+        assert done.returncode == 0, f"{isa}: {done.stderr}"
+        digests[isa] = done.stdout
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_the_forced_instruction_set_is_used() -> None:
+    for isa in _native.cpu().isa_info()["available"]:
+        done = _run(isa, "-c", "from optim8 import _native; print(_native.cpu().isa_info()['used'])")
+        assert done.stdout.strip() == isa, done.stderr
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2 ", "no"])
+def test_an_unknown_instruction_set_is_an_error_that_names_the_choices(isa: str) -> None:
+    done = _run(isa, "-c", "from optim8 import _native; _native.cpu()")
+    assert done.returncode != 0
+    assert "OPTIM8_CPU_ISA" in done.stderr
+    assert isa in done.stderr
+    assert "scalar" in done.stderr
