@@ -1,8 +1,247 @@
-// The native half of optim8.functional beyond blockwise codes.
-#include "bind/view.h"
+// The native half of optim8.functional beyond blockwise codes: 4-bit codes, LLM.int8(), maps.
+#include "bind/arguments.h"
+#include "core/codec.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/storage.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
 
 namespace optim8 {
+namespace {
 
-void bind_functional(py::module_& m) { (void)m; }
+Fourbit read_type(const Arguments& check, const std::string& quant_type) {
+    if (quant_type == "nf4") return Fourbit::NF4;
+    if (quant_type == "fp4") return Fourbit::FP4;
+    check.fail("quant_type must be 'nf4' or 'fp4', got '" + quant_type + "'.");
+}
+
+const float* values_of(Fourbit type) {
+    return type == Fourbit::NF4 ? FourbitOf<Fourbit::NF4>::all.value : FourbitOf<Fourbit::FP4>::all.value;
+}
+
+int64_t halves(int64_t size) { return size / 2 + size % 2; }
+
+// Rows handed out at a time: some 64 Ki values.
+int64_t rows_at_once(int64_t columns) { return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, columns)); }
+constexpr int64_t spans_at_once = 16;
+
+template <class Job>
+void run(void (*Kernels::*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t items, int64_t chunk,
+         int threads) {
+    const auto function = kernels().*kernel;
+    const py::gil_scoped_release release;
+    parallel_for(items, chunk, threads, [&](int64_t begin, int64_t end) { function(job, begin, end); });
+}
+
+void quantize_4bit(py::handle A, const std::string& quant_type, int64_t blocksize, py::handle out, py::handle absmax,
+                   int threads) {
+    const Arguments check{"quantize_4bit"};
+    const Fourbit type = read_type(check, quant_type);
+    check.blocksize(blocksize, 32);
+    const View values = check.floats("A", A);
+    const View packed = check.uint8("out", out, halves(values.size));
+    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
+    const Quantize4Job job{values.data,  static_cast<uint8_t*>(packed.data), static_cast<float*>(scales.data),
+                           values.size, blocksize,                           values.storage(),
+                           type};
+    run(&Kernels::quantize_4bit, job, blocks_of(values.size, fourbit_span), spans_at_once, threads);
+}
+
+void dequantize_4bit(py::handle A, py::handle absmax, const std::string& quant_type, int64_t blocksize, py::handle out,
+                     int threads) {
+    const Arguments check{"dequantize_4bit"};
+    const Fourbit type = read_type(check, quant_type);
+    check.blocksize(blocksize, 32);
+    const View values = check.floats("out", out);
+    const View packed = check.uint8("A", A, halves(values.size));
+    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
+    const Dequantize4Job job{static_cast<const uint8_t*>(packed.data), static_cast<const float*>(scales.data),
+                             values_of(type), values.data, values.size, blocksize, values.storage()};
+    run(&Kernels::dequantize_4bit, job, blocks_of(values.size, fourbit_span), spans_at_once, threads);
+}
+
+std::vector<float> widened(const View& values) {
+    std::vector<float> wide(static_cast<size_t>(values.size));
+    for (size_t i = 0; i < wide.size(); ++i) {
+        switch (values.storage()) {
+            case Storage::Float32: wide[i] = static_cast<const float*>(values.data)[i]; break;
+            case Storage::BFloat16: wide[i] = to_float(static_cast<const bfloat16*>(values.data)[i]); break;
+            case Storage::Float16: wide[i] = to_float(static_cast<const float16*>(values.data)[i]); break;
+        }
+    }
+    return wide;
+}
+
+void gemv_4bit(py::handle A, py::handle B, py::handle absmax, py::handle code, int64_t blocksize, py::handle out,
+               int threads) {
+    const Arguments check{"gemv_4bit"};
+    check.blocksize(blocksize, 32);
+    const View vector = check.floats("A", A);
+    const View result = check.floats("out", out);
+    int64_t weights = 0;
+    if (__builtin_mul_overflow(vector.size, result.size, &weights)) check.fail("the weight has too many values.");
+    const View packed = check.uint8("B", B, halves(weights));
+    const View scales = check.float32("absmax", absmax, blocks_of(weights, blocksize));
+    const View table = check.float32("code", code, fourbit_size);
+    const bool whole_groups = vector.size % gemv_group == 0;
+    std::vector<float> wide = widened(vector);
+    if (whole_groups) {
+        std::vector<float> ordered(wide.size());
+        for (size_t at = 0; at < wide.size(); at += gemv_group)
+            for (int64_t turn = 0; turn < 8; ++turn)
+                for (int64_t lane = 0; lane < 16; ++lane)
+                    ordered[at + static_cast<size_t>(16 * turn + lane)] =
+                        wide[at + static_cast<size_t>(gemv_order(turn, lane))];
+        wide.swap(ordered);
+    }
+    const Gemv4Job job{wide.data(),
+                       static_cast<const uint8_t*>(packed.data),
+                       static_cast<const float*>(scales.data),
+                       static_cast<const float*>(table.data),
+                       result.data,
+                       result.size,
+                       vector.size,
+                       blocksize,
+                       result.storage(),
+                       whole_groups};
+    // A multiple of the rows that are worked on together.
+    const int64_t chunk = 4 * rows_at_once(4 * vector.size);
+    run(&Kernels::gemv_4bit, job, result.size, chunk, threads);
+}
+
+void int8_vectorwise_quant(py::handle A, float threshold, py::handle out, py::handle stats, py::handle outliers,
+                           int threads) {
+    const Arguments check{"int8_vectorwise_quant"};
+    const View values = check.floats("A", A);
+    const Rows shape(values);
+    const View codes = check.sized("out", check.int8("out", out), values.size);
+    const View scales = check.float32("stats", stats, shape.rows);
+    if (!outliers.is_none() && !(threshold > 0.0f)) check.fail("threshold must be positive with outliers.");
+    const float limit = outliers.is_none() ? float_of(inf_bits) : threshold;
+    Int8QuantizeJob job{values.data, static_cast<int8_t*>(codes.data), static_cast<float*>(scales.data), nullptr,
+                        shape.rows,  shape.columns,                    limit,                            values.storage()};
+    if (!outliers.is_none()) {
+        const View flags = check.uint8("outliers", outliers, shape.columns);
+        job.outliers = static_cast<uint8_t*>(flags.data);
+        std::fill_n(job.outliers, shape.columns, uint8_t{0});
+        run(&Kernels::int8_outliers, job, shape.rows, rows_at_once(shape.columns), threads);
+    }
+    run(&Kernels::int8_rows, job, shape.rows, rows_at_once(shape.columns), threads);
+}
+
+// threshold 0 means none.
+void int8_columnwise_quant(py::handle A, float threshold, py::handle out, py::handle stats, int threads) {
+    const Arguments check{"int8_columnwise_quant"};
+    const View values = check.floats("A", A);
+    const Rows shape(values);
+    const View codes = check.sized("out", check.int8("out", out), values.size);
+    const View scales = check.float32("stats", stats, shape.columns);
+    const float limit = threshold > 0.0f ? threshold : float_of(inf_bits);
+    const Int8ColumnsJob job{values.data, static_cast<int8_t*>(codes.data), static_cast<float*>(scales.data),
+                             shape.rows,  shape.columns,                    limit,
+                             values.storage()};
+    run(&Kernels::int8_columns, job, blocks_of(shape.columns, 64), 1, threads);
+}
+
+void int8_vectorwise_dequant(py::handle A, py::handle stats, py::handle out, int threads) {
+    const Arguments check{"int8_vectorwise_dequant"};
+    const View codes = check.int8("A", A);
+    const Rows shape(codes);
+    const View scales = check.float32("stats", stats, shape.rows);
+    const View values = check.float32("out", out, codes.size);
+    const Int8DequantizeJob job{static_cast<const int8_t*>(codes.data), static_cast<const float*>(scales.data),
+                                static_cast<float*>(values.data), shape.rows, shape.columns};
+    run(&Kernels::int8_dequantize, job, shape.rows, rows_at_once(shape.columns), threads);
+}
+
+void int8_mm_dequant(py::handle A, py::handle row_stats, py::handle col_stats, py::handle bias, py::handle out,
+                     int threads) {
+    const Arguments check{"int8_mm_dequant"};
+    const View sums = check.int32("A", A);
+    const Rows shape(sums);
+    const View rows = check.float32("row_stats", row_stats, shape.rows);
+    const View columns = check.float32("col_stats", col_stats, shape.columns);
+    const float* added = nullptr;
+    if (!bias.is_none()) added = static_cast<const float*>(check.float32("bias", bias, shape.columns).data);
+    const View values = check.sized("out", check.floats("out", out), sums.size);
+    const Int8ScaleJob job{static_cast<const int32_t*>(sums.data),
+                           static_cast<const float*>(rows.data),
+                           static_cast<const float*>(columns.data),
+                           added,
+                           values.data,
+                           shape.rows,
+                           shape.columns,
+                           values.storage()};
+    run(&Kernels::int8_scale, job, shape.rows, rows_at_once(shape.columns), threads);
+}
+
+void int8_linear_matmul(py::handle A, py::handle B, py::handle out, int threads) {
+    const Arguments check{"int8_linear_matmul"};
+    const View a = check.int8("A", A), b = check.int8("B", B);
+    const Rows left(a), right(b);
+    if (left.columns != right.columns)
+        check.fail("A and B must have the same number of columns, got " + a.describe() + " and " + b.describe() + ".");
+    const View sums = check.sized("out", check.int32("out", out), left.rows * right.rows);
+    const Int8ProductJob job{static_cast<const int8_t*>(a.data), static_cast<const int8_t*>(b.data),
+                             static_cast<int32_t*>(sums.data), left.rows, right.rows, left.columns};
+    run(&Kernels::int8_product, job, left.rows, 1, threads);
+}
+
+std::vector<float> fourbit_map(const std::string& quant_type) {
+    const float* values = values_of(read_type(Arguments{"fourbit_map"}, quant_type));
+    return std::vector<float>(values, values + fourbit_size);
+}
+
+// The dynamic code with other numbers of bits: as core/codec.h has it, decades of 10, each split evenly into twice as
+// many cells as the one below. Bits that the exponent does not need refine the top decade by a grid of its own.
+std::vector<float> dynamic_map(bool with_sign, int max_exponent_bits, int total_bits) {
+    const Arguments check{"create_dynamic_map"};
+    if (total_bits < 2 || total_bits > 8 || max_exponent_bits < 1 || max_exponent_bits >= total_bits)
+        check.fail("needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits < total_bits, got total_bits=" +
+                   std::to_string(total_bits) + ", max_exponent_bits=" + std::to_string(max_exponent_bits) + ".");
+    const int first = 1 << (total_bits - max_exponent_bits - (with_sign ? 1 : 0));
+    std::vector<float> map = {0.0f, 1.0f};
+    const auto add_grid = [&](int cells, float scale) {
+        for (int j = 0; j < cells; ++j) {
+            const float value = scale * cell_centre(j, cells);
+            map.push_back(value);
+            if (with_sign) map.push_back(-value);
+        }
+    };
+    for (int i = 0; i < max_exponent_bits; ++i)
+        add_grid(first << i, static_cast<float>(decade_scale[decades - max_exponent_bits + i]));
+    add_grid(first - (with_sign ? 1 : 2), static_cast<float>(decade_scale[decades - 1]));
+    map.resize(code_size, 0.0f);
+    std::sort(map.begin(), map.end());
+    return map;
+}
+
+}  // namespace
+
+void bind_functional(py::module_& m) {
+    using py::arg;
+    m.def("quantize_4bit", &quantize_4bit, arg("A"), arg("quant_type"), arg("blocksize"), arg("out"), arg("absmax"),
+          arg("threads"));
+    m.def("dequantize_4bit", &dequantize_4bit, arg("A"), arg("absmax"), arg("quant_type"), arg("blocksize"), arg("out"),
+          arg("threads"));
+    m.def("gemv_4bit", &gemv_4bit, arg("A"), arg("B"), arg("absmax"), arg("code"), arg("blocksize"), arg("out"),
+          arg("threads"));
+    m.def("int8_vectorwise_quant", &int8_vectorwise_quant, arg("A"), arg("threshold"), arg("out"), arg("stats"),
+          arg("outliers"), arg("threads"));
+    m.def("int8_columnwise_quant", &int8_columnwise_quant, arg("A"), arg("threshold"), arg("out"), arg("stats"),
+          arg("threads"));
+    m.def("int8_vectorwise_dequant", &int8_vectorwise_dequant, arg("A"), arg("stats"), arg("out"), arg("threads"));
+    m.def("int8_mm_dequant", &int8_mm_dequant, arg("A"), arg("row_stats"), arg("col_stats"), arg("bias"), arg("out"),
+          arg("threads"));
+    m.def("int8_linear_matmul", &int8_linear_matmul, arg("A"), arg("B"), arg("out"), arg("threads"));
+    m.def("fourbit_map", &fourbit_map, arg("quant_type"), "The 16 values of a 4-bit code.");
+    m.def("dynamic_map", &dynamic_map, arg("signed"), arg("max_exponent_bits"), arg("total_bits"),
+          "The dynamic code with other numbers of bits, padded with zeros to 256 values.");
+}
 
 }  // namespace optim8

@@ -3,10 +3,12 @@
 #pragma once
 
 #include "core/row.h"
+#include "cpu/kernels_functional.h"
 
 namespace optim8 {
 
-enum class CodeKind : uint8_t { Signed, Unsigned, Any };
+// The codes of core/codec.h, or any table of 256 sorted values.
+enum class CodeKind : uint8_t { Signed, Unsigned, Positive, Any };
 
 struct QuantizeJob {
     const void* values;
@@ -45,4 +47,5 @@ struct EncodeJob {
     X(step_blocks, Row) \
     X(quantize_blocks, QuantizeJob) \
     X(dequantize_blocks, DequantizeJob) \
-    X(encode_groups, EncodeJob)
+    X(encode_groups, EncodeJob) \
+    OPTIM8_FUNCTIONAL_KERNELS(X)
