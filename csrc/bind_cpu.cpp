@@ -67,13 +67,18 @@ void check_blocksize(const char* who, int64_t blocksize) {
 int64_t chunk_of(int64_t blocksize) { return std::max<int64_t>(1, (1 << 16) / blocksize); }
 
 void quantize_blockwise(py::handle A, py::handle code, int64_t blocksize, py::handle out, py::handle absmax,
-                        int threads) {
+                        int threads, bool keep_positive) {
     constexpr const char* who = "quantize_blockwise";
     check_blocksize(who, blocksize);
     const View values = contiguous_cpu(who, "A", A);
     if (!values.has_storage())
         fail(std::string(who) + ": A must be float32, bfloat16 or float16, got " + values.describe() + ".");
-    const Table table = read_code(who, code, true);
+    Table table = read_code(who, code, true);
+    if (keep_positive) {
+        if (table.kind != CodeKind::Unsigned)
+            fail(std::string(who) + ": keep_positive needs the unsigned dynamic map as code.");
+        table.kind = CodeKind::Positive;
+    }
     const View codes = contiguous_cpu(who, "out", out);
     if (!codes.is_uint8()) fail(std::string(who) + ": out must be uint8, got " + codes.describe() + ".");
     check_size(who, "out", codes, values.size);
@@ -162,7 +167,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("isa_info", &isa_info, "Instruction sets: compiled, available on this machine, used.");
     m.def("dynamic_map", &dynamic_map, py::arg("signed"), "The 256 values of the dynamic code.");
     m.def("quantize_blockwise", &quantize_blockwise, py::arg("A"), py::arg("code"), py::arg("blocksize"),
-          py::arg("out"), py::arg("absmax"), py::arg("threads"));
+          py::arg("out"), py::arg("absmax"), py::arg("threads"), py::arg("keep_positive") = false);
     m.def("dequantize_blockwise", &dequantize_blockwise, py::arg("A"), py::arg("absmax"), py::arg("code"),
           py::arg("blocksize"), py::arg("out"), py::arg("threads"));
     m.def("encode_quotients", &encode_quotients, py::arg("quotients"), py::arg("out"), py::arg("signed"),

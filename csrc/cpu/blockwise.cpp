@@ -49,11 +49,17 @@ inline uint8_t search(float y, const float* middle) {
     return static_cast<uint8_t>(found);
 }
 
+constexpr Code code_of(CodeKind kind) {
+    return kind == CodeKind::Signed ? Code::Signed : kind == CodeKind::Unsigned ? Code::Unsigned : Code::Positive;
+}
+
 template <CodeKind kind>
 OPTIM8_HD uint8_t encode_one(float x, float reciprocal, const float* middle) {
-    if (kind == CodeKind::Signed) return encode<Code::Signed>(x, reciprocal, Tables<Code::Signed>::all);
-    if (kind == CodeKind::Unsigned) return encode<Code::Unsigned>(x, reciprocal, Tables<Code::Unsigned>::all);
-    return search(x * reciprocal, middle);
+    if constexpr (kind != CodeKind::Any) {
+        return encode<code_of(kind)>(x, reciprocal, Tables<code_of(kind)>::all);
+    } else {
+        return search(x * reciprocal, middle);
+    }
 }
 
 // A block with NaN or infinity in it: NaN is stored as 0 is, an infinity as the last code of its sign.
@@ -77,7 +83,7 @@ OPTIM8_HD void encode_values(const T* values, float scale, float reciprocal, con
     } else {
         F x[lanes];
         for (int j = 0; j < lanes; ++j) x[j] = load(values + j * width) * F(scale);
-        encode_group<kind == CodeKind::Signed ? Code::Signed : Code::Unsigned>(x, reciprocal, codes);
+        encode_group<code_of(kind)>(x, reciprocal, codes);
     }
 }
 
@@ -117,6 +123,8 @@ void quantize_storage(const QuantizeJob& job, int64_t begin, int64_t end) {
             return quantize_range<CodeKind::Signed, T>(job, begin, end);
         case CodeKind::Unsigned:
             return quantize_range<CodeKind::Unsigned, T>(job, begin, end);
+        case CodeKind::Positive:
+            return quantize_range<CodeKind::Positive, T>(job, begin, end);
         case CodeKind::Any:
             return quantize_range<CodeKind::Any, T>(job, begin, end);
     }
@@ -128,7 +136,7 @@ OPTIM8_HD void decode_values(const uint8_t* codes, float absmax, const float* co
         for (int i = 0; i < group; ++i) out[i] = from_float<T>(code[codes[i]] * absmax);
     } else {
         F x[lanes];
-        decode_group<kind == CodeKind::Signed ? Code::Signed : Code::Unsigned>(codes, x);
+        decode_group<code_of(kind)>(codes, x);
         for (int j = 0; j < lanes; ++j) store(out + j * width, x[j] * F(absmax));
     }
 }
@@ -155,6 +163,7 @@ void dequantize_storage(const DequantizeJob& job, int64_t begin, int64_t end) {
         case CodeKind::Signed:
             return dequantize_range<CodeKind::Signed, T>(job, begin, end);
         case CodeKind::Unsigned:
+        case CodeKind::Positive:
             return dequantize_range<CodeKind::Unsigned, T>(job, begin, end);
         case CodeKind::Any:
             return dequantize_range<CodeKind::Any, T>(job, begin, end);

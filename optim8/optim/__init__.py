@@ -1,0 +1,7 @@
+"""The optimizers: drop-in replacements for those of torch.optim, with state in 8 bits."""
+
+from optim8.optim.adam import Adam8bit, AdamW8bit
+from optim8.optim.base import BlockwiseOptimizer
+from optim8.optim.lion import Lion8bit
+
+__all__ = ["Adam8bit", "AdamW8bit", "BlockwiseOptimizer", "Lion8bit"]

@@ -1,0 +1,91 @@
+"""Adam and AdamW with 8-bit state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optim8.optim.base import BlockwiseOptimizer
+from optim8.optim.options import MIN_8BIT_SIZE
+from optim8.optim.states import EXP_AVG, EXP_AVG_SQ
+
+_ARGS = """
+
+    Args:
+        params: parameters, named parameters or groups, as for torch.optim. float32, bfloat16 or float16.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the square root of the second moment.
+        weight_decay: {decay}
+        amsgrad, differentiable: must be False.
+        foreach, fused: accepted; every step is one fused call over all tensors, whatever they say.
+        maximize: ascend instead of descend.
+        capturable: for CUDA parameters only.
+        min_8bit_size: tensors of fewer values keep 32-bit state.
+        optim_bits: 8, or 32 for state in float32.
+
+    Each can be set by parameter group. State: `step`, and `exp_avg`, `exp_avg_sq` as uint8 codes with one float32
+    `_absmax` for each 256 values, or as float32.
+
+    Raises:
+        ValueError: an argument cannot be honoured.
+"""
+
+
+class _AdamFamily(BlockwiseOptimizer):
+    moments = (EXP_AVG, EXP_AVG_SQ)
+
+
+class Adam8bit(_AdamFamily):
+    __doc__ = (
+        "torch.optim.Adam (Kingma and Ba, arXiv 1412.6980) with 8-bit blockwise state (arXiv 2110.02861)."
+        + _ARGS.format(decay="L2 penalty, added to the gradient.")
+    )
+    rule = "adam"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        optim_bits: int = 8,
+    ) -> None:
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, defaults)
+
+
+class AdamW8bit(_AdamFamily):
+    __doc__ = (
+        "torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101) with 8-bit blockwise state (arXiv 2110.02861)."
+        + _ARGS.format(decay="decoupled weight decay: parameters shrink by the factor 1 - lr * weight_decay.")
+    )
+    rule = "adamw"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        optim_bits: int = 8,
+    ) -> None:
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, defaults)

@@ -1,0 +1,162 @@
+"""The machinery of every optimizer: groups, state, the step, checkpoints. A subclass is a declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+
+from optim8 import _native
+from optim8.optim import checkpoint, options, states
+from optim8.optim.states import Moment
+
+
+class BlockwiseOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step is one native call over all its tensors, with state in 8 or 32 bits.
+
+    A subclass names its rule (one of csrc/core/rules/all.h) and the rule's states, and passes its defaults up.
+    """
+
+    rule: ClassVar[str]
+    moments: ClassVar[tuple[Moment, ...]]
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        _native.cpu()  # a missing build is an error here, not at the first step
+        options.check_group(type(self).__name__, defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in options.EXTRA_DEFAULTS.items():
+                group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch.optim does; its options are checked before anything changes.
+
+        Raises:
+            ValueError: an option or a parameter cannot be honoured.
+        """
+        count = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[count]
+        try:
+            options.check_group(type(self).__name__, group)
+            for index, param in enumerate(group["params"]):
+                options.check_param(type(self).__name__, count, index, param)
+        except (TypeError, ValueError):
+            del self.param_groups[count]
+            raise
+
+    def precision(self, param: torch.Tensor) -> str:
+        """How the state of `param` is kept, or will be once it has had a gradient: "8bit" or "32bit".
+
+        Raises:
+            ValueError: the optimizer does not have this parameter.
+        """
+        entry = self.state.get(param)
+        if entry:
+            return "8bit" if self.moments[0].absmax in entry else "32bit"
+        for group in self.param_groups:
+            if any(param is candidate for candidate in group["params"]):
+                return "8bit" if _wants_8bit(group, param) else "32bit"
+        raise ValueError(f"{type(self).__name__}.precision: the tensor must be a parameter of this optimizer.")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew and returns it, as for torch.optim.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            ValueError: a parameter, gradient or state cannot be stepped; names the parameter. Nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        relaid: list[dict[int, torch.Tensor]] = [{} for _ in self.param_groups]
+        hypers = [self._hyper(group) for group in self.param_groups]
+        table, wanted = self._gather(hypers, relaid)
+        if any(w.state or w.layout for w in wanted):
+            for group, missing, copies in zip(self.param_groups, wanted, relaid, strict=True):
+                copies.update({i: _in_layout_of(group["params"][i]) for i in missing.layout})
+            for group, missing in zip(self.param_groups, self._gather(hypers, relaid)[1], strict=True):
+                self._allocate(group, missing.state)
+            table, _ = self._gather(hypers, relaid)
+        table.run_cpu(_native.threads())
+        return loss
+
+    def _hyper(self, group: dict[str, Any]) -> Any:
+        owner = type(self).__name__
+        if group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
+            raise ValueError(f"{owner}: capturable=True needs CUDA parameters, got one on cpu. Use capturable=False.")
+        return _native.cpu().Hyper(
+            lr=float(group["lr"]),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=float(group.get("eps", 0.0)),
+            weight_decay=float(group["weight_decay"]),
+            maximize=bool(group["maximize"]),
+        )
+
+    def _gather(self, hypers: Sequence[Any], relaid: Sequence[dict[int, torch.Tensor]]) -> tuple[Any, list[Any]]:
+        """All tensors of a step as one native table, and for each group what is still missing."""
+        table = _native.cpu().StepTable()
+        owner = type(self).__name__
+        wanted = [
+            table.add(group["params"], self.state, self.rule, hyper, owner, index, copies)
+            for index, (group, hyper, copies) in enumerate(zip(self.param_groups, hypers, relaid, strict=True))
+        ]
+        return table, wanted
+
+    def _allocate(self, group: dict[str, Any], indices: Sequence[int]) -> None:
+        """Zero state for parameters of a group, all of one device in one go."""
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for index in indices:
+            param = group["params"][index]
+            by_device.setdefault(param.device, []).append(param)
+        for params in by_device.values():
+            entries = states.allocate(self.moments, [(param, _wants_8bit(group, param)) for param in params])
+            for param, entry in zip(params, entries, strict=True):
+                self.state[param] = entry
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, bit for bit.
+
+        State keeps the precision it was saved in. The dict is checked whole before the optimizer changes.
+
+        Raises:
+            ValueError: the dict does not fit; names the first key that does not.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        owner = f"{type(self).__name__}.load_state_dict"
+        groups = checkpoint.merged_groups(owner, self.param_groups, deepcopy(state_dict["param_groups"]))
+        for group in groups:
+            options.check_group(owner, {**options.EXTRA_DEFAULTS, **group})
+        state = checkpoint.loaded_state(owner, self.moments, state_dict, groups)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+
+def _wants_8bit(group: dict[str, Any], param: torch.Tensor) -> bool:
+    return bool(group["optim_bits"] == 8 and param.numel() >= group["min_8bit_size"])
+
+
+def _in_layout_of(param: torch.Tensor) -> torch.Tensor:
+    grad = param.grad
+    if grad is None:
+        raise RuntimeError("the gradient of a parameter vanished while it was being stepped.")
+    copy = torch.empty_strided(tuple(param.shape), param.stride(), dtype=grad.dtype, device=grad.device)
+    return copy.copy_(grad)

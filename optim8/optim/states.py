@@ -1,0 +1,127 @@
+"""Optimizer state as tensors: what a state is, its allocation, and its conversion between layouts.
+
+Moments in 8 bits are `name` (uint8 codes of the parameter's shape and strides) and `name_absmax` (float32, one for
+each 256 consecutive values in memory order); in 32 bits `name` alone, float32. The tensors of one allocation are
+views of a few flat arenas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optim8 import _native
+
+BLOCK = 256  # values of one absmax; csrc/core/codec.h, step_block
+_ALIGN = 64  # bytes; a cache line, and the width of the widest vector
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One state of a rule: its name, and whether its code is signed."""
+
+    name: str
+    signed: bool
+
+    @property
+    def absmax(self) -> str:
+        return f"{self.name}_absmax"
+
+    @property
+    def zero(self) -> int:
+        """The code of 0: the middle of the signed map, the start of the unsigned one."""
+        return 127 if self.signed else 0
+
+
+EXP_AVG = Moment("exp_avg", signed=True)
+EXP_AVG_SQ = Moment("exp_avg_sq", signed=False)
+
+
+def blocks(size: int) -> int:
+    """Blocks of a tensor of `size` values."""
+    return -(-size // BLOCK)
+
+
+class _Arena:
+    """Collects wanted tensors of one dtype, then cuts them from one allocation."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, fill: int = 0) -> None:
+        self.dtype, self.device, self.fill = dtype, device, fill
+        self.size = 0
+        self.cuts: list[Callable[[torch.Tensor], None]] = []
+
+    def want(self, entry: dict[str, Any], name: str, shape: Sequence[int], stride: Sequence[int]) -> None:
+        at = self.size
+        step = _ALIGN // self.dtype.itemsize
+        self.size += -(-math.prod(shape) // step) * step
+
+        def cut(flat: torch.Tensor) -> None:
+            entry[name] = flat.as_strided(shape, stride, at)
+
+        self.cuts.append(cut)
+
+    def allocate(self) -> None:
+        flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
+        for cut in self.cuts:
+            cut(flat)
+
+
+def allocate(moments: Sequence[Moment], wanted: Sequence[tuple[torch.Tensor, bool]]) -> list[dict[str, Any]]:
+    """Zero state for parameters of one device, in order.
+
+    Args:
+        moments: the states of the rule.
+        wanted: (parameter, whether its state is 8-bit).
+
+    Returns:
+        For each parameter its state: `step` (float32, 0-dim, on the CPU) and the tensors of every moment.
+    """
+    if not wanted:
+        return []
+    device = wanted[0][0].device
+    steps = _Arena(torch.float32, torch.device("cpu"))
+    codes = {moment: _Arena(torch.uint8, device, moment.zero) for moment in moments}
+    floats = _Arena(torch.float32, device)
+    entries: list[dict[str, Any]] = []
+    for param, in_8_bits in wanted:
+        entry: dict[str, Any] = {}
+        shape, stride = tuple(param.shape), tuple(param.stride())
+        steps.want(entry, "step", (), ())
+        for moment in moments:
+            if in_8_bits:
+                codes[moment].want(entry, moment.name, shape, stride)
+                floats.want(entry, moment.absmax, (blocks(param.numel()),), (1,))
+            else:
+                floats.want(entry, moment.name, shape, stride)
+        entries.append(entry)
+    for arena in (steps, *codes.values(), floats):
+        arena.allocate()
+    return entries
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a dense tensor in memory order, as a view of one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def dequantize(moment: Moment, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """A moment in float32, of the shape and strides of its codes."""
+    out = torch.empty_strided(tuple(codes.shape), codes.stride(), dtype=torch.float32, device=codes.device)
+    native = _native.module_for(codes.device, "optim8")
+    table = torch.tensor(native.dynamic_map(moment.signed), dtype=torch.float32, device=codes.device)
+    native.dequantize_blockwise(flat(codes), absmax, table, BLOCK, flat(out), _native.threads())
+    return out
+
+
+def quantize(moment: Moment, values: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Fill codes and absmax from float32 values of the same shape and strides. A positive value of an unsigned
+    moment never becomes 0."""
+    native = _native.module_for(values.device, "optim8")
+    table = torch.tensor(native.dynamic_map(moment.signed), dtype=torch.float32, device=values.device)
+    native.quantize_blockwise(
+        flat(values), table, BLOCK, flat(codes), absmax, _native.threads(), keep_positive=not moment.signed
+    )
