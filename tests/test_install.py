@@ -1,4 +1,4 @@
-"""The installed package: its parts are of one version, `python -m optim8` tells the truth, and the sdist holds all a build needs."""
+"""The installed package: of one version, honest in `python -m optim8`, and complete as a source distribution."""
 
 from __future__ import annotations
 
