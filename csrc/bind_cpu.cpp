@@ -139,7 +139,8 @@ void encode_quotients(py::handle quotients, py::handle out, bool with_sign, int 
                         with_sign ? CodeKind::Signed : CodeKind::Unsigned};
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
-    parallel_for((values.size + 63) / 64, 1024, threads, [&](int64_t b, int64_t e) { use.encode_groups(job, b, e); });
+    parallel_for(blocks_of(values.size, step_block), 256, threads,
+                 [&](int64_t b, int64_t e) { use.encode_blocks(job, b, e); });
 }
 
 std::vector<float> dynamic_map(bool with_sign) {

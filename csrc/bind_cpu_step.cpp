@@ -170,6 +170,7 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
         row.scalars = scalars;
         if (!p.on_cpu()) place.fail("is " + p.describe() + ", and this build steps CPU tensors only.");
         rows_.push_back(row);
+        params_.append(py::handle(param));
         steps_.push_back(static_cast<float*>(step.data));
         next_steps_.push_back(next);
     }
@@ -219,6 +220,7 @@ void bind_step(py::module_& m) {
             py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("hyper"), py::arg("owner"), py::arg("group"),
             py::arg("relaid"))
         .def("run_cpu", &StepTable::run_cpu, py::arg("threads"))
+        .def_property_readonly("params", &StepTable::params)
         .def("__len__", [](const StepTable& table) { return table.rows().size(); });
 }
 

@@ -26,12 +26,14 @@ class StepTable {
     void run_cpu(int threads);
 
     const std::vector<Row>& rows() const { return rows_; }
+    // The parameters of the rows, in order.
+    const py::list& params() const { return params_; }
 
   private:
-    struct Cursor;
     std::vector<Row> rows_;
     std::vector<float*> steps_;  // where each row's step is counted
     std::vector<float> next_steps_;
+    py::list params_;
 };
 
 }  // namespace optim8

@@ -1,7 +1,7 @@
 // Blockwise quantization of values to 8-bit codes and back: the functional API's kernels. The dynamic code takes the
 // closed form; any other table of 256 sorted values is searched.
+#include "cpu/blocks.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
 
 #include <algorithm>
 #include <cstring>
@@ -9,37 +9,7 @@
 OPTIM8_BEGIN
 namespace {
 
-constexpr int lanes = group / width;
-
-// Zero-padded copies of the last values, fewer than a group, so that the loops know whole groups only.
-template <class T>
-struct Padded {
-    T values[group] = {};
-    Padded(const T* from, int64_t n) { std::memcpy(values, from, static_cast<size_t>(n) * sizeof(T)); }
-};
-
-template <class T>
-uint32_t largest_bits(const T* values, int64_t n) {
-    U largest(0u);
-    int64_t i = 0;
-    for (; i + group <= n; i += group)
-        for (int j = 0; j < lanes; ++j) largest = maximum(largest, magnitude_bits(load(values + i + j * width)));
-    if (i < n) {
-        const Padded<T> rest(values + i, n - i);
-        for (int j = 0; j < lanes; ++j) largest = maximum(largest, magnitude_bits(load(rest.values + j * width)));
-    }
-    return reduce_max(largest);
-}
-
-template <class T>
-uint32_t largest_finite_bits(const T* values, int64_t n) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = magnitude_bits(to_float(values[i]));
-        if (bits < inf_bits) largest = maximum(largest, bits);
-    }
-    return largest;
-}
+constexpr int lanes = code_group / width;
 
 // Nearest entry of any sorted table: the number of midpoints below y. The readable reference of all encoders.
 inline uint8_t search(float y, const float* middle) {
@@ -79,7 +49,7 @@ void encode_checked(const T* values, int64_t n, Normalizer normal, const float* 
 template <CodeKind kind, class T>
 OPTIM8_HD void encode_values(const T* values, float scale, float reciprocal, const float* middle, uint8_t* codes) {
     if constexpr (kind == CodeKind::Any) {
-        for (int i = 0; i < group; ++i) codes[i] = search(to_float(values[i]) * scale * reciprocal, middle);
+        for (int i = 0; i < code_group; ++i) codes[i] = search(to_float(values[i]) * scale * reciprocal, middle);
     } else {
         F x[lanes];
         for (int j = 0; j < lanes; ++j) x[j] = load(values + j * width) * F(scale);
@@ -91,16 +61,16 @@ template <CodeKind kind, class T>
 void quantize_block(const T* values, int64_t n, const float* middle, uint8_t* codes, float* absmax) {
     uint32_t largest = largest_bits(values, n);
     const bool finite = largest < inf_bits;
-    if (!finite) largest = largest_finite_bits(values, n);
+    if (!finite) largest = largest_bits_below(values, n, inf_bits);
     *absmax = float_of(largest);
     const Normalizer normal = normalizer(*absmax);
     if (!finite) return encode_checked<kind>(values, n, normal, middle, codes);
     int64_t i = 0;
-    for (; i + group <= n; i += group)
+    for (; i + code_group <= n; i += code_group)
         encode_values<kind>(values + i, normal.scale, normal.reciprocal, middle, codes + i);
     if (i < n) {
         const Padded<T> rest(values + i, n - i);
-        uint8_t out[group];
+        uint8_t out[code_group];
         encode_values<kind>(rest.values, normal.scale, normal.reciprocal, middle, out);
         std::memcpy(codes + i, out, static_cast<size_t>(n - i));
     }
@@ -133,7 +103,7 @@ void quantize_storage(const QuantizeJob& job, int64_t begin, int64_t end) {
 template <CodeKind kind, class T>
 OPTIM8_HD void decode_values(const uint8_t* codes, float absmax, const float* code, T* out) {
     if constexpr (kind == CodeKind::Any) {
-        for (int i = 0; i < group; ++i) out[i] = from_float<T>(code[codes[i]] * absmax);
+        for (int i = 0; i < code_group; ++i) out[i] = from_float<T>(code[codes[i]] * absmax);
     } else {
         F x[lanes];
         decode_group<code_of(kind)>(codes, x);
@@ -147,10 +117,11 @@ void dequantize_range(const DequantizeJob& job, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
         const int64_t stop = std::min((b + 1) * job.blocksize, job.size);
         int64_t i = b * job.blocksize;
-        for (; i + group <= stop; i += group) decode_values<kind>(job.codes + i, job.absmax[b], job.code, values + i);
+        for (; i + code_group <= stop; i += code_group)
+            decode_values<kind>(job.codes + i, job.absmax[b], job.code, values + i);
         if (i < stop) {
             const Padded<uint8_t> rest(job.codes + i, stop - i);
-            T out[group];
+            T out[code_group];
             decode_values<kind>(rest.values, job.absmax[b], job.code, out);
             std::memcpy(values + i, out, static_cast<size_t>(stop - i) * sizeof(T));
         }
@@ -194,11 +165,12 @@ void dequantize_blocks(const DequantizeJob& job, int64_t begin, int64_t end) {
     }
 }
 
-void encode_groups(const EncodeJob& job, int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-        const int64_t at = g * group, n = std::min<int64_t>(group, job.size - at);
+void encode_blocks(const EncodeJob& job, int64_t begin, int64_t end) {
+    const int64_t stop = std::min(end * step_block, job.size);
+    for (int64_t at = begin * step_block; at < stop; at += code_group) {
+        const int64_t n = std::min<int64_t>(code_group, stop - at);
         const Padded<float> quotients(job.quotients + at, n);
-        uint8_t codes[group];
+        uint8_t codes[code_group];
         if (job.kind == CodeKind::Signed)
             encode_values<CodeKind::Signed>(quotients.values, 1.0f, 1.0f, nullptr, codes);
         else

@@ -42,10 +42,10 @@ struct EncodeJob {
 }  // namespace optim8
 
 // X(name, job type): void name(const job&, first item, one past the last item).
-//   step_blocks, quantize_blocks, dequantize_blocks: items are blocks.   encode_groups: items are groups of 64 values.
+//   step_blocks, quantize_blocks, dequantize_blocks: items are blocks.   encode_blocks: items are runs of 256 values.
 #define OPTIM8_KERNELS(X) \
     X(step_blocks, Row) \
     X(quantize_blocks, QuantizeJob) \
     X(dequantize_blocks, DequantizeJob) \
-    X(encode_groups, EncodeJob) \
+    X(encode_blocks, EncodeJob) \
     OPTIM8_FUNCTIONAL_KERNELS(X)

@@ -1,6 +1,6 @@
 // The vector types of the instruction set this file is compiled for: F (float32), I (int32), U (uint32), each of
 // `width` lanes, with the operations of core/scalar.h; loads and stores of the storage types; and the two codec
-// primitives over a group of 64 values, decode_group and encode_group.
+// primitives over `code_group` values, decode_group and encode_group.
 #pragma once
 
 #include "core/codec.h"
@@ -8,7 +8,6 @@
 
 OPTIM8_BEGIN
 constexpr int group = 64;
-static_assert(step_block % group == 0, "blocks are whole groups");
 OPTIM8_END
 
 #if defined(__AVX512VBMI__)
@@ -18,3 +17,7 @@ OPTIM8_END
 #else
 #include "cpu/simd_scalar.h"
 #endif
+
+OPTIM8_BEGIN
+static_assert(step_block % code_group == 0, "blocks are whole groups");
+OPTIM8_END

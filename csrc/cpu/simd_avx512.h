@@ -12,6 +12,7 @@
 OPTIM8_BEGIN
 
 constexpr int width = 16;
+constexpr int code_group = 64;  // one vector of codes
 
 struct F {
     __m512 v;
@@ -99,7 +100,7 @@ OPTIM8_HD __m512i at(const void* table, int quarter) {
 }
 
 template <Code code>
-OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[group / width]) {
+OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) {
     const Planes& planes = PlanesOf<code>::all;
     // The byte interleaving below works within 128-bit lanes; transposing 4-byte runs first makes it come out in order.
     const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -144,7 +145,7 @@ OPTIM8_HD __m512i pick(const void* table, __m512i zone) {
 }
 
 template <Code code>
-OPTIM8_HD void encode_group(const F (&x)[group / width], float reciprocal, uint8_t* codes) {
+OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, uint8_t* codes) {
     const CodeTables& t = Tables<code>::all;
     const __m512 tiny = _mm512_set1_ps(smallest_quotient);
     __m512i magnitude[4], quotient[4];

@@ -7,6 +7,7 @@ using F = float;
 using I = int32_t;
 using U = uint32_t;
 constexpr int width = 1;
+constexpr int code_group = 64;
 
 template <class T>
 OPTIM8_HD F load(const T* from) {
@@ -19,13 +20,13 @@ OPTIM8_HD void store(T* to, F x) {
 OPTIM8_HD uint32_t reduce_max(U x) { return x; }
 
 template <Code code>
-OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[group]) {
-    for (int i = 0; i < group; ++i) out[i] = Tables<code>::all.value[codes[i]];
+OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group]) {
+    for (int i = 0; i < code_group; ++i) out[i] = Tables<code>::all.value[codes[i]];
 }
 
 template <Code code>
-OPTIM8_HD void encode_group(const F (&x)[group], float reciprocal, uint8_t* codes) {
-    for (int i = 0; i < group; ++i) codes[i] = encode<code>(x[i], reciprocal, Tables<code>::all);
+OPTIM8_HD void encode_group(const F (&x)[code_group], float reciprocal, uint8_t* codes) {
+    for (int i = 0; i < code_group; ++i) codes[i] = encode<code>(x[i], reciprocal, Tables<code>::all);
 }
 
 OPTIM8_END

@@ -13,7 +13,7 @@
 OPTIM8_BEGIN
 namespace {
 
-constexpr int lanes = group / width;
+constexpr int lanes = code_group / width;
 
 // A block between its two passes.
 template <class Rule>
@@ -90,7 +90,7 @@ OPTIM8_HD void advance(Block<Rule>& block, P* param, const G* grad, const Scalar
         absmax[s] = F(*block.absmax[s]);
         largest[s] = U(0u);
     }
-    for (int at = 0; at < step_block; at += group) {
+    for (int at = 0; at < step_block; at += code_group) {
         F state[Rule::states][lanes];
         decode_states<0, Rule>(block, absmax, at, state);
         for (int j = 0; j < lanes; ++j) {
@@ -123,7 +123,7 @@ OPTIM8_HD void seal(Block<Rule>& block) {
         const Normalizer normal = normalizer(block.new_absmax[s]);
         if (__builtin_expect(normal.scale != 1.0f, 0))
             for (float& x : block.state[s]) x *= normal.scale;
-        for (int at = 0; at < step_block; at += group) {
+        for (int at = 0; at < step_block; at += code_group) {
             F x[lanes];
             for (int j = 0; j < lanes; ++j) x[j] = load(block.state[s] + at + j * width);
             encode_group<Rule::codes[s]>(x, normal.reciprocal, block.codes[s] + at);

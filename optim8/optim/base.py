@@ -65,7 +65,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         raise ValueError(f"{type(self).__name__}.precision: the tensor must be a parameter of this optimizer.")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
@@ -91,6 +91,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 self._allocate(group, missing.state)
             table, _ = self._gather(hypers, relaid)
         table.run_cpu(_native.threads())
+        # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.
+        torch.autograd.graph.increment_version(table.params)
         return loss
 
     def _hyper(self, group: dict[str, Any]) -> Any:
@@ -130,7 +132,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, bit for bit.
 
-        State keeps the precision it was saved in. The dict is checked whole before the optimizer changes.
+        State keeps the precision it was saved in. The dict is checked whole before the optimizer changes. Codes whose
+        strides differ from the parameter's are quantized anew, since blocks run in memory order; so the codes of a
+        channels-last parameter must be saved with their strides (torch.save keeps them; `.contiguous()` loses them).
 
         Raises:
             ValueError: the dict does not fit; names the first key that does not.

@@ -43,6 +43,10 @@ def loaded_state(
     present: list[tuple[torch.Tensor, dict[str, Any]]] = []
     for key, entry in state_dict["state"].items():
         if key not in by_id:
+            if isinstance(key, int):
+                raise ValueError(
+                    f"{owner}: state[{key}] is of no parameter in param_groups. Load a complete state dict."
+                )
             state[key] = entry  # not of a parameter: kept as it is, as torch.optim does
         elif entry:
             _check_entry(f"{owner}: state[{key!r}]", moments, by_id[key], entry)
@@ -77,12 +81,19 @@ def _check_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, ent
     known = {"step"}
     if not isinstance(entry.get("step"), (int, float)):
         _expect(where, "step", entry, (torch.float32,), ())
+    if not 0 <= float(entry["step"]) < float("inf"):
+        raise ValueError(f"{where}['step'] must be a count of steps, got {float(entry['step'])}.")
     for moment in moments:
         known.add(moment.name)
         _expect(where, moment.name, entry, (torch.uint8 if in_8_bits else torch.float32,), tuple(param.shape))
         if in_8_bits:
             known.add(moment.absmax)
             _expect(where, moment.absmax, entry, (torch.float32,), (states.blocks(param.numel()),))
+            absmax = entry[moment.absmax]
+            if not bool(((absmax >= 0) & absmax.isfinite()).all()):
+                raise ValueError(
+                    f"{where}[{moment.absmax!r}] must be finite and not negative. The checkpoint is damaged."
+                )
     for name in entry:
         if name not in known:
             raise ValueError(

@@ -21,7 +21,7 @@ def _number(owner: str, name: str, value: Any, least: float, below: float = math
         if value.device.type != "cpu":
             return  # looking at it would wait for the device
         value = value.item()
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}.")
     if not least <= float(value) < below:
         end = "" if below == math.inf else f" and below {below:g}"
