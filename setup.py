@@ -33,6 +33,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+SHARED_BINDINGS = sorted((CSRC / "bind").glob("*.cpp"))
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # No contraction and no fast-math: every instruction set must give the same bits.
@@ -74,7 +75,7 @@ def ninja() -> str:
 
 def sanitizer_flags() -> list[str]:
     names = os.environ.get("OPTIM8_SANITIZE", "")
-    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"] if names else []
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"] if names else []
 
 
 def binding_flags() -> list[str]:
@@ -121,7 +122,7 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
     flags = [*BASE, "-fopenmp", *werror("-Werror"), *sanitizer_flags()]
     x86 = ["-DOPTIM8_HAVE_X86=1"] if IS_X86 else []
     objects = []
-    for source in sorted(CSRC.glob("bind_cpu*.cpp")):
+    for source in [*sorted(CSRC.glob("bind_cpu*.cpp")), *SHARED_BINDINGS]:
         extra = [*binding_flags(), *x86, f'-DOPTIM8_VERSION="{version}"']
         objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.o", [*flags, *extra]))
     if not objects:
@@ -200,7 +201,7 @@ def plan_cuda(plan: Plan, folder: Path, output: Path, version: str) -> None:
     size = ["-Xfatbin", "-compress-all", "-cudart", "static"]
     flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", *gates, *host, *size, *arch_flags(nvcc)]
     objects = []
-    for source in sorted(CSRC.glob("bind_cuda*.cpp")):
+    for source in [*sorted(CSRC.glob("bind_cuda*.cpp")), *SHARED_BINDINGS]:
         extra = [*werror("-Werror"), *binding_flags(), "-isystem", str(include), f'-DOPTIM8_VERSION="{version}"']
         objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.o", [*BASE, *extra]))
     for source in sorted((CSRC / "cuda").glob("*.cu")):
