@@ -1,9 +1,9 @@
 // The native half of optim8.functional beyond blockwise codes: 4-bit codes, LLM.int8(), maps.
 #include "bind/arguments.h"
 #include "core/codec.h"
+#include "core/storage.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
-#include "cpu/storage.h"
 
 #include <pybind11/stl.h>
 

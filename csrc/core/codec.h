@@ -120,8 +120,10 @@ OPTIM8_HD I nearest_on_line(F y, F slope, F offset, I last) {
 
 constexpr float smallest_quotient = 4.656612873e-10f;  // 2^-31
 
-// The index of the magnitude of a quotient y = x / absmax, |y| <= 1 up to rounding. NaN gives that of 0.
-OPTIM8_HD int32_t nearest_magnitude(float y, const CodeTables& t) {
+// The index of the magnitude of a quotient y = x / absmax, |y| <= 1 up to rounding. NaN gives that of 0. `T` is
+// CodeTables, or what stands for it where the lanes of a warp hold the tables; so every look-up is made by every lane.
+template <class T>
+OPTIM8_HD int32_t nearest_magnitude(float y, const T& t) {
     const float clamped = maximum(y, smallest_quotient);
     const uint32_t bits = bits_of(clamped);
     const uint32_t zone = ((bits + t.carry[(bits >> 23) & 31]) >> 23) & 31;
@@ -129,16 +131,16 @@ OPTIM8_HD int32_t nearest_magnitude(float y, const CodeTables& t) {
 }
 
 // The code of x in a block whose absmax has the given reciprocal.
-template <Code code>
-OPTIM8_HD uint8_t encode(float x, float reciprocal, const CodeTables& t) {
+template <Code code, class T>
+OPTIM8_HD uint8_t encode(float x, float reciprocal, const T& t) {
     const float y = x * reciprocal;
     if (code == Code::Signed) {
         const int32_t a = nearest_magnitude(float_of(magnitude_bits(y)), t);
         const int32_t index = bits_of(y) >> 31 ? 127 - a : 127 + a;
         return static_cast<uint8_t>(index < 0 ? 0 : index);  // there is no -1: the most negative value is index 0
     }
-    if (code == Code::Positive && !(x > 0.0f)) return 0;
-    return static_cast<uint8_t>(nearest_magnitude(y, t));
+    const int32_t index = nearest_magnitude(y, t);
+    return static_cast<uint8_t>(code == Code::Positive && !(x > 0.0f) ? 0 : index);
 }
 
 // How a block is normalized: y = x * scale * reciprocal. Below the smallest normal number 1 / absmax would

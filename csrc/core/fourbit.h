@@ -101,10 +101,13 @@ OPTIM8_HD int32_t fourbit_cell(float y) {
     return (truncated + static_cast<int32_t>(scaled > static_cast<float>(truncated))) & (fourbit_cells - 1);
 }
 
-// The nearest code of a quotient y = x / absmax, clamped to [-1, 1].
-OPTIM8_HD int32_t encode_fourbit(float y, const FourbitTables& t) {
+// The nearest code of a quotient y = x / absmax, clamped to [-1, 1]. `T` is FourbitTables, or what stands for it where
+// the lanes of a warp hold the tables; so every look-up is made by every lane.
+template <class T>
+OPTIM8_HD int32_t encode_fourbit(float y, const T& t) {
     const int32_t cell = fourbit_cell(y);
-    return y > t.midpoint[cell] ? t.above[cell] : t.below[cell];
+    const int32_t below = t.below[cell], above = t.above[cell];
+    return y > t.midpoint[cell] ? above : below;
 }
 
 // x times the reciprocal of absmax may exceed 1 by a rounding.

@@ -27,6 +27,17 @@ struct Scalars {
 
 OPTIM8_BEGIN
 
+// base^exponent for a whole exponent, by squaring: float64 multiplications in an order of its own, so that host and
+// device agree, which their libraries' pow do not promise.
+OPTIM8_HD double power(double base, double exponent) {
+    constexpr double most = 9007199254740992.0;  // 2^53
+    double result = 1;
+    for (uint64_t left = exponent > 0 ? static_cast<uint64_t>(exponent < most ? exponent : most) : 0; left != 0;
+         left >>= 1, base *= base)
+        if (left & 1) result *= base;
+    return result;
+}
+
 OPTIM8_HD Scalars derive(const Hyper& h, double step) {
     Scalars s;
     s.lr = static_cast<float>(h.lr);
@@ -38,8 +49,8 @@ OPTIM8_HD Scalars derive(const Hyper& h, double step) {
     s.weight_decay = static_cast<float>(h.weight_decay);
     s.gradient_factor = static_cast<float>(h.maximize ? -h.gradient_scale : h.gradient_scale);
     s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
-    s.negative_step_size = static_cast<float>(-h.lr / (1 - pow(h.beta1, step)));
-    s.inverse_sqrt_correction2 = static_cast<float>(1 / sqrt(1 - pow(h.beta2, step)));
+    s.negative_step_size = static_cast<float>(-h.lr / (1 - power(h.beta1, step)));
+    s.inverse_sqrt_correction2 = static_cast<float>(1 / sqrt(1 - power(h.beta2, step)));
     return s;
 }
 

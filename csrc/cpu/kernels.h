@@ -7,30 +7,6 @@
 
 namespace optim8 {
 
-// The codes of core/codec.h, or any table of 256 sorted values.
-enum class CodeKind : uint8_t { Signed, Unsigned, Positive, Any };
-
-struct QuantizeJob {
-    const void* values;
-    uint8_t* codes;
-    float* absmax;        // one for each block
-    const float* code;    // 256 sorted values
-    const float* middle;  // the 255 midpoints between them
-    int64_t size, blocksize;
-    Storage storage;
-    CodeKind kind;
-};
-
-struct DequantizeJob {
-    const uint8_t* codes;
-    const float* absmax;
-    const float* code;
-    void* out;
-    int64_t size, blocksize;
-    Storage storage;
-    CodeKind kind;
-};
-
 // Codes of quotients, for checking the codec over every float32.
 struct EncodeJob {
     const float* quotients;

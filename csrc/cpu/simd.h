@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/codec.h"
-#include "cpu/storage.h"
+#include "core/storage.h"
 
 OPTIM8_BEGIN
 constexpr int group = 64;

@@ -1,5 +1,5 @@
-// 16-bit storage types and their conversion to and from float32, to nearest, ties to even, the same bits as the
-// instructions of x86 give.
+// 16-bit storage types and their conversion to and from float32, to nearest, ties to even. Every backend gives the same
+// bits for every number; what bits a NaN has beyond being one is not promised.
 #pragma once
 
 #include "core/scalar.h"
@@ -13,9 +13,14 @@ struct float16 {
     uint16_t bits;
 };
 
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-inline float to_float(float16 x) {
+OPTIM8_HD float to_float(float x) { return x; }
+OPTIM8_HD float to_float(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+OPTIM8_HD float to_float(float16 x) {
+#if defined(__CUDA_ARCH__)
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+    return wide;
+#else
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
     const uint32_t rest = x.bits & 0x7fffu;
     if (rest >= 0x7c00u) {
@@ -25,25 +30,37 @@ inline float to_float(float16 x) {
     if (rest >= 0x400u) return float_of(sign | ((rest << 13) + ((127u - 15u) << 23)));
     const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-08f;  // subnormal: rest * 2^-24
     return float_of(sign | bits_of(magnitude));
+#endif
 }
 
 template <class T>
-T from_float(float x);
+OPTIM8_HD T from_float(float x);
 
 template <>
-inline float from_float<float>(float x) {
+OPTIM8_HD float from_float<float>(float x) {
     return x;
 }
 
 template <>
-inline bfloat16 from_float<bfloat16>(float x) {
+OPTIM8_HD bfloat16 from_float<bfloat16>(float x) {
+#if defined(__CUDA_ARCH__)
+    bfloat16 narrow;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+    return narrow;
+#else
     const uint32_t bits = bits_of(x);
     if ((bits & abs_mask) > inf_bits) return bfloat16{0x7fc0u};
     return bfloat16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 
 template <>
-inline float16 from_float<float16>(float x) {
+OPTIM8_HD float16 from_float<float16>(float x) {
+#if defined(__CUDA_ARCH__)
+    float16 narrow;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+    return narrow;
+#else
     const uint32_t bits = bits_of(x);
     const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
     const uint32_t rest = bits & abs_mask;
@@ -57,6 +74,7 @@ inline float16 from_float<float16>(float x) {
         half = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
     }
     return float16{static_cast<uint16_t>(sign | half)};
+#endif
 }
 
 OPTIM8_END
