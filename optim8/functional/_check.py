@@ -1,0 +1,112 @@
+"""Checks of arguments, before any memory is touched. Every message says who, what was needed, what came, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZES_4BIT = (32, *BLOCKSIZES)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _words(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+def tensor(who: str, name: str, value: Any, dtypes: Sequence[torch.dtype], advice: str = "") -> torch.Tensor:
+    """A dense tensor of one of the dtypes. TypeError where it is no such tensor, ValueError on another dtype."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{who}: {name} must be a torch.Tensor, got {type(value).__name__}.")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{who}: {name} must be a dense tensor, got layout {value.layout}. Call .to_dense() first.")
+    if value.dtype not in dtypes:
+        needed = _words([name_of(dtype) for dtype in dtypes])
+        raise ValueError(f"{who}: {name} must be {needed}, got {name_of(value.dtype)}. {advice or 'Convert it first.'}")
+    return value
+
+
+def floats(who: str, name: str, value: Any) -> torch.Tensor:
+    return tensor(who, name, value, FLOATS, "Convert it with .float() first.")
+
+
+def on_device(who: str, name: str, value: torch.Tensor, device: torch.device, of: str = "A") -> None:
+    if value.device != device:
+        raise ValueError(f"{who}: {name} must be on {device}, as {of} is, got {value.device}. Move one of them.")
+
+
+def entries(who: str, name: str, value: torch.Tensor, count: int, why: str, advice: str) -> None:
+    if value.numel() != count:
+        raise ValueError(f"{who}: {name} must have {count} entries ({why}), got {value.numel()}. {advice}")
+
+
+def blocksize(who: str, value: Any, allowed: tuple[int, ...]) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{who}: blocksize must be an int, got {type(value).__name__}. Use one of {allowed}.")
+    if value not in allowed:
+        raise ValueError(f"{who}: blocksize must be one of {allowed}, got {value}.")
+    return value
+
+
+def blocks(size: int, blocksize: int) -> int:
+    return -(-size // blocksize)
+
+
+def absmax(who: str, value: Any, size: int, blocksize: int, device: torch.device, fill: bool = False) -> torch.Tensor:
+    """One float32 for each block: to be read, or (`fill`) where the result goes; then None allocates it."""
+    count = blocks(size, blocksize)
+    if fill and value is None:
+        return torch.empty(count, dtype=torch.float32, device=device)
+    advice = "Pass absmax=None to allocate it." if fill else "Pass the absmax that belongs to these codes."
+    value = tensor(who, "absmax", value, (torch.float32,), advice)
+    on_device(who, "absmax", value, device)
+    entries(who, "absmax", value, count, f"{size} values / blocksize {blocksize}, rounded up", advice)
+    return _writable(who, "absmax", value, advice) if fill else plain(value)
+
+
+def _writable(who: str, name: str, value: torch.Tensor, advice: str) -> torch.Tensor:
+    if not value.is_contiguous():
+        raise ValueError(f"{who}: {name} must be contiguous, got strides {value.stride()}. {advice}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{who}: {name} must not require gradients. Pass {name}.detach().")
+    return value
+
+
+def buffer(
+    who: str, name: str, value: Any, dtype: torch.dtype, shape: Sequence[int], device: torch.device, advice: str = ""
+) -> torch.Tensor:
+    """`value` where it can take the result, a new tensor where it is None."""
+    if value is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    advice = advice or f"Pass {name}=None to allocate it."
+    value = tensor(who, name, value, (dtype,), advice)
+    on_device(who, name, value, device)
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"{who}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}. {advice}")
+    return _writable(who, name, value, advice)
+
+
+def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    """`result`, copied to `buffer` where there is one."""
+    return result if buffer is None else buffer.copy_(result)
+
+
+def plain(value: torch.Tensor) -> torch.Tensor:
+    """The values row after row in memory, detached from autograd; a copy where they are not so already."""
+    value = value.detach().contiguous()
+    return value.resolve_neg() if value.is_neg() else value
+
+
+def through_op(value: torch.Tensor) -> bool:
+    """Whether the registered operator must stand in for the native call: while torch.compile reads the code, and for
+    tensors without memory, such as those of torch.export."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    kind = type(value)
+    return kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__

@@ -1,0 +1,174 @@
+"""Blockwise 8-bit quantization: each block of values is divided by its largest magnitude, each quotient stored as the
+index of the nearest of 256 table values."""
+
+from __future__ import annotations
+
+import torch
+
+from optim8 import _native
+from optim8.functional import _check
+from optim8.functional.codebooks import shared_code
+from optim8.functional.quant_state import QuantState
+
+
+def quantize_blockwise(
+    A: torch.Tensor,
+    code: torch.Tensor | None = None,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> tuple[torch.Tensor, QuantState]:
+    """Quantize a tensor to 8-bit codes, in blocks of `blocksize` values (row after row; the last may be shorter).
+
+    Args:
+        A: float32, bfloat16 or float16, any shape and strides.
+        code: float32 [256], sorted; None is the signed dynamic code (`create_dynamic_map`).
+        absmax: float32 [ceil(n / blocksize)] to fill (also with `nested`); None allocates it.
+        out: uint8 of A's shape to fill; None allocates it.
+        blocksize: 64, 128, 256, 512, 1024, 2048 or 4096.
+        nested: quantize absmax as well, after its mean is subtracted.
+
+    Returns:
+        the codes (uint8 of A's shape, contiguous) and the state that `dequantize_blockwise` needs.
+
+    A value takes the code of the nearest table value, in float32 arithmetic. absmax is taken over the finite values of
+    the block; NaN is stored as the code of 0, an infinity as the last code of its sign. Gradients do not flow.
+
+    Raises:
+        TypeError: an argument is no dense tensor, or blocksize no int.
+        ValueError: wrong dtype, shape, device, block size or table.
+
+    Source: Dettmers et al. 2021, arXiv 2110.02861.
+
+    Example:
+        >>> import torch
+        >>> from optim8 import functional as F
+        >>> codes, state = F.quantize_blockwise(torch.tensor([-1.0, 0.0, 0.3, 1.0]), blocksize=64)
+        >>> codes
+        tensor([  0, 127, 205, 255], dtype=torch.uint8)
+        >>> F.dequantize_blockwise(codes, state)
+        tensor([-0.9930,  0.0000,  0.3039,  1.0000])
+    """
+    who = "quantize_blockwise"
+    _check.floats(who, "A", A)
+    _check.blocksize(who, blocksize, _check.BLOCKSIZES)
+    code = _read_code(who, code, A.device)
+    scales = _check.absmax(who, absmax, A.numel(), blocksize, A.device, fill=True)
+    codes = _check.buffer(who, "out", out, torch.uint8, A.shape, A.device)
+    if _check.through_op(A):
+        new_codes, new_scales = torch.ops.optim8.quantize_blockwise(A, code, blocksize)
+        codes, scales = _check.into(out, new_codes), _check.into(absmax, new_scales)
+    else:
+        module = _native.module_for(A.device, who)
+        module.quantize_blockwise(_check.plain(A), code, blocksize, codes, scales, _native.threads())
+    state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
+    return codes, nest_absmax(state, blocksize) if nested else state
+
+
+def dequantize_blockwise(
+    A: torch.Tensor,
+    quant_state: QuantState | None = None,
+    absmax: torch.Tensor | None = None,
+    code: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> torch.Tensor:
+    """The values that 8-bit codes stand for: table value times the block's absmax, in float32, rounded once.
+
+    Args:
+        A: uint8 codes, any shape and strides.
+        quant_state: as `quantize_blockwise` gave it; then absmax, code and blocksize are taken from it.
+        absmax: float32 [ceil(n / blocksize)]; needed without quant_state, and ignored with it.
+        code: float32 [256]; None is the signed dynamic code. Ignored with quant_state.
+        out: of A's shape, to fill: of the state's dtype; without a state float32, bfloat16 or float16.
+        blocksize: 64, 128, 256, 512, 1024, 2048 or 4096. Ignored with quant_state.
+        nested: True needs a nested quant_state; a nested quant_state needs no `nested`.
+
+    Returns:
+        tensor of A's shape, of `quant_state.dtype`; float32 without a state.
+
+    Raises:
+        TypeError: an argument is no dense tensor.
+        ValueError: neither quant_state nor absmax; wrong dtype, shape, device, block size or table.
+
+    Example:
+        >>> import torch
+        >>> from optim8 import functional as F
+        >>> F.dequantize_blockwise(torch.tensor([0, 127, 255], dtype=torch.uint8), absmax=torch.tensor([2.0]))
+        tensor([-1.9859,  0.0000,  2.0000])
+    """
+    who = "dequantize_blockwise"
+    _check.tensor(who, "A", A, (torch.uint8,))
+    dtype = torch.float32
+    if quant_state is not None:
+        absmax, code, blocksize, dtype = _read_state(who, quant_state, nested)
+    elif absmax is None:
+        raise ValueError(f"{who}: needs quant_state or absmax, got neither. Pass the state of quantize_blockwise.")
+    elif nested:
+        raise ValueError(f"{who}: nested=True needs a nested quant_state, got absmax alone. Pass quant_state.")
+    _check.blocksize(who, blocksize, _check.BLOCKSIZES)
+    code = _read_code(who, code, A.device)
+    absmax = _check.absmax(who, absmax, A.numel(), blocksize, A.device)
+    if out is not None and quant_state is None:
+        dtype = _check.floats(who, "out", out).dtype
+    values = _check.buffer(who, "out", out, dtype, A.shape, A.device)
+    if _check.through_op(A):
+        return _check.into(out, torch.ops.optim8.dequantize_blockwise(A, absmax, code, blocksize, dtype))
+    module = _native.module_for(A.device, who)
+    module.dequantize_blockwise(_check.plain(A), absmax, code, blocksize, values, _native.threads())
+    return values
+
+
+def nest_absmax(state: QuantState, blocksize: int) -> QuantState:
+    """The state with absmax quantized in blocks of `blocksize` after its mean is subtracted."""
+    offset = state.absmax.mean() if state.absmax.numel() else state.absmax.new_zeros(())
+    codes, state2 = quantize_blockwise(state.absmax - offset, blocksize=blocksize)
+    return QuantState(
+        codes,
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+        offset=offset,
+        state2=state2,
+    )
+
+
+def plain_absmax(who: str, state: QuantState) -> torch.Tensor:
+    """absmax as float32, out of its own codes where it is nested."""
+    if state.state2 is None:
+        return state.absmax
+    if not isinstance(state.offset, torch.Tensor):
+        raise ValueError(f"{who}: quant_state is nested and must have an offset tensor, got {state.offset!r}.")
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+
+def need_state(who: str, name: str, state: object) -> tuple[QuantState, torch.dtype]:
+    """The state, and the dtype of its values."""
+    if not isinstance(state, QuantState):
+        raise TypeError(f"{who}: {name} must be an optim8.functional.QuantState, got {type(state).__name__}.")
+    if state.dtype is None or state.dtype not in _check.FLOATS:
+        raise ValueError(f"{who}: {name}.dtype must be float32, bfloat16 or float16, got {state.dtype}.")
+    return state, state.dtype
+
+
+def _read_state(who: str, quant_state: QuantState, nested: bool) -> tuple[torch.Tensor, torch.Tensor, int, torch.dtype]:
+    """absmax, table, block size and dtype of an 8-bit state that hangs together."""
+    state, dtype = need_state(who, "quant_state", quant_state)
+    if nested and not state.nested:
+        raise ValueError(f"{who}: nested=True needs a nested quant_state, got one without state2. Pass nested=False.")
+    if state.code is None or state.blocksize is None:
+        raise ValueError(f"{who}: quant_state must have a code (256 values) and a blocksize, got {state!r}.")
+    return plain_absmax(who, state), state.code, state.blocksize, dtype
+
+
+def _read_code(who: str, code: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    if code is None:
+        return shared_code("dynamic", device)
+    code = _check.tensor(who, "code", code, (torch.float32,))
+    _check.on_device(who, "code", code, device)
+    _check.entries(who, "code", code, 256, "one for each code", "Pad a shorter one, as create_*_map do.")
+    return _check.plain(code)

@@ -1,0 +1,315 @@
+"""4-bit quantization, NF4 and FP4: two codes to a byte, one absmax to a block; and the product with such a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from optim8 import _native
+from optim8.functional import _check
+from optim8.functional.blockwise import need_state, nest_absmax, plain_absmax
+from optim8.functional.codebooks import shared_code
+from optim8.functional.quant_state import QuantState
+
+QUANT_TYPES = ("nf4", "fp4")
+_NESTED_BLOCKSIZE = 256
+_STORAGES = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
+
+
+def quantize_4bit(
+    A: torch.Tensor,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int = 64,
+    compress_statistics: bool = False,
+    quant_type: str = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[torch.Tensor, QuantState]:
+    """Quantize a tensor to 4-bit codes, in blocks of `blocksize` values (row after row; the last may be shorter).
+
+    Args:
+        A: float32, bfloat16 or float16, any shape and strides.
+        absmax: float32 [ceil(n / blocksize)] to fill (also with `compress_statistics`); None allocates it.
+        out: like the packed result, to fill; None allocates it.
+        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
+        compress_statistics: quantize absmax to 8 bits in blocks of 256, after its mean is subtracted.
+        quant_type: "fp4" or "nf4".
+        quant_storage: the dtype as which the packed bytes are viewed.
+
+    Returns:
+        the packed codes, ceil(n / 2) bytes, the first value in the high nibble, as `quant_storage` of shape [items, 1]
+        (zero bytes fill the last item), and the state that `dequantize_4bit` needs.
+
+    A value takes the code of the nearest table value; a quotient half-way between two takes the lower one. absmax is
+    taken over the finite values of the block; NaN is stored as the code of 0, an infinity as the largest of its sign.
+    Gradients do not flow.
+
+    Raises:
+        TypeError: an argument is no dense tensor, or blocksize no int.
+        ValueError: wrong dtype, shape, device, block size, type or storage.
+
+    Source: Dettmers et al. 2023 (QLoRA), arXiv 2305.14314.
+
+    Example:
+        >>> import torch
+        >>> from optim8 import functional as F
+        >>> packed, state = F.quantize_4bit(torch.tensor([-2.0, 0.0, 1.2, 2.0]), quant_type="nf4")
+        >>> [hex(byte) for byte in packed.flatten()]
+        ['0x7', '0xdf']
+        >>> F.dequantize_4bit(packed, state)
+        tensor([-2.0000,  0.0000,  1.1252,  2.0000])
+    """
+    who = "quantize_4bit"
+    _check.floats(who, "A", A)
+    _check.blocksize(who, blocksize, _check.BLOCKSIZES_4BIT)
+    _check_type(who, quant_type)
+    if quant_storage not in _STORAGES:
+        raise ValueError(f"{who}: quant_storage must be an integer or float dtype, got {quant_storage}. Use uint8.")
+    scales = _check.absmax(who, absmax, A.numel(), blocksize, A.device, fill=True)
+    packed = _check.buffer(who, "out", out, quant_storage, packed_shape(A.numel(), quant_storage), A.device)
+    if _check.through_op(A):
+        new_packed, new_scales = torch.ops.optim8.quantize_4bit(A, blocksize, quant_type, quant_storage)
+        packed, scales = _check.into(out, new_packed), _check.into(absmax, new_scales)
+    else:
+        stored = packed.view(-1).view(torch.uint8)
+        used = _bytes(A.numel())
+        stored[used:].zero_()
+        module = _native.module_for(A.device, who)
+        values = _check.plain(A)
+        module.quantize_4bit(values, quant_type, blocksize, stored[:used], scales, _native.threads())
+    code = shared_code(quant_type, A.device)
+    state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype)
+    return packed, nest_absmax(state, _NESTED_BLOCKSIZE) if compress_statistics else state
+
+
+def dequantize_4bit(
+    A: torch.Tensor,
+    quant_state: QuantState | None = None,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int = 64,
+    quant_type: str = "fp4",
+) -> torch.Tensor:
+    """The values that packed 4-bit codes stand for: table value times absmax, in float32, rounded once.
+
+    Args:
+        A: the packed codes of `quantize_4bit`, of any storage dtype. Their transpose, [1, items], gives the
+            transpose of the values, as linear layers of the field expect.
+        quant_state: as `quantize_4bit` gave it; then absmax, blocksize and quant_type are taken from it.
+        absmax: float32 [ceil(n / blocksize)]; needed without quant_state, and ignored with it.
+        out: to fill: of the state's shape and dtype. Needed without quant_state: float32, bfloat16 or float16, of the
+            shape of the values.
+        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096. Ignored with quant_state.
+        quant_type: "fp4" or "nf4". Ignored with quant_state.
+
+    Returns:
+        tensor of the state's shape and dtype; `out` where it is given.
+
+    Raises:
+        TypeError: an argument is no dense tensor.
+        ValueError: neither quant_state nor both absmax and out; a packed tensor of the wrong length; wrong dtype,
+            shape, device, block size or type.
+
+    Example:
+        >>> import torch
+        >>> from optim8 import functional as F
+        >>> packed = torch.tensor([[0x3B]], dtype=torch.uint8)
+        >>> F.dequantize_4bit(packed, absmax=torch.tensor([2.0]), out=torch.empty(2), quant_type="fp4")
+        tensor([ 2., -2.])
+    """
+    who = "dequantize_4bit"
+    _check.tensor(who, "A", A, _STORAGES)
+    if quant_state is not None:
+        shape, dtype, blocksize, quant_type = _read_state(who, "quant_state", quant_state)
+        absmax = plain_absmax(who, quant_state)
+    elif absmax is None or out is None:
+        raise ValueError(f"{who}: needs quant_state, or both absmax and out. Pass the state of quantize_4bit.")
+    else:
+        shape, dtype = out.shape, _check.floats(who, "out", out).dtype
+    _check.blocksize(who, blocksize, _check.BLOCKSIZES_4BIT)
+    _check_type(who, quant_type)
+    check_packed(who, "A", A, prod(shape))
+    absmax = _check.absmax(who, absmax, prod(shape), blocksize, A.device)
+    values = _check.buffer(who, "out", out, dtype, shape, A.device)
+    if _check.through_op(A):
+        new = torch.ops.optim8.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype)
+        values = _check.into(out, new)
+    else:
+        module = _native.module_for(A.device, who)
+        module.dequantize_4bit(_stored(A, prod(shape)), absmax, quant_type, blocksize, values, _native.threads())
+    is_transposed = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
+    return values.t() if is_transposed and out is None and values.dim() == 2 else values
+
+
+def quantize_nf4(
+    A: torch.Tensor,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int = 64,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[torch.Tensor, QuantState]:
+    """`quantize_4bit` with quant_type="nf4"."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
+
+
+def quantize_fp4(
+    A: torch.Tensor,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int = 64,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[torch.Tensor, QuantState]:
+    """`quantize_4bit` with quant_type="fp4"."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+
+
+def dequantize_nf4(
+    A: torch.Tensor,
+    quant_state: QuantState | None = None,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int = 64,
+) -> torch.Tensor:
+    """`dequantize_4bit` with quant_type="nf4" (a quant_state has its own)."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def dequantize_fp4(
+    A: torch.Tensor,
+    quant_state: QuantState | None = None,
+    absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocksize: int = 64,
+) -> torch.Tensor:
+    """`dequantize_4bit` with quant_type="fp4" (a quant_state has its own)."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+
+
+def gemv_4bit(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    out: torch.Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> torch.Tensor:
+    """One row times a packed 4-bit weight, `A @ weight.T`, without unpacking the weight to memory.
+
+    Args:
+        A: float32, bfloat16 or float16 of shape [..., K] with K values in all.
+        B: the packed codes of a weight [N, K], as `quantize_4bit` gives them (or their transpose), any storage dtype.
+        out: A's dtype, of shape [..., N], to fill; None allocates it.
+        transposed_A, transposed_B: only False; pass the row and the packed weight themselves.
+        state: the state of the weight; required.
+
+    Returns:
+        tensor [..., N] of A's dtype. The sum is in float32, in the same order for any number of threads and any
+        instruction set, and rounded once. Gradients do not flow.
+
+    Raises:
+        TypeError: an argument is no dense tensor.
+        ValueError: no state; wrong dtype, shape or device; a packed tensor of the wrong length; transposed_* is True.
+
+    Example:
+        >>> import torch
+        >>> from optim8 import functional as F
+        >>> packed, state = F.quantize_4bit(torch.eye(2, 64), quant_type="nf4")
+        >>> F.gemv_4bit(torch.arange(64.0)[None], packed, state=state)
+        tensor([[0., 1.]])
+    """
+    who = "gemv_4bit"
+    if state is None:
+        raise ValueError(f"{who}: state must be the state of the packed weight, got None. Pass that of quantize_4bit.")
+    if transposed_A or transposed_B:
+        raise ValueError(f"{who}: transposed_A and transposed_B must be False. Pass row and weight as they are.")
+    _check.floats(who, "A", A)
+    _check.tensor(who, "B", B, _STORAGES)
+    shape, _, blocksize, quant_type = _read_state(who, "state", state)
+    if len(shape) != 2:
+        raise ValueError(f"{who}: state.shape must be (N, K), got {tuple(shape)}. Quantize a matrix.")
+    absmax = _check.absmax(who, plain_absmax(who, state), prod(shape), blocksize, A.device)
+    code = shared_code(quant_type, A.device)
+    if not _check.through_op(A):
+        return packed_product(who, A, B, shape, absmax, code, blocksize, out)
+    _check_row(who, A, shape)
+    check_packed(who, "B", B, prod(shape))
+    _check.buffer(who, "out", out, A.dtype, (*A.shape[:-1], shape[0]), A.device)
+    return _check.into(out, torch.ops.optim8.gemv_4bit(A, B, shape, absmax, code, blocksize))
+
+
+def packed_product(
+    who: str,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    shape: Sequence[int],
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    blocksize: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """`gemv_4bit` with any table of 16 values."""
+    _check_row(who, A, shape)
+    _check.on_device(who, "B", B, A.device)
+    check_packed(who, "B", B, prod(shape))
+    result = _check.buffer(who, "out", out, A.dtype, (*A.shape[:-1], shape[0]), A.device)
+    module = _native.module_for(A.device, who)
+    stored = _stored(B, prod(shape))
+    module.gemv_4bit(_check.plain(A), stored, absmax, code, blocksize, result, _native.threads())
+    return result
+
+
+def packed_shape(size: int, storage: torch.dtype) -> tuple[int, int]:
+    """The shape of `size` packed values, stored as this dtype."""
+    return _check.blocks(_bytes(size), storage.itemsize), 1
+
+
+def _bytes(size: int) -> int:
+    return (size + 1) // 2
+
+
+def _check_type(who: str, quant_type: object) -> None:
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"{who}: quant_type must be 'nf4' or 'fp4', got {quant_type!r}.")
+
+
+def _read_state(who: str, name: str, state: object) -> tuple[torch.Size, torch.dtype, int, str]:
+    """Shape, dtype, block size and type of a 4-bit state that hangs together."""
+    checked, dtype = need_state(who, name, state)
+    shape, blocksize, quant_type = checked.shape, checked.blocksize, checked.quant_type
+    if quant_type not in QUANT_TYPES or blocksize is None:
+        raise ValueError(
+            f"{who}: {name} must have quant_type 'nf4' or 'fp4' and a blocksize, got {quant_type!r} and {blocksize!r}. "
+            "8-bit codes go to dequantize_blockwise."
+        )
+    if not isinstance(shape, tuple) or not all(isinstance(extent, int) and extent >= 0 for extent in shape):
+        raise ValueError(f"{who}: {name}.shape must be the torch.Size of the values, got {shape!r}.")
+    return torch.Size(shape), dtype, blocksize, str(quant_type)
+
+
+def _check_row(who: str, A: torch.Tensor, shape: Sequence[int]) -> None:
+    if A.dim() == 0 or A.shape[-1] != shape[1] or A.numel() != shape[1]:
+        raise ValueError(
+            f"{who}: A must be one row of {shape[1]} values, as the weight has columns, got shape {tuple(A.shape)}. "
+            "Use dequantize_4bit and a matrix product for more rows."
+        )
+
+
+def check_packed(who: str, name: str, packed: torch.Tensor, size: int) -> None:
+    items = packed_shape(size, packed.dtype)[0]
+    if packed.numel() != items:
+        raise ValueError(
+            f"{who}: {name} must have {items} entries of {_check.name_of(packed.dtype)} ({size} values, 2 to a byte), "
+            f"got {packed.numel()}. Pass the packed tensor that belongs to the state."
+        )
+
+
+def _stored(packed: torch.Tensor, size: int) -> torch.Tensor:
+    """The bytes that hold `size` values."""
+    return _check.plain(packed).view(-1).view(torch.uint8)[: _bytes(size)]
