@@ -1,0 +1,65 @@
+"""The optimizers that can be compared, each with its settings."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make an optimizer from parameter groups, its largest learning rate and its weight decay."""
+
+    label: str
+    make: Callable[[Groups, float], torch.optim.Optimizer]
+    lr: float
+    weight_decay: float
+
+
+def _optim8(name: str) -> Callable[[Groups, float], torch.optim.Optimizer]:
+    def make(groups: Groups, lr: float) -> torch.optim.Optimizer:
+        import optim8  # here, so that the 32-bit runs need no compiled module
+
+        optimizer: torch.optim.Optimizer = getattr(optim8, name)(groups, lr=lr)
+        return optimizer
+
+    return make
+
+
+# torch's optimizers run fused, their fastest form. The 8-bit ones get the settings of their 32-bit counterparts. Lion's
+# learning rate is several times smaller and its decay as many times larger, as its authors advise (arXiv 2302.06675).
+RECIPES = {
+    "adamw": Recipe("torch AdamW", lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True), 1e-3, 0.1),
+    "adam": Recipe("torch Adam", lambda groups, lr: torch.optim.Adam(groups, lr=lr, fused=True), 1e-3, 0.0),
+    "adamw8bit": Recipe("optim8 AdamW8bit", _optim8("AdamW8bit"), 1e-3, 0.1),
+    "adam8bit": Recipe("optim8 Adam8bit", _optim8("Adam8bit"), 1e-3, 0.0),
+    "lion8bit": Recipe("optim8 Lion8bit", _optim8("Lion8bit"), 2e-4, 0.5),
+}
+
+# The same update with 32-bit state, against which an 8-bit optimizer is checked.
+COUNTERPART = {"adamw8bit": "adamw", "adam8bit": "adam"}
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer `name` (a key of RECIPES) for `model`: matrices decay, vectors (the norms' gains) do not."""
+    recipe = RECIPES[name]
+    parameters = list(model.parameters())
+    groups: Groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return recipe.make(groups, recipe.lr)
+
+
+def unique_bytes(tensors: Iterable[object]) -> int:
+    """Bytes of the tensors among `tensors`, each address counted once."""
+    return sum({t.data_ptr(): t.nbytes for t in tensors if isinstance(t, Tensor) and t.numel()}.values())
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every tensor in the optimizer's state: moments, codes, scales, step counters."""
+    return unique_bytes(value for state in optimizer.state.values() for value in state.values())

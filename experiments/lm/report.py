@@ -1,0 +1,139 @@
+"""Turns the figures of the runs into checks, a table and two pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common import atomic_path, table
+
+from lm.optimizers import COUNTERPART
+
+LOSS_LIMIT = 0.01
+STATE_LIMIT = 0.26
+MIB = 2**20
+
+# Dark, middle, light: told apart in greyscale too, and each with its own dashes and marker.
+STYLES = [
+    ("#000000", "-", "o"),
+    ("#0072b2", "--", "s"),
+    ("#e69f00", "-.", "^"),
+    ("#7b3294", ":", "D"),
+    ("#999999", "-", "v"),
+]
+
+Runs = Mapping[str, Mapping[str, Any]]
+
+
+def checks(runs: Runs) -> list[dict[str, Any]]:
+    """For each 8-bit optimizer whose 32-bit counterpart ran too: is its loss as good, its state as small as promised?
+
+    Each row: `what`, `value`, `limit`, `passed` (None where the limit does not apply).
+    """
+    rows: list[dict[str, Any]] = []
+    for name, other in COUNTERPART.items():
+        if name not in runs or other not in runs:
+            continue
+        ours, theirs = runs[name], runs[other]
+        loss = ours["validation_loss"] / theirs["validation_loss"] - 1
+        state = ours["state_bytes"] / theirs["state_bytes"]
+        # Beside bfloat16 parameters torch keeps bfloat16 moments, half of the bytes that the limit is about.
+        applies = ours["settings"]["dtype"] == "float32"
+        rows += [
+            {
+                "what": f"{name}: validation loss against {other}",
+                "value": loss,
+                "limit": LOSS_LIMIT,
+                "passed": abs(loss) <= LOSS_LIMIT,
+            },
+            {
+                "what": f"{name}: bytes of state against {other}",
+                "value": state,
+                "limit": STATE_LIMIT,
+                "passed": state <= STATE_LIMIT if applies else None,
+            },
+        ]
+    return rows
+
+
+def describe(check: Mapping[str, Any]) -> str:
+    """One line for a row of `checks`."""
+    word = {True: "ok", False: "FAILED", None: "not judged (the limit is for 32-bit moments)"}[check["passed"]]
+    value = f"{check['value']:+.2%}" if check["limit"] == LOSS_LIMIT else f"{check['value']:.2%}"
+    return f"{check['what']}: {value}, limit {check['limit']:.0%}: {word}"
+
+
+def results_table(runs: Runs) -> str:
+    """The figures of all runs, one optimizer a row."""
+    headers = [
+        "optimizer",
+        "training loss",
+        "validation loss",
+        "state",
+        "bytes per parameter",
+        "step (median)",
+        "peak memory",
+    ]
+    rows = [
+        [
+            run["label"],
+            f"{run['training_loss']:.4f}",
+            f"{run['validation_loss']:.4f}",
+            f"{run['state_bytes'] / MIB:.2f} MiB",
+            f"{run['state_bytes_per_parameter']:.2f}",
+            f"{run['step']['median_ms']:.2f} ms",
+            f"{run['peak_memory_bytes'] / MIB:.0f} MiB",
+        ]
+        for run in runs.values()
+    ]
+    return table(headers, rows)
+
+
+def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
+    """Writes `loss.png` and `memory.png` into the folder `out`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"font.size": 13, "figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3})
+    return [_draw_loss(result, out / "loss.png"), _draw_memory(result, out / "memory.png")]
+
+
+def _draw_loss(result: Mapping[str, Any], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    for (colour, dashes, marker), run in zip(STYLES, result["runs"].values()):
+        for axis, curve, mark in ((axes[0], "training_curve", ""), (axes[1], "validation_curve", marker)):
+            steps, losses = zip(*run[curve])
+            axis.plot(steps, losses, color=colour, linestyle=dashes, marker=mark, linewidth=2, label=run["label"])
+    for axis, name in zip(axes, ("training", "validation")):
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(f"{name} loss (nats per byte)")
+        axis.legend()
+    model, text = result["model"], result["text"]
+    figure.suptitle(f"GPT, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}, on {text['name']}")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    pyplot.close(figure)
+    return path
+
+
+def _draw_memory(result: Mapping[str, Any], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    runs = list(result["runs"].values())
+    labels = [run["label"].replace(" ", "\n", 1) for run in runs]
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    bars = (
+        (axes[0], "optimizer state (MiB)", "state_bytes", "{:.1f}"),
+        (axes[1], "peak memory of the process (MiB)", "peak_memory_bytes", "{:.0f}"),
+    )
+    for axis, title, key, form in bars:
+        drawn = axis.bar(labels, [run[key] / MIB for run in runs], color=[style[0] for style in STYLES[: len(runs)]])
+        axis.bar_label(drawn, [form.format(run[key] / MIB) for run in runs], padding=3)
+        axis.set_ylabel(title)
+        axis.margins(y=0.12)
+        axis.grid(visible=False, axis="x")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,121 @@
+"""Whose optimizer step is measured: torch, optim8 and the peers that are installed; and on which tensors."""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+Make = Callable[..., torch.optim.Optimizer]  # from a list of parameters
+
+REFERENCE = "torch AdamW fused"  # what every ratio is relative to
+PEERS = ("bitsandbytes", "torchao")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A list of tensors: `shapes` of the parameters; `small` if all of them are under the usual 8-bit threshold."""
+
+    name: str
+    shapes: Sequence[tuple[int, ...]]
+    small: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def cases(quick: bool) -> list[Case]:
+    """One tensor of 64 Mi, a transformer of 64 Mi, 4096 tensors of 1024; `quick`: the same kinds, much smaller."""
+    one, width, many = (2**18, 64, 64) if quick else (2**26, 1024, 4096)
+    return [
+        Case(f"one tensor of {_binary(one)}", [(one,)]),
+        _transformer(width),
+        Case(f"{many} tensors of 1024", [(1024,)] * many, small=True),
+    ]
+
+
+def _transformer(width: int) -> Case:
+    """Shapes of a GPT of five layers; the vocabulary makes up what is missing to 64 * width^2."""
+    matrices = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    vectors = [(3 * width,), (width,), (4 * width,), *[(width,)] * 5]  # biases, gains and biases of two norms
+    block = [*matrices, *vectors]
+    shapes: list[tuple[int, ...]] = block * 5
+    whole = 64 * width * width
+    vocabulary = (whole - sum(torch.Size(shape).numel() for shape in shapes)) // width
+    shapes.insert(0, (vocabulary, width))
+    return Case(f"transformer of {_binary(whole)}", shapes)
+
+
+def _binary(count: int) -> str:
+    return f"{count >> 20} Mi" if count >= 2**20 else f"{count / 2**10:.0f} Ki"
+
+
+def make_parameters(case: Case, dtype: torch.dtype) -> list[Parameter]:
+    """Parameters of the case with fixed random gradients, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = []
+    for shape in case.shapes:
+        parameter = Parameter(torch.randn(shape, generator=generator).to(dtype))
+        parameter.grad = torch.randn(shape, generator=generator).to(dtype)
+        parameters.append(parameter)
+    return parameters
+
+
+def optim8_subjects(small: bool) -> dict[str, Make]:
+    """optim8's optimizers; for small tensors also with 8-bit state, which they would not have by default."""
+    import optim8
+
+    found: dict[str, Make] = {
+        "optim8 AdamW8bit": optim8.AdamW8bit,
+        "optim8 Adam8bit": optim8.Adam8bit,
+        "optim8 Lion8bit": optim8.Lion8bit,
+    }
+    if small:
+        for name, make in list(found.items()):
+            found[f"{name} min_8bit_size=0"] = functools.partial(make, min_8bit_size=0)
+    return found
+
+
+def torch_subjects() -> dict[str, Make]:
+    return {
+        REFERENCE: lambda parameters: torch.optim.AdamW(parameters, fused=True),
+        "torch AdamW foreach": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
+    }
+
+
+def peer_subjects() -> dict[str, Make]:
+    """8-bit AdamW of the libraries of `pip install .[peers]` that are here and have a CPU path."""
+    return {
+        f"{library} AdamW8bit": importlib.import_module(f"{library}.optim").AdamW8bit
+        for library in PEERS
+        if importlib.util.find_spec(library)
+    }
+
+
+def peer_versions() -> dict[str, str]:
+    return {library: importlib.metadata.version(library) for library in PEERS if importlib.util.find_spec(library)}
+
+
+def least_traffic(parameters: Iterable[Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes a step must move at least: parameters and state are read and written, gradients read."""
+    total = 0
+    for parameter in parameters:
+        total += 2 * parameter.nbytes + (parameter.grad.nbytes if parameter.grad is not None else 0)
+        state = optimizer.state[parameter].values()
+        total += 2 * sum(plain.nbytes for value in state for plain in _plain(value) if plain.numel() > 1)
+    return total
+
+
+def _plain(value: object) -> Iterator[Tensor]:
+    """The plain tensors in a state's value; torchao wraps codes and scales in a tensor subclass."""
+    if hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _plain(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value
