@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import EVERY, Case
-from harness import DTYPES, bits, flat, hostile, parameter, state_bits, values
+from cases import Case
+from harness import ALL, DTYPES, bits, flat, hostile, parameter, state_bits, values
 
 # Each makes a dense tensor of 4 * 6 * 10 * 14 = 3360 elements whose memory order is not its logical order.
 LAYOUTS = {
@@ -33,7 +33,7 @@ def _three_steps(case: Case, data: torch.Tensor, grads: list[torch.Tensor]) -> t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_dense_strides(case: Case, layout: str, dtype: str, device: torch.device) -> None:
     """Blocks run in memory order, so a strided tensor is its memory in a row; nothing is moved or copied."""
     change = LAYOUTS[layout]
@@ -52,7 +52,7 @@ def test_dense_strides(case: Case, layout: str, dtype: str, device: torch.device
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_a_gradient_of_other_strides_means_the_same(case: Case, layout: str, device: torch.device) -> None:
     data = LAYOUTS[layout](hostile(3360, torch.float32, seed=1, small=-6, large=1).to(device))
     grads = [hostile(3360, torch.float32, seed=i).to(device).view(data.shape) for i in (2, 3, 4)]
@@ -70,7 +70,7 @@ GRADS = {
 
 
 @pytest.mark.parametrize("kind", GRADS)
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_gradients_with_gaps_or_overlap(case: Case, kind: str, device: torch.device) -> None:
     grads = [GRADS[kind](600).to(device)] * 3
     p, _ = _three_steps(case, torch.ones(600, device=device), grads)
@@ -78,7 +78,7 @@ def test_gradients_with_gaps_or_overlap(case: Case, kind: str, device: torch.dev
     assert bits(p) == bits(q)
 
 
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_a_parameter_with_gaps(case: Case, device: torch.device) -> None:
     """A view into a larger tensor: stepped right, or refused; what lies between its elements is not touched."""
     whole = torch.ones(600, 2, device=device)
@@ -96,7 +96,7 @@ def test_a_parameter_with_gaps(case: Case, device: torch.device) -> None:
     assert (whole[:, 1] == 1).all()
 
 
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_what_is_8bit_is_stated_and_can_be_asked_for(case: Case, device: torch.device) -> None:
     sizes = (1, 255, 4095, 4096, 5000)
     rows = [
@@ -129,7 +129,7 @@ def _available_bytes() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_more_than_2_to_the_31_elements(case: Case, device: torch.device) -> None:
     """The last blocks of a tensor of 2^31 + 300 elements end as they do in a tensor of their own."""
     n, tail = 2**31 + 300, 44 + 2 * 256  # tail begins at a block

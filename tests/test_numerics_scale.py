@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from cases import EVERY, Case
-from harness import bits, codes_of, moments, parameter, values
+from harness import ALL, bits, codes_of, moments, parameter, values
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +40,7 @@ def _scaled_run(
     seed=st.integers(0, 2**31),
     state_bits=st.sampled_from([8, 8, 32]),
 )
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_scaling_the_gradients_changes_no_code_and_no_update(
     case: Case, k: int, narrow: bool, row: int, seed: int, state_bits: int, device: torch.device
 ) -> None:
@@ -118,7 +118,7 @@ ZERO_ROWS = {
 @pytest.mark.parametrize("state_bits", [8, 32])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("content", ZERO_ROWS)
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_subnormal_and_zero_blocks_stay_finite(
     case: Case, content: str, eps: float, state_bits: int, device: torch.device
 ) -> None:
@@ -148,7 +148,7 @@ def test_subnormal_and_zero_blocks_stay_finite(
 
 @given(seed=st.integers(0, 2**31), row=st.integers(0, 2), zeros=st.lists(st.integers(0, 599), min_size=1, max_size=300))
 @pytest.mark.parametrize("state_bits", [8, 32])
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_without_gradient_only_weight_decay_moves(
     case: Case, state_bits: int, seed: int, row: int, zeros: list[int], device: torch.device
 ) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERY, Case
-from harness import DTYPES, bits, hostile, parameter, snapshot, state_bits
+from cases import Case
+from harness import ALL, DTYPES, bits, flat, hostile, parameter, snapshot, state_bits
 
-ALL = pytest.mark.parametrize("case", EVERY, ids=str)
 SHAPES: tuple[tuple[int, ...], ...] = ((700,), (), (0,), (3,), (2, 3, 10, 20))
 
 
@@ -43,14 +42,14 @@ def _through_torch_save(state: dict[str, Any], _: Path) -> dict[str, Any]:
 
 
 def _through_safetensors(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The tensors by flat names, as safetensors wants them; the groups are numbers and travel elsewhere."""
+    """The tensors flat, in memory order, by flat names; strides and groups are numbers and travel elsewhere."""
     safetensors = pytest.importorskip("safetensors.torch")
-    flat = {f"{i}.{key}": t.contiguous() for i, entry in state["state"].items() for key, t in entry.items()}
-    safetensors.save_file(flat, folder / "state.safetensors")
+    tensors = {f"{i}.{key}": t for i, entry in state["state"].items() for key, t in entry.items()}
+    safetensors.save_file({name: flat(t) for name, t in tensors.items()}, folder / "state.safetensors")
     back: dict[int, dict[str, torch.Tensor]] = {}
     for name, t in safetensors.load_file(folder / "state.safetensors").items():
         i, key = name.split(".")
-        back.setdefault(int(i), {})[key] = t
+        back.setdefault(int(i), {})[key] = t.as_strided(tensors[name].shape, tensors[name].stride())
     return {"state": back, "param_groups": state["param_groups"]}
 
 

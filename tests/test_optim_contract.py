@@ -1,28 +1,18 @@
-"""What torch.optim promises: groups, schedulers, closures, hooks, late gradients, tied parameters, gradient scaling."""
+"""What torch.optim promises: signature, state, groups, learning rates, schedulers, closures."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from cases import EVERY, Case
-from harness import assert_step, bits, hostile, moments, parameter, snapshot, state_bits, values
+from cases import Case
+from harness import ALL, assert_step, bits, hostile, moments, parameter, small_set, state_bits, values
 from torch.optim import lr_scheduler
 
 BOTH = pytest.mark.parametrize("optim_bits", [8, 32])
-ALL = pytest.mark.parametrize("case", EVERY, ids=str)
-
-
-def _pair(case: Case, device: torch.device, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
-    """Parameters of 600, 0, 1 and 3 elements with gradients, and their optimizer."""
-    params = [parameter(hostile(n, torch.float32, seed=n, small=-2, large=0).to(device)) for n in (600, 0, 1, 3)]
-    for i, p in enumerate(params):
-        p.grad = hostile(p.numel(), torch.float32, seed=90 + i).to(device)
-    return params, case.make(params, **options)
 
 
 @ALL
@@ -116,13 +106,13 @@ def test_named_parameters(case: Case, device: torch.device) -> None:
 def test_lr_as_a_tensor(case: Case, device: torch.device) -> None:
     ends = []
     for lr in (0.0123, torch.tensor(0.0123, dtype=torch.float64), torch.tensor([0.0123], dtype=torch.float64)):
-        params, optimizer = _pair(case, device, lr=lr)
+        params, optimizer = small_set(case, device, lr=lr)
         optimizer.step()
         optimizer.step()
         ends.append([bits(p) for p in params])
     assert ends[0] == ends[1] == ends[2]
     lr = torch.tensor(0.5)
-    params, optimizer = _pair(case, device, lr=lr)
+    params, optimizer = small_set(case, device, lr=lr)
     lr.fill_(0.0)
     before = [bits(p) for p in params]
     optimizer.step()
@@ -171,8 +161,8 @@ def test_schedulers(case: Case, kind: str, lr_is_a_tensor: bool, device: torch.d
 
 @ALL
 def test_closure(case: Case, device: torch.device) -> None:
-    params, optimizer = _pair(case, device)
-    twins, plain = _pair(case, device)
+    params, optimizer = small_set(case, device)
+    twins, plain = small_set(case, device)
     calls = []
 
     def closure() -> torch.Tensor:
@@ -191,182 +181,3 @@ def test_closure(case: Case, device: torch.device) -> None:
         p.grad = 2 * (p.detach() - 1)
     assert plain.step() is None
     assert [bits(p) for p in params] == [bits(p) for p in twins]
-
-
-@BOTH
-@ALL
-def test_parameters_without_gradient_and_a_late_first_gradient(
-    case: Case, optim_bits: int, device: torch.device
-) -> None:
-    early, late = (parameter(torch.linspace(-1, 1, 600, device=device)) for _ in range(2))
-    never = parameter(torch.ones(600, device=device))
-    frozen = torch.nn.Parameter(torch.ones(600, device=device), requires_grad=False)
-    optimizer = case.make([never, early, late, frozen], optim_bits=optim_bits)
-    optimizer.step()  # nothing has a gradient
-    assert len(optimizer.state) == 0
-    for t in range(4):
-        early.grad = torch.full_like(early, 0.1 + t)
-        late.grad = torch.full_like(late, 0.1 + t - 2) if t >= 2 else None
-        optimizer.step()
-    alone = parameter(torch.linspace(-1, 1, 600, device=device))
-    reference = case.make([alone], optim_bits=optim_bits)
-    for t in range(2):
-        alone.grad = torch.full_like(alone, 0.1 + t)
-        reference.step()
-    assert bits(late) == bits(alone)
-    assert state_bits(optimizer, late) == state_bits(reference, alone)
-    assert (optimizer.state[early]["step"], optimizer.state[late]["step"]) == (4, 2)
-    assert never not in optimizer.state or not optimizer.state[never]
-    assert (never == 1).all()
-    assert (frozen == 1).all()
-
-
-@ALL
-def test_a_gradient_that_is_missing_for_one_step(case: Case, device: torch.device) -> None:
-    params, optimizer = _pair(case, device)
-    optimizer.step()
-    params[0].grad = None
-    before = bits(params[0]), state_bits(optimizer, params[0])
-    optimizer.step()
-    assert (bits(params[0]), state_bits(optimizer, params[0])) == before
-    assert optimizer.state[params[3]]["step"] == 2
-
-
-@ALL
-def test_tied_parameters_are_stepped_once(case: Case, device: torch.device) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(20, 20, bias=False), torch.nn.Linear(20, 20, bias=False)).to(device)
-    model[1].weight = model[0].weight
-    optimizer = case.make(model.parameters())
-    assert len(optimizer.param_groups[0]["params"]) == 1
-    x = torch.linspace(-1, 1, 60, device=device).view(3, 20)
-    model(x).square().sum().backward()
-    p = model[0].weight
-    before = (values(p), values(p.grad), moments(optimizer, case, p))
-    optimizer.step()
-    assert_step(optimizer, case, p, before, case.hypers[0], 1)
-
-
-@BOTH
-@ALL
-def test_zero_dimensional_empty_and_tiny_parameters(case: Case, optim_bits: int, device: torch.device) -> None:
-    shapes: list[tuple[int, ...]] = [(), (0,), (3,), (2, 0, 3), (1, 1, 1)]
-    params = [parameter(torch.full(s, 0.5, device=device), torch.full(s, -0.25, device=device)) for s in shapes]
-    optimizer = case.make(params, optim_bits=optim_bits)
-    for t in (1, 2):
-        before = [(values(p), values(p.grad), moments(optimizer, case, p)) for p in params]
-        optimizer.step()
-        for p, b, shape in zip(params, before, shapes, strict=True):
-            assert p.shape == shape
-            assert optimizer.state[p]["exp_avg"].shape == shape
-            assert_step(optimizer, case, p, b, case.hypers[0], t)
-
-
-@pytest.mark.parametrize("fused", [None, True])  # torch's fused optimizers take the scale into the kernel
-@BOTH
-@ALL
-def test_gradient_scaler(case: Case, optim_bits: int, fused: bool | None, device: torch.device) -> None:
-    """A power of two as scale leaves the same bits; a step with an infinite gradient leaves everything."""
-    scaled, optimizer = _pair(case, device, optim_bits=optim_bits, fused=fused)
-    plain, reference = _pair(case, device, optim_bits=optim_bits)
-    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
-    for t in range(3):
-        for params in (scaled, plain):
-            loss = sum(((t + 1) * p * p).sum() for p in params)
-            optimizer.zero_grad() if params is scaled else reference.zero_grad()
-            (scaler.scale(loss) if params is scaled else loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        reference.step()
-    assert [bits(p) for p in scaled] == [bits(p) for p in plain]
-    assert [state_bits(optimizer, p) for p in scaled] == [state_bits(reference, p) for p in plain]
-    scaler.scale(sum((p * p).sum() for p in scaled)).backward()
-    scaled[0].grad[5] = float("inf")
-    before = snapshot(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    assert snapshot(optimizer) == before, "a skipped step changes nothing"
-    assert scaler.get_scale() == 512
-
-
-@ALL
-def test_clipping_and_accumulation(case: Case, device: torch.device) -> None:
-    params, optimizer = _pair(case, device)
-    for p in params:
-        p.grad = None
-    for _ in range(3):
-        sum((p * p).sum() for p in params).backward()
-    torch.nn.utils.clip_grad_norm_(params, 0.5)
-    before = [(values(p), values(p.grad), moments(optimizer, case, p)) for p in params]
-    optimizer.step()
-    for p, b in zip(params, before, strict=True):
-        assert_step(optimizer, case, p, b, case.hypers[0], 1)
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in params)
-
-
-@ALL
-def test_hooks(case: Case, device: torch.device) -> None:
-    params, optimizer = _pair(case, device)
-    events: list[str] = []
-    handles = [
-        optimizer.register_step_pre_hook(lambda o, args, kwargs: events.append(f"before {len(o.state)}")),
-        optimizer.register_step_post_hook(lambda o, args, kwargs: events.append(f"after {len(o.state)}")),
-        optimizer.register_state_dict_pre_hook(lambda o: events.append("saving")),
-        optimizer.register_state_dict_post_hook(lambda o, d: events.append(f"saved {len(d['state'])}")),
-        optimizer.register_load_state_dict_pre_hook(lambda o, d: events.append("loading")),
-        optimizer.register_load_state_dict_post_hook(lambda o: events.append(f"loaded {len(o.state)}")),
-    ]
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert events == [
-        "before 0",
-        f"after {len(params)}",
-        "saving",
-        f"saved {len(params)}",
-        "loading",
-        f"loaded {len(params)}",
-    ]
-    for handle in handles:
-        handle.remove()
-    optimizer.step()
-    assert len(events) == 6
-
-
-@ALL
-def test_parameters_that_are_moved_between_steps(case: Case, device: torch.device) -> None:
-    """`p.data = ...` gives a parameter another address: the next step goes there and nowhere else."""
-    params, optimizer = _pair(case, device)
-    stay, reference = _pair(case, device)
-    for _ in range(3):
-        old = params[0].data
-        kept = old.clone()
-        params[0].data = old.clone()
-        params[0].grad = params[0].grad.clone()
-        optimizer.step()
-        reference.step()
-        assert torch.equal(old, kept)
-    assert [bits(p) for p in params] == [bits(p) for p in stay]
-
-
-@ALL
-def test_implementation_choices(case: Case, device: torch.device) -> None:
-    """foreach and fused choose an implementation in torch: here any truthful choice gives the same bits."""
-    ends = set()
-    for foreach, fused in itertools.product((None, False, True), repeat=2):
-        if foreach and fused:  # torch refuses both
-            with pytest.raises((ValueError, RuntimeError), match="fused"):
-                _pair(case, device, foreach=True, fused=True)
-            continue
-        params, optimizer = _pair(case, device, foreach=foreach, fused=fused)
-        optimizer.step()
-        ends.add(b"".join(bits(p) for p in params))
-    assert len(ends) == 1
-
-
-@ALL
-def test_autograd_sees_the_change_and_no_graph(case: Case, device: torch.device) -> None:
-    params, optimizer = _pair(case, device)
-    version = params[0]._version
-    optimizer.step()
-    assert all(p.requires_grad and p.is_leaf and p.grad_fn is None for p in params)
-    assert params[0]._version > version, "autograd must see that a saved tensor was changed in place"

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERY, Case
-from harness import parameter, snapshot
+from cases import Case
+from harness import ALL, parameter, snapshot
 
-ALL = pytest.mark.parametrize("case", EVERY, ids=str)
 NAN, INF = float("nan"), float("inf")
 
 # Options that no optimizer takes. What names the option must be in the message.
@@ -110,12 +109,6 @@ def _float64(p: torch.nn.Parameter) -> None:
     p.grad = torch.ones(700, dtype=torch.float64)
 
 
-def _meta(p: torch.nn.Parameter) -> None:
-    p.grad = None
-    p.data = torch.ones(700, device="meta")
-    p.grad = torch.ones(700, device="meta")
-
-
 def _other_grad_dtype(dtype: torch.dtype) -> Callable[[torch.nn.Parameter], None]:
     def give(p: torch.nn.Parameter) -> None:
         if not hasattr(p, "grad_dtype"):
@@ -141,7 +134,6 @@ SPOIL: dict[str, tuple[Callable[[torch.nn.Parameter], None], bool]] = {
     "fewer elements than the state": (_smaller, False),
     "more elements than the state": (_larger, False),
     "float64": (_float64, True),
-    "on the meta device": (_meta, True),
     "float64 gradient": (_other_grad_dtype(torch.float64), True),
     "float16 gradient of a float32 parameter": (_other_grad_dtype(torch.float16), True),
     "integer gradient": (_other_grad_dtype(torch.int32), True),

@@ -7,8 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, EVERY, Case, found
-from harness import DTYPES, SIZES, assert_step, hostile, load_state, moments, parameter, random_state, set_grad, values
+from cases import CASES, Case, found
+from harness import (
+    ALL,
+    DTYPES,
+    SIZES,
+    assert_step,
+    hostile,
+    load_state,
+    moments,
+    parameter,
+    random_state,
+    set_grad,
+    values,
+)
 
 DTYPE_PAIRS = [
     ("float32", "float32"),
@@ -27,7 +39,7 @@ def test_every_exported_optimizer_is_in_the_table() -> None:
 @pytest.mark.parametrize("state_bits", [8, 32])
 @pytest.mark.parametrize(("p_dtype", "g_dtype"), DTYPE_PAIRS)
 @pytest.mark.parametrize("row", range(3))
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_one_step_from_given_states(
     case: Case, row: int, p_dtype: str, g_dtype: str, state_bits: int, device: torch.device
 ) -> None:
@@ -53,7 +65,7 @@ def test_one_step_from_given_states(
 @pytest.mark.parametrize("state_bits", [8, 32])
 @pytest.mark.parametrize("p_dtype", DTYPES)
 @pytest.mark.parametrize("row", range(3))
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_the_first_steps_from_nothing(
     case: Case, row: int, p_dtype: str, state_bits: int, device: torch.device
 ) -> None:
@@ -69,7 +81,7 @@ def test_the_first_steps_from_nothing(
             assert_step(optimizer, case, p, b, hyper, t)
 
 
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_a_large_tensor(case: Case, device: torch.device) -> None:
     """A size that is shared between threads, with a short last block."""
     n, hyper = 100_003, case.hypers[0]
@@ -88,7 +100,7 @@ def _doubled(hyper: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("wrong", ["lr", "betas", "weight_decay", "maximize", "t"])
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_the_comparison_can_fail(case: Case, wrong: str, device: torch.device) -> None:
     """Each scalar of the step is noticed when the reference is given another one, so none is ignored unnoticed."""
     n, t, hyper = 4095, 3, dict(case.hypers[0])

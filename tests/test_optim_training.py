@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERY, Case
+from cases import Case
+from harness import ALL
 
 
 class PlainLion(torch.optim.Optimizer):
@@ -30,7 +31,7 @@ PLAIN = {"Lion8bit": PlainLion}
 HYPER: dict[str, dict[str, Any]] = {
     "Adam8bit": {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 1e-4},
     "AdamW8bit": {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.05},
-    "Lion8bit": {"lr": 3e-4, "betas": (0.92, 0.98), "weight_decay": 0.1},
+    "Lion8bit": {"lr": 2e-3, "betas": (0.92, 0.98), "weight_decay": 0.1},
 }
 
 
@@ -58,7 +59,7 @@ def _train(make: Any, seed: int, device: torch.device) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@ALL
 def test_200_steps_end_within_one_percent_of_32bit(case: Case, seed: int, device: torch.device) -> None:
     hyper = HYPER[case.name]
     plain = case.torch_class or PLAIN[case.name]
