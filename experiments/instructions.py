@@ -47,7 +47,7 @@ def _total(dump: Path) -> tuple[str, int]:
 def _worker() -> None:
     """Under valgrind: runs each kernel once with counting switched on, and has callgrind write a dump of its name."""
     import torch
-    from kernels import kernels
+    from measured import kernels
 
     def control(*arguments: str) -> None:
         subprocess.run(["callgrind_control", *arguments, str(os.getpid())], check=True, capture_output=True)

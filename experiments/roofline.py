@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from common import RESULTS, RUNS, atomic_path, provenance, table, time_interleaved, write_json
 from instructions import count_instructions
-from kernels import Kernel, kernels
+from measured import Kernel, kernels
 
 NEAR = 0.8  # share of the limit from which a kernel counts as bound by memory
 
