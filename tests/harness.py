@@ -37,9 +37,11 @@ def codes_of(t: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 def bits(t: torch.Tensor) -> bytes:
     """The bytes of a tensor in memory order: NaN equals NaN, and 0 differs from -0."""
+    if not t.untyped_storage().nbytes():
+        return b""  # empty, or its memory was taken away
     if not all(t.stride()):
         t = t.contiguous()  # expanded: there are fewer values in memory than elements
-    return flat(t).cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    return flat(t).cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def parameter(data: torch.Tensor, grad: torch.Tensor | None = None) -> torch.nn.Parameter:

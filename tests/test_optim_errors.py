@@ -126,6 +126,15 @@ def _overlapping(p: torch.nn.Parameter) -> None:
     p.grad = torch.ones(700)
 
 
+def _without_memory(p: torch.nn.Parameter) -> None:
+    p.data.untyped_storage().resize_(0)  # as FSDP frees what is not in use
+
+
+def _grad_without_memory(p: torch.nn.Parameter) -> None:
+    assert p.grad is not None
+    p.grad.untyped_storage().resize_(0)
+
+
 # What may come to a parameter between two steps. The state for 700 elements exists, or not.
 SPOIL: dict[str, tuple[Callable[[torch.nn.Parameter], None], bool]] = {
     # what happens, and whether it is an error before there is state as well
@@ -138,6 +147,8 @@ SPOIL: dict[str, tuple[Callable[[torch.nn.Parameter], None], bool]] = {
     "float16 gradient of a float32 parameter": (_other_grad_dtype(torch.float16), True),
     "integer gradient": (_other_grad_dtype(torch.int32), True),
     "elements that share memory": (_overlapping, True),
+    "no memory": (_without_memory, True),
+    "gradient without memory": (_grad_without_memory, True),
 }
 
 
@@ -154,7 +165,7 @@ def test_a_bad_parameter_is_named_and_nothing_is_changed(
     first, second = ([parameter(torch.ones(700, device=device)) for _ in range(3)] for _ in range(2))
     optimizer = case.make([{"params": first}, {"params": second, "lr": 0.5}], optim_bits=optim_bits)
     for p in first + second:
-        p.grad = torch.full_like(p, 0.5)
+        p.grad = torch.full((700,), 0.5, device=device)
     if with_state:
         optimizer.step()
     spoil(second[1])

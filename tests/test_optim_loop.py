@@ -152,22 +152,6 @@ def test_hooks(case: Case, device: torch.device) -> None:
 
 
 @ALL
-def test_parameters_that_are_moved_between_steps(case: Case, device: torch.device) -> None:
-    """`p.data = ...` gives a parameter another address: the next step goes there and nowhere else."""
-    params, optimizer = small_set(case, device)
-    stay, reference = small_set(case, device)
-    for _ in range(3):
-        old = params[0].data
-        kept = old.clone()
-        params[0].data = old.clone()
-        params[0].grad = params[0].grad.clone()
-        optimizer.step()
-        reference.step()
-        assert torch.equal(old, kept)
-    assert [bits(p) for p in params] == [bits(p) for p in stay]
-
-
-@ALL
 def test_implementation_choices(case: Case, device: torch.device) -> None:
     """foreach and fused choose an implementation in torch: here any truthful choice gives the same bits."""
     ends = set()
