@@ -53,6 +53,7 @@ struct View {
         return true;
     }
     bool contiguous() const {
+        if (size == 0) return true;
         int64_t expected = 1;
         for (int d = ndim - 1; d >= 0; --d) {
             if (shape[d] > 1 && strides[d] != expected) return false;
