@@ -106,12 +106,13 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     if not 0.5 < offset < 1:
         raise ValueError(f"create_normal_map: offset must be a quantile between 0.5 and 1, got {offset}.")
 
+    # In float32 as the published values of NF4 were made: grid, quantiles and quotients are each rounded.
     def quantiles(count: int) -> list[float]:
-        return [NormalDist().inv_cdf(offset + (0.5 - offset) * i / count) for i in range(count)]
+        return [NormalDist().inv_cdf(at) for at in torch.linspace(offset, 0.5, count + 1, device="cpu")[:-1].tolist()]
 
     positive = quantiles(8 if use_extra_value else 7)
-    values = [*positive, *(-value for value in quantiles(7))]
-    return _padded(value / positive[0] for value in values)
+    values = _padded([*positive, *(-value for value in quantiles(7))])
+    return values / values.max()
 
 
 def create_fp8_map(
