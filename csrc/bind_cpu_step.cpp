@@ -82,18 +82,48 @@ void check_grad(const View& p, const View& g, const Place& place) {
                    g.describe() + ". Cast the gradient.");
 }
 
-View state_view(PyObject* entry, PyObject* name, const Place& place) {
+// Runs for every tensor of every step: no text is made unless it fails.
+View state_view(PyObject* entry, PyObject* name, const Place& place, Hint& hint) {
+    const auto quoted = [&] { return "state['" + std::string(py::str(py::handle(name))) + "']"; };
     PyObject* value = PyDict_GetItemWithError(entry, name);
-    const std::string text = "state['" + std::string(py::str(py::handle(name))) + "']";
     if (value == nullptr)
-        place.fail("lacks " + text +
+        place.fail("lacks " + quoted() +
                    ". Load a state dict that this optimizer wrote, or clear optimizer.state to start anew.");
     View view;
-    if (!read_view(value, view)) place.fail("has a " + text + " that is no dense tensor.");
+    if (!read_view(value, view)) place.fail("has a " + quoted() + " that is no dense tensor.");
+    hint.add(value, view);
     return view;
 }
 
 }  // namespace
+
+void Hint::add(const void* line, int lines) {
+    if (count_ < most) ranges_[count_++] = Range{static_cast<const char*>(line), lines};
+}
+
+void Hint::add(PyObject* object, const View& view) {
+    add(object, 1);
+    // Shapes of up to five dimensions lie within torch's tensor object; storage before, dtype and strides behind.
+    if (view.shape != nullptr && view.owned.empty()) add(reinterpret_cast<const char*>(view.shape) - 64, 4);
+}
+
+void Hint::add_dict(PyObject* object) {
+    add(object, 1);
+    add(reinterpret_cast<PyDictObject*>(object)->ma_keys, 4);
+}
+
+void Hint::prefetch() const {
+    for (int r = 0; r < count_; ++r)
+        for (int l = 0; l < ranges_[r].lines; ++l) __builtin_prefetch(ranges_[r].begin + 64 * l);
+}
+
+void StepTable::clear() {
+    rows_.clear();
+    steps_.clear();
+    next_steps_.clear();
+    params_ = py::list();
+    asked_ = 0;
+}
 
 Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper& hyper, const std::string& owner,
                       int64_t group, py::dict relaid) {
@@ -104,7 +134,12 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
     float scalars_step = -1;
     const int64_t count = static_cast<int64_t>(params.size());
     for (int64_t i = 0; i < count; ++i) {
+        constexpr size_t ahead = 6;
         const Place place{owner, group, i};
+        if (asked_ == hints_.size()) hints_.emplace_back();
+        if (asked_ + ahead < hints_.size()) hints_[asked_ + ahead].prefetch();
+        Hint& hint = hints_[asked_++];
+        hint.forget();
         PyObject* param = PyList_GET_ITEM(params.ptr(), i);
         const py::object held = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, key.grad));
         if (!held) throw py::error_already_set();
@@ -116,9 +151,11 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
         }
 
         const View p = view_of(param, place, "itself", "Only dense parameters can be stepped.");
+        hint.add(param, p);
         check_param(p, place);
         const View g = view_of(grad.ptr(), place, "has a gradient that",
                                "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
+        hint.add(grad.ptr(), g);
         check_grad(p, g, place);
         if (!g.same_layout(p)) {
             wanted.layout.push_back(i);
@@ -131,6 +168,7 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
             continue;
         }
 
+        hint.add_dict(entry);
         Row row{};
         row.param = p.data;
         row.grad = g.data;
@@ -140,7 +178,7 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
         row.grad_storage = g.storage();
         const int64_t blocks = blocks_of(p.size, step_block);
         for (int s = 0; s < info.states; ++s) {
-            const View values = state_view(entry, key.state[s], place);
+            const View values = state_view(entry, key.state[s], place, hint);
             const bool codes = values.is_uint8();
             const Precision precision = codes ? Precision::Bits8 : Precision::Bits32;
             if ((!codes && !values.is_float32()) || !values.same_shape(p) || !values.same_layout(p) ||
@@ -152,14 +190,14 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
             row.precision = precision;
             row.state[s] = values.data;
             if (!codes) continue;
-            const View absmax = state_view(entry, key.absmax[s], place);
+            const View absmax = state_view(entry, key.absmax[s], place, hint);
             if (!absmax.is_float32() || absmax.size != blocks || !absmax.contiguous() || !absmax.same_device(p))
                 place.fail(std::string("needs a state['") + absmax_names[s] + "'] of float32 [" +
                            std::to_string(blocks) + "] beside the parameter, got " + absmax.describe() +
                            ". Load the checkpoint with load_state_dict.");
             row.absmax[s] = static_cast<float*>(absmax.data);
         }
-        const View step = state_view(entry, key.step, place);
+        const View step = state_view(entry, key.step, place, hint);
         if (!step.is_float32() || step.size != 1 || !step.on_cpu())
             place.fail("needs a state['step'] of float32 () on cpu, got " + step.describe() + ".");
         const float next = *static_cast<float*>(step.data) + 1;
@@ -219,6 +257,7 @@ void bind_step(py::module_& m) {
             },
             py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("hyper"), py::arg("owner"), py::arg("group"),
             py::arg("relaid"))
+        .def("clear", &StepTable::clear)
         .def("run_cpu", &StepTable::run_cpu, py::arg("threads"))
         .def_property_readonly("params", &StepTable::params)
         .def("__len__", [](const StepTable& table) { return table.rows().size(); });

@@ -1,4 +1,10 @@
 // All tensors of one step, gathered and checked before anything is changed.
+//
+// Nothing about a tensor is believed from one step to the next: users replace gradients, and offloading code replaces
+// state. So every object is asked again every step. Asking is cheap; waiting for memory is not: a step streams
+// through all caches, so the next one finds thousands of small objects in main memory, one after the other. The
+// table therefore remembers where the objects of the step before lay and prefetches those lines some parameters
+// ahead. A prefetch of a stale address is harmless, so this needs no check.
 #pragma once
 
 #include "bind/view.h"
@@ -15,8 +21,32 @@ struct Wanted {
     std::vector<int64_t> layout;  // indices of parameters whose gradient has other strides than they have
 };
 
+// Where the objects of one parameter lay when they were last asked. Never read through.
+class Hint {
+  public:
+    void forget() { count_ = 0; }
+    // A tensor: its Python object, and the torch object around the shape that it lent.
+    void add(PyObject* object, const View& view);
+    // A dict: its header and its table of keys.
+    void add_dict(PyObject* object);
+    void prefetch() const;
+
+  private:
+    void add(const void* line, int lines);
+    struct Range {
+        const char* begin;
+        int lines;
+    };
+    static constexpr int most = 2 * (3 + 2 * max_states) + 2;
+    Range ranges_[most];
+    int count_ = 0;
+};
+
 class StepTable {
   public:
+    // Starts another step: no rows, but the hints of the last one.
+    void clear();
+
     // Gathers one parameter group. `params` is a list of tensors, `state` the optimizer's state dict, `relaid` maps
     // indices to gradients copied into the parameter's layout. Throws ValueError that names `owner`, group and index.
     Wanted add(py::list params, py::dict state, RuleId rule, const Hyper& hyper, const std::string& owner,
@@ -34,6 +64,8 @@ class StepTable {
     std::vector<float*> steps_;  // where each row's step is counted
     std::vector<float> next_steps_;
     py::list params_;
+    std::vector<Hint> hints_;  // by order of asking
+    size_t asked_ = 0;
 };
 
 }  // namespace optim8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,11 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         _native.cpu()  # a missing build is an error here, not at the first step
         options.check_group(type(self).__name__, defaults)
         super().__init__(params, defaults)
+
+    @cached_property
+    def _table(self) -> Any:
+        """Native scratch of a step, kept for its memory; nothing of it is saved or copied with the optimizer."""
+        return _native.cpu().StepTable()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -110,7 +116,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def _gather(self, hypers: Sequence[Any], relaid: Sequence[dict[int, torch.Tensor]]) -> tuple[Any, list[Any]]:
         """All tensors of a step as one native table, and for each group what is still missing."""
-        table = _native.cpu().StepTable()
+        table = self._table
+        table.clear()
         owner = type(self).__name__
         wanted = [
             table.add(group["params"], self.state, self.rule, hyper, owner, index, copies)

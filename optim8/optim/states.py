@@ -25,11 +25,8 @@ class Moment:
     """One state of a rule: its name, and whether its code is signed."""
 
     name: str
+    absmax: str  # the name of its scales
     signed: bool
-
-    @property
-    def absmax(self) -> str:
-        return f"{self.name}_absmax"
 
     @property
     def zero(self) -> int:
@@ -37,8 +34,8 @@ class Moment:
         return 127 if self.signed else 0
 
 
-EXP_AVG = Moment("exp_avg", signed=True)
-EXP_AVG_SQ = Moment("exp_avg_sq", signed=False)
+EXP_AVG = Moment("exp_avg", "exp_avg_absmax", signed=True)
+EXP_AVG_SQ = Moment("exp_avg_sq", "exp_avg_sq_absmax", signed=False)
 
 
 def blocks(size: int) -> int:
