@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,14 +100,27 @@ def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
 
 def plain(value: torch.Tensor) -> torch.Tensor:
     """The values row after row in memory, detached from autograd; a copy where they are not so already."""
-    value = value.detach().contiguous()
-    return value.resolve_neg() if value.is_neg() else value
+    return value.detach().contiguous().resolve_neg()
+
+
+class _Kernel(threading.local):
+    """Whether this thread is inside the kernel of an operator."""
+
+    running = False
+
+
+kernel = _Kernel()
+
+
+def is_traced(value: torch.Tensor) -> bool:
+    """Whether a tensor has a dispatch of its own, as those of tracers have, which lack memory."""
+    kind = type(value)
+    return kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def through_op(value: torch.Tensor) -> bool:
-    """Whether the registered operator must stand in for the native call: while torch.compile reads the code, and for
-    tensors without memory, such as those of torch.export."""
+    """Whether the registered operator must stand in for the native call: while torch.compile or torch.export read the
+    code, and for tensors of tracers."""
     if torch.compiler.is_dynamo_compiling():
         return True
-    kind = type(value)
-    return kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return (torch.compiler.is_compiling() or is_traced(value)) and not kernel.running

@@ -53,7 +53,7 @@ def quantize_blockwise(
     who = "quantize_blockwise"
     _check.floats(who, "A", A)
     _check.blocksize(who, blocksize, _check.BLOCKSIZES)
-    code = _read_code(who, code, A.device)
+    code = _read_code(who, code, A)
     scales = _check.absmax(who, absmax, A.numel(), blocksize, A.device, fill=True)
     codes = _check.buffer(who, "out", out, torch.uint8, A.shape, A.device)
     if _check.through_op(A):
@@ -109,7 +109,7 @@ def dequantize_blockwise(
     elif nested:
         raise ValueError(f"{who}: nested=True needs a nested quant_state, got absmax alone. Pass quant_state.")
     _check.blocksize(who, blocksize, _check.BLOCKSIZES)
-    code = _read_code(who, code, A.device)
+    code = _read_code(who, code, A)
     absmax = _check.absmax(who, absmax, A.numel(), blocksize, A.device)
     if out is not None and quant_state is None:
         dtype = _check.floats(who, "out", out).dtype
@@ -165,10 +165,10 @@ def _read_state(who: str, quant_state: QuantState, nested: bool) -> tuple[torch.
     return plain_absmax(who, state), state.code, state.blocksize, dtype
 
 
-def _read_code(who: str, code: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def _read_code(who: str, code: torch.Tensor | None, A: torch.Tensor) -> torch.Tensor:
     if code is None:
-        return shared_code("dynamic", device)
+        return shared_code("dynamic", A)
     code = _check.tensor(who, "code", code, (torch.float32,))
-    _check.on_device(who, "code", code, device)
+    _check.on_device(who, "code", code, A.device)
     _check.entries(who, "code", code, 256, "one for each code", "Pad a shorter one, as create_*_map do.")
     return _check.plain(code)

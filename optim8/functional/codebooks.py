@@ -9,6 +9,7 @@ from statistics import NormalDist
 import torch
 
 from optim8 import _native
+from optim8.functional import _check
 
 _SIZE = 256
 
@@ -20,7 +21,8 @@ _AF4 = (
 # The integers of 4 bits that have a negative; 0 stands there twice.
 _INT4 = tuple(i / 7 for i in (*range(7, -1, -1), *range(0, -8, -1)))
 
-_cached: dict[tuple[str, torch.device], torch.Tensor] = {}
+_CPU = torch.device("cpu")
+_shared: dict[tuple[str, torch.device], torch.Tensor] = {}
 
 
 def _padded(values: Iterable[float]) -> torch.Tensor:
@@ -197,19 +199,27 @@ def _check_bits(who: str, total_bits: int) -> None:
         raise ValueError(f"{who}: total_bits must be from 2 to 8, got {total_bits}.")
 
 
-def shared_code(name: str, device: torch.device) -> torch.Tensor:
-    """The table "dynamic" (signed), "nf4" or "fp4" on a device, made once. Not to be written to."""
-    code: torch.Tensor = _shared_code(name, device)
-    return code
+def shared_code(name: str, like: torch.Tensor) -> torch.Tensor:
+    """The table "dynamic" (signed), "nf4" or "fp4" on a tensor's device, made once. Not to be written to."""
+    if not _shared:
+        _native.cpu()  # not built: raises, saying what to do
+    key = (name, like.device)
+    if key in _shared:
+        code = _shared[key]
+    else:
+        code = _shared[name, _CPU].to(like.device)
+        if not _check.through_op(like):
+            _shared[key] = code
+    # A tracer's operators take tensors of its own kind only.
+    return torch.tensor(code.tolist(), device=like.device) if _check.is_traced(like) else code
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _shared_code(name: str, device: torch.device) -> torch.Tensor:
-    key = (name, device)
-    code = _cached.get(key)
-    if code is None:
-        code = create_dynamic_map() if name == "dynamic" else get_4bit_type(name, "cpu")
-        code = code.to(device)
-        if type(code) is torch.Tensor:  # not one of a tracer
-            _cached[key] = code
-    return code
+def _make_shared() -> None:
+    """Made at import, because torch.compile cannot look into native code."""
+    if _native.cpu_or_none() is not None:
+        _shared["dynamic", _CPU] = create_dynamic_map()
+        _shared["nf4", _CPU] = get_4bit_type("nf4", _CPU)
+        _shared["fp4", _CPU] = get_4bit_type("fp4", _CPU)
+
+
+_make_shared()

@@ -82,7 +82,7 @@ def quantize_4bit(
         module = _native.module_for(A.device, who)
         values = _check.plain(A)
         module.quantize_4bit(values, quant_type, blocksize, stored[:used], scales, _native.threads())
-    code = shared_code(quant_type, A.device)
+    code = shared_code(quant_type, A)
     state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype)
     return packed, nest_absmax(state, _NESTED_BLOCKSIZE) if compress_statistics else state
 
@@ -235,7 +235,7 @@ def gemv_4bit(
     if len(shape) != 2:
         raise ValueError(f"{who}: state.shape must be (N, K), got {tuple(shape)}. Quantize a matrix.")
     absmax = _check.absmax(who, plain_absmax(who, state), prod(shape), blocksize, A.device)
-    code = shared_code(quant_type, A.device)
+    code = shared_code(quant_type, A)
     if not _check.through_op(A):
         return packed_product(who, A, B, shape, absmax, code, blocksize, out)
     _check_row(who, A, shape)

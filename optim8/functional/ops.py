@@ -7,6 +7,7 @@ Eager code calls the functions directly: a call through an operator costs severa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from math import prod
 from typing import Any
 
@@ -20,8 +21,17 @@ _library = torch.library.Library("optim8", "DEF")  # type: ignore[no-untyped-cal
 def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+
+    @wraps(kernel)
+    def run(*args: Any, **named: Any) -> Any:
+        was, _check.kernel.running = _check.kernel.running, True
+        try:
+            return kernel(*args, **named)
+        finally:
+            _check.kernel.running = was
+
     for key in ("CPU", "CUDA"):
-        _library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+        _library.impl(name, run, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"optim8::{name}", fake, lib=_library)
 
 
