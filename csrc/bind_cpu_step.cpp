@@ -177,16 +177,18 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
         row.param_storage = p.storage();
         row.grad_storage = g.storage();
         const int64_t blocks = blocks_of(p.size, step_block);
+        bool moved = false;
         for (int s = 0; s < info.states; ++s) {
             const View values = state_view(entry, key.state[s], place, hint);
             const bool codes = values.is_uint8();
             const Precision precision = codes ? Precision::Bits8 : Precision::Bits32;
-            if ((!codes && !values.is_float32()) || !values.same_shape(p) || !values.same_layout(p) ||
-                !values.same_device(p) || (s > 0 && precision != row.precision))
+            if ((!codes && !values.is_float32()) || !values.same_shape(p) || !values.same_device(p) ||
+                (s > 0 && precision != row.precision))
                 place.fail(std::string("needs a state['") + state_names[s] +
                            "'] of uint8 codes or float32, like the parameter " + p.describe() +
-                           " in shape, strides and device, got " + values.describe() +
+                           " in shape and device, got " + values.describe() +
                            ". Load the checkpoint with load_state_dict.");
+            moved = moved || !values.same_layout(p);
             row.precision = precision;
             row.state[s] = values.data;
             if (!codes) continue;
@@ -196,6 +198,10 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
                            std::to_string(blocks) + "] beside the parameter, got " + absmax.describe() +
                            ". Load the checkpoint with load_state_dict.");
             row.absmax[s] = static_cast<float*>(absmax.data);
+        }
+        if (moved) {
+            wanted.moved.push_back(i);
+            continue;
         }
         const View step = state_view(entry, key.step, place, hint);
         if (!step.is_float32() || step.size != 1 || !step.on_cpu())
@@ -243,7 +249,8 @@ void bind_step(py::module_& m) {
              py::arg("weight_decay") = 0.0, py::arg("maximize") = false, py::arg("gradient_scale") = 1.0);
     py::class_<Wanted>(m, "Wanted", "What a step needs from Python before it can run.")
         .def_readonly("state", &Wanted::state)
-        .def_readonly("layout", &Wanted::layout);
+        .def_readonly("layout", &Wanted::layout)
+        .def_readonly("moved", &Wanted::moved);
     py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
         .def(py::init<>())
         .def(

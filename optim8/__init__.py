@@ -10,7 +10,7 @@ Example:
     ('8bit', '32bit')
 """
 
-from optim8 import optim
+from optim8 import functional, optim
 from optim8.optim import Adam8bit, AdamW8bit, Lion8bit
 
-__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "optim"]
+__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "functional", "optim"]

@@ -19,6 +19,7 @@ namespace optim8 {
 struct Wanted {
     std::vector<int64_t> state;   // indices of parameters that have a gradient but no state yet
     std::vector<int64_t> layout;  // indices of parameters whose gradient has other strides than they have
+    std::vector<int64_t> moved;   // indices of parameters whose state has other strides than they have now
 };
 
 // Where the objects of one parameter lay when they were last asked. Never read through.

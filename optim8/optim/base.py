@@ -90,11 +90,14 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         relaid: list[dict[int, torch.Tensor]] = [{} for _ in self.param_groups]
         hypers = [self._hyper(group) for group in self.param_groups]
         table, wanted = self._gather(hypers, relaid)
-        if any(w.state or w.layout for w in wanted):
+        if any(w.state or w.layout or w.moved for w in wanted):
             for group, missing, copies in zip(self.param_groups, wanted, relaid, strict=True):
                 copies.update({i: _in_layout_of(group["params"][i]) for i in missing.layout})
             for group, missing in zip(self.param_groups, self._gather(hypers, relaid)[1], strict=True):
                 self._allocate(group, missing.state)
+                for index in missing.moved:
+                    param = group["params"][index]
+                    self.state[param] = checkpoint.copied_entry(self.moments, param, self.state[param])
             table, _ = self._gather(hypers, relaid)
         table.run_cpu(_native.threads())
         # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.

@@ -62,6 +62,13 @@ def loaded_state(
     return state
 
 
+def copied_entry(moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter, laid out as the parameter is now."""
+    (fresh,) = states.allocate(moments, [(param, moments[0].absmax in entry)])
+    _copy_entry(moments, entry, fresh)
+    return fresh
+
+
 def _expect(where: str, name: str, entry: dict[str, Any], dtypes: Sequence[torch.dtype], shape: Sequence[int]) -> None:
     value = entry.get(name)
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and tuple(value.shape) == tuple(shape):

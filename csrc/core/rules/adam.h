@@ -17,7 +17,8 @@ struct AdamFamily {
         F& m = state[0];
         F& v = state[1];
         if (decoupled) p = p * F(s.decay);
-        if (!decoupled) g = fma(F(s.weight_decay), p, g);
+        // Not with weight_decay 0: 0 times an infinite parameter would be NaN.
+        if (!decoupled && s.weight_decay != 0.0f) g = fma(F(s.weight_decay), p, g);
         m = fma(F(s.beta1), m, F(s.one_minus_beta1) * g);
         v = fma(F(s.beta2), v, F(s.one_minus_beta2) * g * g);
         // Where m = v = 0 and eps = 0 the quotient must be 0, not NaN: such a parameter stays where it is.
