@@ -137,7 +137,7 @@ def test_loading_and_copying_between_steps(case: Case, optim_bits: int, device: 
     for _ in range(2):
         optimizer.step()
         reference.step()
-    start = copy.copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+    start = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
     ends = []
     for _ in range(2):
         optimizer.step()
