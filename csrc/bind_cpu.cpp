@@ -54,7 +54,7 @@ Table read_code(const char* who, py::handle object, bool for_encoding) {
         if (!(low <= high) || !is_finite(low) || !is_finite(high))
             fail(std::string(who) + ": code must be finite and sorted from small to large; entries " +
                  std::to_string(i) + " and " + std::to_string(i + 1) + " are not. Sort it.");
-        table.middle[i] = static_cast<float>((static_cast<double>(low) + high) / 2);
+        table.middle[i] = midpoint(low, high);
     }
     return table;
 }

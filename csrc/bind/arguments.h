@@ -9,38 +9,45 @@ namespace optim8 {
 
 struct Arguments {
     const char* who;
+    int32_t device_type = dlpack::cpu;
+    mutable int32_t device = -1;  // that of the first tensor; all must be on one
 
     [[noreturn]] void fail(const std::string& what) const { throw py::value_error(std::string(who) + ": " + what); }
 
-    // A contiguous CPU tensor.
-    View cpu(const char* argument, py::handle object) const {
+    // A contiguous tensor on the device that the call is for.
+    View tensor(const char* argument, py::handle object) const {
         View view = require_view(who, argument, object);
-        if (!view.on_cpu() || !view.contiguous())
-            fail(std::string(argument) + " must be contiguous and on cpu, got " + view.describe() + ".");
+        if (view.device_type != device_type || !view.contiguous())
+            fail(std::string(argument) + " must be contiguous and on " +
+                 (device_type == dlpack::cpu ? "cpu" : "cuda") + ", got " + view.describe() + ".");
+        if (device >= 0 && view.device != device)
+            fail(std::string(argument) + " must be on the device of the other tensors, cuda:" +
+                 std::to_string(device) + ", got " + view.describe() + ".");
+        device = view.device;
         return view;
     }
     View floats(const char* argument, py::handle object) const {
-        View view = cpu(argument, object);
+        View view = tensor(argument, object);
         if (!view.has_storage()) wrong_type(argument, "float32, bfloat16 or float16", view);
         return view;
     }
     View float32(const char* argument, py::handle object, int64_t size) const {
-        View view = cpu(argument, object);
+        View view = tensor(argument, object);
         if (!view.is_float32()) wrong_type(argument, "float32", view);
         return sized(argument, view, size);
     }
     View uint8(const char* argument, py::handle object, int64_t size) const {
-        View view = cpu(argument, object);
+        View view = tensor(argument, object);
         if (!view.is_uint8()) wrong_type(argument, "uint8", view);
         return sized(argument, view, size);
     }
     View int8(const char* argument, py::handle object) const {
-        View view = cpu(argument, object);
+        View view = tensor(argument, object);
         if (!view.is_int8()) wrong_type(argument, "int8", view);
         return view;
     }
     View int32(const char* argument, py::handle object) const {
-        View view = cpu(argument, object);
+        View view = tensor(argument, object);
         if (!view.is_int32()) wrong_type(argument, "int32", view);
         return view;
     }

@@ -143,6 +143,16 @@ OPTIM8_HD uint8_t encode(float x, float reciprocal, const T& t) {
     return static_cast<uint8_t>(code == Code::Positive && !(x > 0.0f) ? 0 : index);
 }
 
+// The nearest entry of any table of 256 sorted values: the number of midpoints below y. The readable reference of all
+// encoders.
+OPTIM8_HD uint8_t search(float y, const float* middle) {
+    int found = 0;
+    for (int half = code_size / 2; half > 0; half /= 2)
+        if (y > middle[found + half - 1]) found += half;
+    return static_cast<uint8_t>(found);
+}
+OPTIM8_HD float midpoint(float low, float high) { return static_cast<float>((static_cast<double>(low) + high) / 2); }
+
 // How a block is normalized: y = x * scale * reciprocal. Below the smallest normal number 1 / absmax would
 // overflow, so such a block is scaled by 2^64 (exactly) first.
 struct Normalizer {

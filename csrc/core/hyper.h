@@ -11,7 +11,8 @@ namespace optim8 {
 struct Hyper {
     double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;
     bool maximize = false;
-    double gradient_scale = 1;  // every gradient is multiplied by it (1 / loss scale)
+    double gradient_scale = 1;         // every gradient is multiplied by it (1 / loss scale)
+    const float* device_lr = nullptr;  // where lr stands in device memory, instead of `lr`
 };
 
 // As used by the rules, in float32. One rounding each, from double.

@@ -16,8 +16,8 @@ OPTIM8_HD double int8_factor(float absmax) { return absmax > 0.0f ? int8_top / a
 // because float32 x and absmax put the quotient either on such a tie or at least 2^-32 away. The second pair rounds
 // to an integer, ties to even.
 OPTIM8_HD int8_t encode_int8(float x, double factor) {
-    constexpr double to_fortieth = 6144.0;                 // 1.5 * 2^12
-    constexpr double to_integer = 6755399441055744.0;      // 1.5 * 2^52
+    constexpr double to_fortieth = 6144.0;             // 1.5 * 2^12
+    constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52
     const double quotient = (x * factor + to_fortieth) - to_fortieth;
     return static_cast<int8_t>(static_cast<int32_t>((quotient + to_integer) - to_integer));
 }

@@ -21,7 +21,9 @@ struct Row {
     void* state[max_states];    // uint8 codes, or float32
     float* absmax[max_states];  // one for each block of step_block values; null with 32-bit state
     int64_t size;               // values
-    Scalars scalars;
+    Scalars scalars;            // unless derived on the device:
+    float* device_step;         // the count of steps in device memory; null where it is on the host
+    const Hyper* hyper;         // what scalars are derived from
     RuleId rule;
     Storage param_storage, grad_storage;
     Precision precision;

@@ -11,14 +11,6 @@ namespace {
 
 constexpr int lanes = code_group / width;
 
-// Nearest entry of any sorted table: the number of midpoints below y. The readable reference of all encoders.
-inline uint8_t search(float y, const float* middle) {
-    int found = 0;
-    for (int half = code_size / 2; half > 0; half /= 2)
-        if (y > middle[found + half - 1]) found += half;
-    return static_cast<uint8_t>(found);
-}
-
 constexpr Code code_of(CodeKind kind) {
     return kind == CodeKind::Signed ? Code::Signed : kind == CodeKind::Unsigned ? Code::Unsigned : Code::Positive;
 }

@@ -1,0 +1,115 @@
+// Blockwise quantization to 8-bit codes and back, by the dynamic code's closed form or any table of 256 sorted values.
+#include "cuda/kernels.h"
+#include "cuda/quantize.h"
+#include "cuda/tables.h"
+
+OPTIM8_BEGIN
+namespace {
+
+constexpr const char* quantizing = "quantize_blockwise";
+
+// NaN is stored as 0 is, an infinity as the last code of its sign.
+template <class Finite>
+OPTIM8_DEVICE uint8_t code_of_any(float x, float scale, const Finite& code_of_finite) {
+    const uint32_t magnitude = magnitude_bits(x);
+    const uint8_t code = code_of_finite(magnitude < inf_bits ? x * scale : 0.0f);
+    return magnitude == inf_bits ? (x > 0.0f ? code_size - 1 : 0) : code;
+}
+
+template <Code kind>
+struct DynamicEncoder {
+    static constexpr int bits = 8;
+    LaneCode tables = lane_code<kind>();
+    OPTIM8_DEVICE uint8_t code(float x, float scale, float reciprocal) const {
+        return code_of_any(x, scale, [&](float finite) { return encode<kind>(finite, reciprocal, tables); });
+    }
+};
+
+struct AnyEncoder {
+    static constexpr int bits = 8;
+    const float* middle;
+    OPTIM8_DEVICE uint8_t code(float x, float scale, float reciprocal) const {
+        return code_of_any(x, scale, [&](float finite) { return search(finite * reciprocal, middle); });
+    }
+};
+
+// code_info[0..254]: the midpoints; code_info[255]: which code it is. One warp, eight entries a lane.
+__global__ void describe_code(const float* code, float* code_info) {
+    if (warp_of_grid() != 0) return;
+    bool is_signed = true, is_unsigned = true;
+    for (int i = lane(); i < code_size; i += warp_size) {
+        is_signed = is_signed && bits_of(code[i]) == bits_of(__ldg(signed_tables.value + i));
+        is_unsigned = is_unsigned && bits_of(code[i]) == bits_of(__ldg(unsigned_tables.value + i));
+        if (i + 1 < code_size) code_info[i] = midpoint(code[i], code[i + 1]);
+    }
+    is_signed = __all_sync(whole_warp, is_signed) != 0;
+    is_unsigned = __all_sync(whole_warp, is_unsigned) != 0;
+    const CodeKind kind = is_signed ? CodeKind::Signed : is_unsigned ? CodeKind::Unsigned : CodeKind::Any;
+    if (lane() == 0) code_info[code_size - 1] = static_cast<float>(static_cast<int>(kind));
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads_per_block) quantize_blocks(const QuantizeJob job) {
+    const T* values = static_cast<const T*>(job.values);
+    const CodeKind kind =
+        job.kind != CodeKind::Any ? job.kind : static_cast<CodeKind>(static_cast<int>(job.middle[code_size - 1]));
+    switch (kind) {
+        case CodeKind::Signed:
+            return quantize_warp(DynamicEncoder<Code::Signed>(), values, job.codes, job.absmax, job.size,
+                                 job.blocksize);
+        case CodeKind::Unsigned:
+            return quantize_warp(DynamicEncoder<Code::Unsigned>(), values, job.codes, job.absmax, job.size,
+                                 job.blocksize);
+        case CodeKind::Positive:
+            return quantize_warp(DynamicEncoder<Code::Positive>(), values, job.codes, job.absmax, job.size,
+                                 job.blocksize);
+        case CodeKind::Any:
+            return quantize_warp(AnyEncoder{job.middle}, values, job.codes, job.absmax, job.size, job.blocksize);
+    }
+}
+
+// A tile a warp, whatever the block size; the table is read through the cache.
+template <class T>
+__global__ void __launch_bounds__(threads_per_block) dequantize_tiles(const DequantizeJob job) {
+    constexpr int span = packet_span<T>;
+    const int64_t at = warp_of_grid() * tile;
+    if (at >= job.size) return;
+    const int count = values_in_tile(job.size, at);
+    T* out = static_cast<T*>(job.out) + at;
+    uint8_t codes[per_lane];
+    T values[per_lane];
+    load_tile<span>(job.codes + at, count, count == tile && packed_well<uint8_t, span>(job.codes + at), uint8_t{0},
+                    codes);
+    const int64_t first_block = at / job.blocksize;
+    const int64_t into_block = at - first_block * job.blocksize;
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) {
+        // Both are less than 2^31, so the division for each value is a short one.
+        const uint32_t further =
+            static_cast<uint32_t>(place<span>(k) + into_block) / static_cast<uint32_t>(job.blocksize);
+        const float absmax = place<span>(k) < count ? __ldg(job.absmax + first_block + further) : 0.0f;
+        values[k] = from_float<T>(__ldg(job.code + codes[k]) * absmax);
+    }
+    store_tile<span>(out, count, count == tile && packed_well<T, span>(out), values);
+}
+
+}  // namespace
+OPTIM8_END
+
+void optim8::cuda_quantize(QuantizeJob job, float* code_info, cudaStream_t stream) {
+    if (job.kind == CodeKind::Any) {
+        launch(quantizing, describe_code, 1, stream, job.code, code_info);
+        job.middle = code_info;
+    }
+    const int64_t warps = quantize_warps(job.size, job.blocksize);
+    with_storage(job.storage, [&](auto stored) {
+        launch(quantizing, quantize_blocks<typename decltype(stored)::type>, warps, stream, job);
+    });
+}
+
+void optim8::cuda_dequantize(const DequantizeJob& job, cudaStream_t stream) {
+    with_storage(job.storage, [&](auto stored) {
+        launch("dequantize_blockwise", dequantize_tiles<typename decltype(stored)::type>, tiles_of(job.size), stream,
+               job);
+    });
+}

@@ -1,0 +1,143 @@
+// One warp at work: its lanes, tables held by lanes, and the tile of 256 values that a warp reads and writes at a time,
+// eight values a lane. All control flow above these is the same in every lane of a warp, so every `_sync` names all 32.
+#pragma once
+
+#include "core/row.h"
+#include "core/storage.h"
+#include "cuda/launch.h"
+
+OPTIM8_BEGIN
+
+#define OPTIM8_DEVICE __device__ __forceinline__
+
+constexpr unsigned whole_warp = 0xffffffffu;
+constexpr int per_lane = 8;
+constexpr int tile = warp_size * per_lane;
+
+OPTIM8_DEVICE int lane() { return static_cast<int>(threadIdx.x) % warp_size; }
+OPTIM8_DEVICE int64_t warp_of_grid() {
+    return static_cast<int64_t>(blockIdx.x) * warps_per_block + static_cast<int>(threadIdx.x) / warp_size;
+}
+
+// A table of 32 entries, one in each lane: a look-up with an index of the lane's own is one shuffle. In memory it would
+// be a gather of up to 32 addresses, in constant memory up to 32 reads one after another.
+template <class T>
+struct LaneTable {
+    T mine;
+    OPTIM8_DEVICE T operator[](uint32_t i) const { return __shfl_sync(whole_warp, mine, static_cast<int>(i)); }
+    OPTIM8_DEVICE T operator[](int32_t i) const { return __shfl_sync(whole_warp, mine, i); }
+};
+
+// The largest over each run of `lanes` neighbouring lanes, a power of two, in every lane of the run.
+OPTIM8_DEVICE uint32_t largest_of_lanes(uint32_t x, int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2) x = maximum(x, __shfl_xor_sync(whole_warp, x, step));
+    return x;
+}
+
+// Where value k of a lane stands in its tile: runs of `span` neighbouring values a lane. With span values in 16 bytes,
+// the lanes of a warp touch neighbouring 16-byte packets.
+template <int span>
+OPTIM8_DEVICE int place(int k) {
+    return k / span * (warp_size * span) + lane() * span + k % span;
+}
+template <class T>
+constexpr int packet_span = sizeof(T) == 4 ? 4 : 8;
+
+template <int bytes>
+struct PacketOf;
+template <>
+struct PacketOf<4> {
+    using type = uint32_t;
+};
+template <>
+struct PacketOf<8> {
+    using type = uint2;
+};
+template <>
+struct PacketOf<16> {
+    using type = uint4;
+};
+// The widest access for `span` values of type T.
+template <class T, int span>
+using Packet = typename PacketOf<(sizeof(T) * span < 16 ? sizeof(T) * span : 16)>::type;
+
+template <class T, int span>
+OPTIM8_HD bool packed_well(const T* at) {
+    return reinterpret_cast<uintptr_t>(at) % sizeof(Packet<T, span>) == 0;
+}
+
+// `n` neighbouring values by the widest accesses, their address being a multiple of one. Values are read once, so they
+// go past the tables in the cache (__ldcs).
+template <int n, class T>
+OPTIM8_DEVICE void load_packets(const T* from, T (&to)[n]) {
+    using P = Packet<T, n>;
+    constexpr int of_packet = sizeof(P) / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < n; k += of_packet) {
+        const P packet = __ldcs(reinterpret_cast<const P*>(from + k));
+        std::memcpy(to + k, &packet, sizeof packet);
+    }
+}
+
+// The lane's values of a tile of which `count` are there; the others become `fill`. `well` says that the tile is whole
+// and its address fit for packets.
+template <int span, class T>
+OPTIM8_DEVICE void load_tile(const T* from, int count, bool well, T fill, T (&to)[per_lane]) {
+    if (well) {
+        using P = Packet<T, span>;
+        constexpr int of_packet = sizeof(P) / sizeof(T);
+#pragma unroll
+        for (int k = 0; k < per_lane; k += of_packet) {
+            const P packet = __ldcs(reinterpret_cast<const P*>(from + place<span>(k)));
+            std::memcpy(to + k, &packet, sizeof packet);
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) to[k] = place<span>(k) < count ? from[place<span>(k)] : fill;
+    }
+}
+
+template <int span, class T>
+OPTIM8_DEVICE void store_tile(T* to, int count, bool well, const T (&from)[per_lane]) {
+    if (well) {
+        using P = Packet<T, span>;
+        constexpr int of_packet = sizeof(P) / sizeof(T);
+#pragma unroll
+        for (int k = 0; k < per_lane; k += of_packet) {
+            P packet;
+            std::memcpy(&packet, from + k, sizeof packet);
+            __stcs(reinterpret_cast<P*>(to + place<span>(k)), packet);
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k)
+            if (place<span>(k) < count) to[place<span>(k)] = from[k];
+    }
+}
+
+// How many values of `size` a tile that begins at `at` has, at most 256.
+OPTIM8_DEVICE int values_in_tile(int64_t size, int64_t at) {
+    return size - at < tile ? static_cast<int>(size - at) : tile;
+}
+
+// The tiles of `size` values.
+inline int64_t tiles_of(int64_t size) { return size / tile + (size % tile != 0); }
+
+template <class T>
+struct TypeOf {
+    using type = T;
+};
+// work(TypeOf<T>) with the type that is stored so.
+template <class Work>
+void with_storage(Storage storage, const Work& work) {
+    switch (storage) {
+        case Storage::Float32:
+            return work(TypeOf<float>{});
+        case Storage::BFloat16:
+            return work(TypeOf<bfloat16>{});
+        case Storage::Float16:
+            return work(TypeOf<float16>{});
+    }
+}
+
+OPTIM8_END

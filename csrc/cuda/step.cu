@@ -1,0 +1,379 @@
+// One optimizer step over many tensors in one launch, for any rule, with 8- or 32-bit state. Names no rule.
+//
+// A block of 256 values belongs to one warp, eight values a lane: load, decode, update, block maximum by shuffles,
+// encode, store. No shared memory, no barrier. The tensors' addresses travel in the kernel's parameters.
+#include "cuda/kernels.h"
+#include "cuda/tables.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+OPTIM8_BEGIN
+namespace {
+
+// Parameters of a kernel may take 32764 bytes from CUDA 12.1 on; these stay within 26 KB.
+constexpr int step_rows_per_launch = 352;
+constexpr int scalars_per_launch = 8;
+constexpr int hypers_per_launch = 16;
+constexpr int64_t blocks_per_warp = 4;  // consecutive ones, once there is enough work for every warp of a GPU
+constexpr int64_t plenty_of_blocks = 1 << 16;
+
+struct StepRow {
+    void* param;
+    const void* grad;
+    void* state[max_states];
+    float* absmax[max_states];
+    int64_t size;
+    int32_t scalars;  // index
+    Precision precision;
+    bool packed_well;  // every address fits 16-byte packets
+};
+
+struct StepBatch {
+    int32_t rows, blocks_per_warp;
+    const float* found_inf;         // null: never skipped
+    const Scalars* device_scalars;  // null: they stand below
+    Scalars scalars[scalars_per_launch];
+    int64_t first[step_rows_per_launch + 1];  // of each row, its first block in the batch
+    StepRow row[step_rows_per_launch];
+};
+static_assert(sizeof(StepBatch) <= 26 * 1024, "beside the limit, parameters cost time at every launch");
+
+struct CountBatch {
+    int32_t rows;
+    const float *grad_scale, *found_inf;
+    Scalars* scalars;
+    Hyper hyper[hypers_per_launch];
+    float* step[step_rows_per_launch];
+    uint8_t hyper_of[step_rows_per_launch];
+};
+
+template <int s>
+struct StateIndex {
+    static constexpr int index = s;
+};
+template <class Rule, class Work, int... s>
+OPTIM8_DEVICE void each_state(const Work& work, std::integer_sequence<int, s...>) {
+    (work(StateIndex<s>{}), ...);
+}
+// work(s) for every state, s.index being a constant.
+template <class Rule, class Work>
+OPTIM8_DEVICE void each_state(const Work& work) {
+    each_state<Rule>(work, std::make_integer_sequence<int, Rule::states>{});
+}
+
+// A block and where it lies.
+template <class Rule, class P, class G>
+struct Block {
+    P* param;
+    const G* grad;
+    uint8_t* codes[Rule::states];
+    float* absmax[Rule::states];
+    int count;
+    bool well;
+
+    OPTIM8_DEVICE Block(const StepRow& row, int64_t block) {
+        const int64_t at = block * step_block;
+        param = static_cast<P*>(row.param) + at;
+        grad = static_cast<const G*>(row.grad) + at;
+        for (int s = 0; s < Rule::states; ++s) {
+            codes[s] = static_cast<uint8_t*>(row.state[s]) + at;
+            absmax[s] = row.absmax[s] + block;
+        }
+        count = values_in_tile(row.size, at);
+        well = row.packed_well && count == step_block;
+    }
+};
+
+// What the lane's elements in `bad` would add to the block's maxima, had their gradients been 0. One element at a time
+// and from memory, where param and codes are still the old ones: this path is rare, and must cost no registers.
+template <class Rule, int span, class P, class G>
+OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, const Scalars& scalars, uint32_t bad,
+                                             uint32_t (&largest)[Rule::states]) {
+#pragma unroll 1
+    for (int k = 0; k < per_lane; ++k) {
+        if ((bad >> k & 1) == 0) continue;
+        const int i = place<span>(k);
+        const bool there = i < block.count;
+        float param = there ? to_float(block.param[i]) : 0.0f, now[Rule::states];
+        each_state<Rule>([&](auto s) {
+            const uint8_t code = there ? block.codes[s.index][i] : zero_code<Rule::codes[s.index]>;
+            now[s.index] = decode<Rule::codes[s.index]>(code) * *block.absmax[s.index];
+        });
+        Rule::update(param, 0.0f, now, scalars);
+        for (int s = 0; s < Rule::states; ++s)
+            if (is_finite(now[s])) largest[s] = maximum(largest[s], magnitude_bits(now[s]));
+    }
+}
+
+template <class Rule, class P, class G>
+OPTIM8_DEVICE void step_8bit(const Block<Rule, P, G>& block, const Scalars& scalars) {
+    constexpr int span = packet_span<P>;
+    P raw_param[per_lane];
+    G grad[per_lane];
+    uint8_t codes[Rule::states][per_lane];
+    float absmax[Rule::states];
+    load_tile<span>(block.param, block.count, block.well, P{}, raw_param);
+    load_tile<span>(block.grad, block.count, block.well, G{}, grad);
+    each_state<Rule>([&](auto s) {
+        // Values that are not there decode to 0, so they take part in nothing.
+        load_tile<span>(block.codes[s.index], block.count, block.well, zero_code<Rule::codes[s.index]>, codes[s.index]);
+        absmax[s.index] = *block.absmax[s.index];
+    });
+
+    float param[per_lane], now[per_lane][Rule::states];
+    uint32_t largest[Rule::states] = {};
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) {
+        param[k] = to_float(raw_param[k]);
+        each_state<Rule>(
+            [&](auto s) { now[k][s.index] = decode<Rule::codes[s.index]>(codes[s.index][k]) * absmax[s.index]; });
+        Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now[k], scalars);
+        for (int s = 0; s < Rule::states; ++s) largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
+    }
+    bool finite = true;
+    for (int s = 0; s < Rule::states; ++s) {
+        largest[s] = largest_of_lanes(largest[s], warp_size);
+        finite = finite && largest[s] < inf_bits;
+    }
+    if (!finite) {
+        // An element that is not finite gets code 0, and does not show in the block's maxima.
+        uint32_t bad = 0;
+        for (int s = 0; s < Rule::states; ++s) largest[s] = 0;
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) {
+            bool good = true;
+            for (int s = 0; s < Rule::states; ++s) good = good && is_finite(now[k][s]);
+            bad |= good ? 0u : 1u << k;
+            for (int s = 0; s < Rule::states; ++s) {
+                now[k][s] = good ? now[k][s] : 0.0f;
+                largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
+            }
+        }
+        count_as_without_gradient<Rule, span>(block, scalars, bad, largest);
+        for (int s = 0; s < Rule::states; ++s) largest[s] = largest_of_lanes(largest[s], warp_size);
+    }
+
+    P new_param[per_lane];
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
+    store_tile<span>(block.param, block.count, block.well, new_param);
+    each_state<Rule>([&](auto s) {
+        const LaneCode code = lane_code<Rule::codes[s.index]>();
+        const Normalizer normal = normalizer(float_of(largest[s.index]));
+        uint8_t encoded[per_lane];
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k)
+            encoded[k] = encode<Rule::codes[s.index]>(now[k][s.index] * normal.scale, normal.reciprocal, code);
+        store_tile<span>(block.codes[s.index], block.count, block.well, encoded);
+        if (lane() == 0) *block.absmax[s.index] = float_of(largest[s.index]);
+    });
+}
+
+template <class Rule, class P, class G>
+OPTIM8_DEVICE void step_32bit(const StepRow& row, const Block<Rule, P, G>& block, int64_t at, const Scalars& scalars) {
+    constexpr int span = packet_span<P>;
+    P param[per_lane];
+    G grad[per_lane];
+    float state[Rule::states][per_lane];
+    load_tile<span>(block.param, block.count, block.well, P{}, param);
+    load_tile<span>(block.grad, block.count, block.well, G{}, grad);
+    for (int s = 0; s < Rule::states; ++s)
+        load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.well, 0.0f, state[s]);
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) {
+        float p = to_float(param[k]), now[Rule::states];
+        for (int s = 0; s < Rule::states; ++s) now[s] = state[s][k];
+        Rule::update(p, to_float(grad[k]) * scalars.gradient_factor, now, scalars);
+        param[k] = from_float<P>(p);
+        for (int s = 0; s < Rule::states; ++s) state[s][k] = now[s];
+    }
+    store_tile<span>(block.param, block.count, block.well, param);
+    for (int s = 0; s < Rule::states; ++s)
+        store_tile<span>(static_cast<float*>(row.state[s]) + at, block.count, block.well, state[s]);
+}
+
+// The row that block b of the batch belongs to.
+OPTIM8_DEVICE int row_of(const StepBatch& batch, int64_t b) {
+    int low = 0, high = batch.rows - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (batch.first[middle] <= b)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+template <class Rule, class P, class G>
+__global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_constant__ StepBatch batch) {
+    const int64_t begin = warp_of_grid() * batch.blocks_per_warp;
+    const int64_t left_in_batch = batch.first[batch.rows] - begin;
+    int left = left_in_batch < batch.blocks_per_warp ? static_cast<int>(left_in_batch) : batch.blocks_per_warp;
+    if (left_in_batch <= 0 || (batch.found_inf != nullptr && *batch.found_inf != 0.0f)) return;
+    int r = row_of(batch, begin);
+    for (int64_t block = begin - batch.first[r];; block = 0, ++r) {
+        const StepRow& row = batch.row[r];
+        const Scalars scalars =
+            batch.device_scalars != nullptr ? batch.device_scalars[row.scalars] : batch.scalars[row.scalars];
+        const int64_t left_in_row = batch.first[r + 1] - batch.first[r] - block;
+        int here = left_in_row < left ? static_cast<int>(left_in_row) : left;
+        left -= here;
+        for (; here > 0; --here, ++block) {
+            const Block<Rule, P, G> at(row, block);
+            if (row.precision == Precision::Bits8)
+                step_8bit(at, scalars);
+            else
+                step_32bit(row, at, block * step_block, scalars);
+        }
+        if (left == 0) return;
+    }
+}
+
+// Counts the step of every row and derives its scalars, one thread a row; nothing where the step is to be skipped.
+__global__ void __launch_bounds__(threads_per_block) count_steps(const __grid_constant__ CountBatch batch) {
+    const int r = static_cast<int>(blockIdx.x * threads_per_block + threadIdx.x);
+    if (r >= batch.rows) return;
+    if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
+    Hyper hyper = batch.hyper[batch.hyper_of[r]];
+    if (hyper.device_lr != nullptr) hyper.lr = *hyper.device_lr;
+    if (batch.grad_scale != nullptr) hyper.gradient_scale = 1.0 / *batch.grad_scale;
+    const float step = *batch.step[r] + 1.0f;
+    *batch.step[r] = step;
+    batch.scalars[r] = derive(hyper, step);
+}
+
+constexpr const char* who = "optimizer step";
+using Kernel = void (*)(StepBatch);
+
+template <class Rule>
+Kernel kernel_of_types(Storage param, Storage grad) {
+    const bool wide = grad == Storage::Float32;
+    switch (param) {
+        case Storage::BFloat16:
+            return wide ? step_rows<Rule, bfloat16, float> : step_rows<Rule, bfloat16, bfloat16>;
+        case Storage::Float16:
+            return wide ? step_rows<Rule, float16, float> : step_rows<Rule, float16, float16>;
+        default:
+            return step_rows<Rule, float, float>;
+    }
+}
+
+Kernel kernel_of(const Row& row) {
+    switch (row.rule) {
+#define OPTIM8_KERNEL_CASE(name, type) \
+    case RuleId::name: \
+        return kernel_of_types<type>(row.param_storage, row.grad_storage);
+        OPTIM8_RULES(OPTIM8_KERNEL_CASE)
+#undef OPTIM8_KERNEL_CASE
+    }
+    return nullptr;
+}
+
+bool fits_packets(const Row& row) {
+    uintptr_t all = reinterpret_cast<uintptr_t>(row.param) | reinterpret_cast<uintptr_t>(row.grad);
+    for (void* state : row.state) all |= reinterpret_cast<uintptr_t>(state);
+    return all % 16 == 0;
+}
+
+// The rows of one kernel and one kind of scalars, launched whenever a table is full.
+class Batcher {
+  public:
+    Batcher(const StepInputs& inputs, cudaStream_t stream)
+        : inputs_(inputs), stream_(stream), batch_(new StepBatch{}) {}
+
+    void add(const Row& row, int64_t index) {
+        if (row.size == 0) return;
+        const bool on_device = inputs_.scalars != nullptr;
+        int scalars = on_device ? static_cast<int>(index) : place_of(row.scalars);
+        if (batch_->rows == step_rows_per_launch || scalars < 0) {
+            flush(row);
+            if (!on_device) scalars = place_of(row.scalars);
+        }
+        StepRow& to = batch_->row[batch_->rows];
+        to = StepRow{row.param, row.grad, {}, {}, row.size, scalars, row.precision, fits_packets(row)};
+        for (int s = 0; s < max_states; ++s) {
+            to.state[s] = row.state[s];
+            to.absmax[s] = row.absmax[s];
+        }
+        const int64_t before = batch_->first[batch_->rows++];
+        batch_->first[batch_->rows] = before + blocks_of(row.size, step_block);
+    }
+
+    // Launches what was gathered; `row` is any of its kind.
+    void flush(const Row& row) {
+        const int64_t blocks = batch_->first[batch_->rows];
+        batch_->blocks_per_warp = blocks < plenty_of_blocks ? 1 : static_cast<int>(blocks_per_warp);
+        batch_->found_inf = inputs_.found_inf;
+        batch_->device_scalars = inputs_.scalars;
+        launch(who, kernel_of(row), blocks_of(blocks, batch_->blocks_per_warp), stream_, *batch_);
+        batch_->rows = 0;
+        used_ = 0;
+    }
+
+  private:
+    // Where the batch holds these scalars, put there if need be; -1 where there is no room.
+    int place_of(const Scalars& scalars) {
+        for (int i = 0; i < used_; ++i)
+            if (std::memcmp(&batch_->scalars[i], &scalars, sizeof scalars) == 0) return i;
+        if (used_ == scalars_per_launch) return -1;
+        batch_->scalars[used_] = scalars;
+        return used_++;
+    }
+
+    const StepInputs& inputs_;
+    cudaStream_t stream_;
+    std::unique_ptr<StepBatch> batch_;
+    int used_ = 0;
+};
+
+// Launches count_steps over the rows that count on the device, as often as its tables fill.
+void count_on_device(const Row* rows, int64_t count, const StepInputs& inputs, cudaStream_t stream) {
+    const auto batch = std::make_unique<CountBatch>();
+    const Hyper* hypers[hypers_per_launch];
+    for (int64_t i = 0; i < count;) {
+        int used = 0;
+        *batch = CountBatch{};
+        batch->grad_scale = inputs.grad_scale;
+        batch->found_inf = inputs.found_inf;
+        batch->scalars = inputs.scalars + i;
+        for (; i < count && batch->rows < step_rows_per_launch; ++i) {
+            int h = static_cast<int>(std::find(hypers, hypers + used, rows[i].hyper) - hypers);
+            if (h == hypers_per_launch) break;
+            if (h == used) {
+                hypers[used++] = rows[i].hyper;
+                batch->hyper[h] = *rows[i].hyper;
+            }
+            batch->step[batch->rows] = rows[i].device_step;
+            batch->hyper_of[batch->rows++] = static_cast<uint8_t>(h);
+        }
+        launch(who, count_steps, blocks_of(batch->rows, warp_size), stream, *batch);
+    }
+}
+
+}  // namespace
+OPTIM8_END
+
+void optim8::cuda_step(const Row* rows, int64_t count, const StepInputs& inputs, cudaStream_t stream) {
+    if (count == 0) return;
+    if (inputs.scalars != nullptr) count_on_device(rows, count, inputs, stream);
+    // Rows of one kernel side by side, otherwise in their order.
+    const auto kind = [&](int64_t i) {
+        return std::make_tuple(rows[i].rule, rows[i].param_storage, rows[i].grad_storage);
+    };
+    std::vector<int64_t> order(static_cast<size_t>(count));
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return kind(a) < kind(b); });
+    Batcher batcher(inputs, stream);
+    for (size_t i = 0; i < order.size(); ++i) {
+        if (i > 0 && kind(order[i]) != kind(order[i - 1])) batcher.flush(rows[order[i - 1]]);
+        batcher.add(rows[order[i]], order[i]);
+    }
+    batcher.flush(rows[order.back()]);
+}

@@ -1,0 +1,179 @@
+#include "compare.h"
+
+namespace optim8 {
+namespace {
+
+constexpr int64_t sizes[] = {0, 1, 3, 255, 256, 257, 1000, 1024, 1279};
+constexpr int states_of[] = {
+#define OPTIM8_STATES(name, type) type::states,
+    OPTIM8_RULES(OPTIM8_STATES)
+#undef OPTIM8_STATES
+};
+
+// One tensor of a step, twice: what the kernels on trial work on, and what the CPU's do.
+template <class P, class G>
+struct Tensor {
+    struct Side {
+        Buffer<P> param;
+        std::vector<Buffer<uint8_t>> codes;
+        std::vector<Buffer<float>> absmax, wide;
+        Buffer<float> step{1};
+        Row row{};
+    };
+    Buffer<G> grad;
+    Side actual, expected;
+
+    Tensor(int64_t size, int64_t offset, Kind kind, RuleId rule, Precision precision)
+        : grad(size, offset),
+          actual{Buffer<P>(size, offset), {}, {}, {}},
+          expected{Buffer<P>(size, offset), {}, {}, {}} {
+        fill(grad, kind);
+        fill(actual.param, Kind::Plain);
+        for (int s = 0; s < states_of[static_cast<int>(rule)]; ++s) {
+            actual.codes.emplace_back(precision == Precision::Bits8 ? size : 0, offset);
+            actual.absmax.emplace_back(precision == Precision::Bits8 ? blocks_of(size, step_block) : 0);
+            actual.wide.emplace_back(precision == Precision::Bits32 ? size : 0, offset);
+            fill_codes(actual.codes[s]);
+            fill(actual.absmax[s], kind == Kind::Subnormal ? kind : Kind::Plain);
+            fill(actual.wide[s], Kind::Plain);
+            for (int64_t i = 0; i < actual.absmax[s].size(); ++i) actual.absmax[s][i] = std::fabs(actual.absmax[s][i]);
+            for (int64_t i = 0; i < actual.wide[s].size() && s == 1; ++i)
+                actual.wide[s][i] = std::fabs(actual.wide[s][i]);
+            expected.codes.push_back(actual.codes[s].copy());
+            expected.absmax.push_back(actual.absmax[s].copy());
+            expected.wide.push_back(actual.wide[s].copy());
+        }
+        expected.param = actual.param.copy();
+        for (Side* side : {&actual, &expected}) {
+            Row& row = side->row;
+            row.param = side->param.data();
+            row.grad = grad.data();
+            row.size = size;
+            row.rule = rule;
+            row.param_storage = storage_of<P>;
+            row.grad_storage = storage_of<G>;
+            row.precision = precision;
+            for (size_t s = 0; s < side->codes.size(); ++s) {
+                row.state[s] =
+                    precision == Precision::Bits8 ? static_cast<void*>(side->codes[s].data()) : side->wide[s].data();
+                row.absmax[s] = side->absmax[s].data();
+            }
+        }
+    }
+    void compare(const std::string& what) const {
+        expect_same(what + " param", actual.param, expected.param);
+        expect_same(what + " step", actual.step, expected.step);
+        for (size_t s = 0; s < actual.codes.size(); ++s) {
+            const std::string state = what + " state " + std::to_string(s);
+            expect_same(state + " codes", actual.codes[s], expected.codes[s]);
+            expect_same(state + " absmax", actual.absmax[s], expected.absmax[s]);
+            expect_same(state + " wide", actual.wide[s], expected.wide[s]);
+        }
+    }
+};
+
+Hyper hyper_of(int i) {
+    Hyper h;
+    h.lr = 3e-3 * (1 + i % 3);
+    h.beta1 = 0.8;
+    h.beta2 = 0.95;
+    h.eps = i % 2 ? 0.0 : 1e-6;
+    h.weight_decay = 0.03;
+    h.maximize = i % 2 != 0;
+    return h;
+}
+
+// How the scalars of the step come to the device.
+enum class Scalar { Host, Device, Skipped };
+
+template <class P, class G>
+void compare_tensors(RuleId rule, std::vector<Tensor<P, G>>& tensors, Scalar scalar, const std::string& what) {
+    std::vector<Hyper> hypers;
+    for (int i = 0; i < 20; ++i) hypers.push_back(hyper_of(i));
+    Buffer<float> lr(1), scale(1), found_inf(1);
+    lr[0] = 0.0123f;
+    scale[0] = 1024;
+    found_inf[0] = scalar == Scalar::Skipped ? 1 : 0;
+    std::vector<Row> rows;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        auto& [grad, actual, expected] = tensors[i];
+        Hyper& hyper = hypers[i % hypers.size()];
+        actual.step[0] = expected.step[0] = static_cast<float>(i % 5);
+        if (scalar == Scalar::Host) {
+            actual.row.scalars = expected.row.scalars = derive(hyper, 1 + i % 5);
+        } else {
+            hyper.device_lr = i % 2 ? lr.data() : nullptr;
+            actual.row.device_step = actual.step.data();
+            actual.row.hyper = &hyper;
+            Hyper whole = hyper;
+            if (i % 2) whole.lr = lr[0];
+            whole.gradient_scale = 1.0 / scale[0];
+            if (scalar == Scalar::Device) expected.step[0] += 1;
+            expected.row.scalars = derive(whole, expected.step[0]);
+        }
+        rows.push_back(actual.row);
+    }
+    Buffer<Scalars> scratch(static_cast<int64_t>(rows.size()));
+    StepInputs inputs{};
+    if (scalar != Scalar::Host) inputs = StepInputs{scale.data(), found_inf.data(), scratch.data()};
+    cuda_step(rows.data(), static_cast<int64_t>(rows.size()), inputs, nullptr);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        const Row& row = tensors[i].expected.row;
+        if (scalar != Scalar::Skipped) scalar::step_blocks(row, 0, blocks_of(row.size, step_block));
+        tensors[i].compare(what + " rule " + std::to_string(static_cast<int>(rule)) + " tensor " + std::to_string(i) +
+                           " of " + std::to_string(row.size));
+    }
+}
+
+template <class P, class G>
+void compare_types(RuleId rule) {
+    const std::string types = std::string(name_of<P>()) + "/" + name_of<G>();
+    for (Kind kind : kinds) {
+        std::vector<Tensor<P, G>> tensors;
+        for (Precision precision : {Precision::Bits8, Precision::Bits32})
+            for (int64_t size : sizes)
+                for (int64_t offset : {0, 1}) tensors.emplace_back(size, offset, kind, rule, precision);
+        compare_tensors(rule, tensors, Scalar::Host, types + " kind " + std::to_string(static_cast<int>(kind)));
+    }
+    for (Scalar scalar : {Scalar::Device, Scalar::Skipped}) {
+        std::vector<Tensor<P, G>> tensors;
+        for (int64_t size : sizes) tensors.emplace_back(size, 0, Kind::Plain, rule, Precision::Bits8);
+        compare_tensors(rule, tensors, scalar, types + " scalars on the device");
+    }
+}
+
+// More tensors than one launch takes, and more different scalars and hypers.
+void compare_many() {
+    for (Scalar scalar : {Scalar::Host, Scalar::Device}) {
+        std::vector<Tensor<float, float>> tensors;
+        for (int i = 0; i < 800; ++i)
+            tensors.emplace_back(i % 3, 0, Kind::Plain, RuleId::adamw, i % 2 ? Precision::Bits8 : Precision::Bits32);
+        compare_tensors(RuleId::adamw, tensors, scalar, "many tensors");
+    }
+}
+
+// Enough blocks for warps to take several each.
+void compare_long() {
+    std::vector<Tensor<bfloat16, bfloat16>> tensors;
+    tensors.emplace_back(int64_t{256} * 40000, 0, Kind::Plain, RuleId::lion, Precision::Bits8);
+    tensors.emplace_back(int64_t{256} * 30000 + 17, 0, Kind::Plain, RuleId::lion, Precision::Bits8);
+    compare_tensors(RuleId::lion, tensors, Scalar::Host, "long");
+}
+
+}  // namespace
+
+void compare_step() {
+#define OPTIM8_COMPARE(name, type) \
+    compare_types<float, float>(RuleId::name); \
+    compare_types<bfloat16, bfloat16>(RuleId::name); \
+    compare_types<bfloat16, float>(RuleId::name); \
+    compare_types<float16, float16>(RuleId::name); \
+    compare_types<float16, float>(RuleId::name);
+    OPTIM8_RULES(OPTIM8_COMPARE)
+#undef OPTIM8_COMPARE
+    compare_many();
+}
+
+void compare_step_long() { compare_long(); }
+
+}  // namespace optim8

@@ -1,0 +1,144 @@
+// The part of CUDA that csrc/cuda uses, on the CPU, for tests: every thread of a block is a fiber, blocks run one after
+// the other, barriers and warp operations check what CUDA leaves undefined. Not a fast way to run a kernel.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_on_cpu {
+
+enum class Order { Forward, Reverse, Random };
+
+// How the threads of a block take turns. `seed` is for Random.
+void set_order(Order order, unsigned seed);
+
+// Calls body(context) once for each thread of each block.
+void run_grid(dim3 grid, dim3 block, void (*body)(void*), void* context);
+
+const dim3& thread_index();
+const dim3& block_index();
+
+// What the threads of a barrier or the lanes of a warp operation must agree on, and what a lane gives to it.
+enum class Operation { Shuffle, Vote, Warp };
+// Waits for every lane of `mask`, then gives what lane `source` gave as `value`; ends the program where a lane may not
+// take part so.
+uint64_t meet(Operation operation, unsigned mask, uint64_t value, int source);
+void meet_block();
+
+template <class T>
+T exchange(unsigned mask, T value, int source) {
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof value);
+    bits = meet(Operation::Shuffle, mask, bits, source);
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline int lane() { return static_cast<int>(thread_index().x % 32); }
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::thread_index())
+#define blockIdx (cuda_on_cpu::block_index())
+
+inline void __syncthreads() { cuda_on_cpu::meet_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::meet(cuda_on_cpu::Operation::Warp, mask, 0, -1); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+    return cuda_on_cpu::exchange(mask, value, (cuda_on_cpu::lane() & ~(width - 1)) + (source & (width - 1)));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+    const int source = cuda_on_cpu::lane() ^ bits;
+    const bool inside = source / width == cuda_on_cpu::lane() / width;
+    return cuda_on_cpu::exchange(mask, value, inside ? source : cuda_on_cpu::lane());
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+    const int source = cuda_on_cpu::lane() + static_cast<int>(by);
+    const bool inside = source / width == cuda_on_cpu::lane() / width;
+    return cuda_on_cpu::exchange(mask, value, inside ? source : cuda_on_cpu::lane());
+}
+// Votes: bit l of what comes back is the predicate of lane l.
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    return static_cast<unsigned>(cuda_on_cpu::meet(cuda_on_cpu::Operation::Vote, mask, predicate != 0, -1));
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+template <class T>
+T __ldg(const T* from) {
+    return *from;
+}
+template <class T>
+T __ldcs(const T* from) {
+    return *from;
+}
+template <class T>
+void __stcs(T* to, T value) {
+    *to = value;
+}
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+    const unsigned before = *at;
+    *at = before > value ? before : value;
+    return before;
+}
+inline int __dp4a(int a, int b, int sum) {
+    for (int byte = 0; byte < 4; ++byte) {
+        const int x = static_cast<int8_t>(a >> (8 * byte)), y = static_cast<int8_t>(b >> (8 * byte));
+        sum = static_cast<int>(static_cast<unsigned>(sum) + static_cast<unsigned>(x * y));
+    }
+    return sum;
+}
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes = 0;
+    cudaStream_t stream = nullptr;
+};
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+    return std::memset(at, value, bytes), cudaSuccess;
+}
+
+template <class... Needed, class... Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Needed...), const Given&... given) {
+    // As on the device, every thread sees one copy of the parameters, made at the launch.
+    const auto call = [&](Needed... copied) {
+        auto body = [&] { kernel(copied...); };
+        cuda_on_cpu::run_grid(
+            config->gridDim, config->blockDim, [](void* context) { (*static_cast<decltype(body)*>(context))(); },
+            &body);
+    };
+    call(given...);
+    return cudaSuccess;
+}
