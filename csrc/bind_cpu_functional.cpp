@@ -3,6 +3,7 @@
 #include "core/codec.h"
 #include "core/storage.h"
 #include "cpu/dispatch.h"
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 
 #include <pybind11/stl.h>
@@ -49,6 +50,7 @@ void quantize_4bit(py::handle A, const std::string& quant_type, int64_t blocksiz
     const Quantize4Job job{values.data,  static_cast<uint8_t*>(packed.data), static_cast<float*>(scales.data),
                            values.size, blocksize,                           values.storage(),
                            type};
+    prefer_huge_pages(packed.data, packed.bytes());
     run(&Kernels::quantize_4bit, job, blocks_of(values.size, fourbit_span), spans_at_once, threads);
 }
 
@@ -62,6 +64,7 @@ void dequantize_4bit(py::handle A, py::handle absmax, const std::string& quant_t
     const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
     const Dequantize4Job job{static_cast<const uint8_t*>(packed.data), static_cast<const float*>(scales.data),
                              values_of(type), values.data, values.size, blocksize, values.storage()};
+    prefer_huge_pages(values.data, values.bytes());
     run(&Kernels::dequantize_4bit, job, blocks_of(values.size, fourbit_span), spans_at_once, threads);
 }
 
@@ -131,6 +134,7 @@ void int8_vectorwise_quant(py::handle A, float threshold, py::handle out, py::ha
         std::fill_n(job.outliers, shape.columns, uint8_t{0});
         run(&Kernels::int8_outliers, job, shape.rows, rows_at_once(shape.columns), threads);
     }
+    prefer_huge_pages(codes.data, codes.bytes());
     run(&Kernels::int8_rows, job, shape.rows, rows_at_once(shape.columns), threads);
 }
 
@@ -145,6 +149,7 @@ void int8_columnwise_quant(py::handle A, float threshold, py::handle out, py::ha
     const Int8ColumnsJob job{values.data, static_cast<int8_t*>(codes.data), static_cast<float*>(scales.data),
                              shape.rows,  shape.columns,                    limit,
                              values.storage()};
+    prefer_huge_pages(codes.data, codes.bytes());
     run(&Kernels::int8_columns, job, blocks_of(shape.columns, 64), 1, threads);
 }
 
@@ -156,6 +161,7 @@ void int8_vectorwise_dequant(py::handle A, py::handle stats, py::handle out, int
     const View values = check.float32("out", out, codes.size);
     const Int8DequantizeJob job{static_cast<const int8_t*>(codes.data), static_cast<const float*>(scales.data),
                                 static_cast<float*>(values.data), shape.rows, shape.columns};
+    prefer_huge_pages(values.data, values.bytes());
     run(&Kernels::int8_dequantize, job, shape.rows, rows_at_once(shape.columns), threads);
 }
 
@@ -177,6 +183,7 @@ void int8_mm_dequant(py::handle A, py::handle row_stats, py::handle col_stats, p
                            shape.rows,
                            shape.columns,
                            values.storage()};
+    prefer_huge_pages(values.data, values.bytes());
     run(&Kernels::int8_scale, job, shape.rows, rows_at_once(shape.columns), threads);
 }
 

@@ -25,6 +25,7 @@ struct View {
     const int64_t* strides = nullptr;
     std::vector<int64_t> owned;  // shape and strides, where torch did not lend its own
 
+    int64_t bytes() const { return size * dtype.bits / 8; }
     bool on_cpu() const { return device_type == dlpack::cpu; }
     bool is(uint8_t code, uint8_t bits) const { return dtype.code == code && dtype.bits == bits; }
     bool is_float32() const { return is(dlpack::ieee, 32); }
