@@ -2,6 +2,7 @@
 #include "bind/view.h"
 #include "core/codec.h"
 #include "cpu/dispatch.h"
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 
 #include <pybind11/stl.h>
@@ -95,6 +96,7 @@ void quantize_blockwise(py::handle A, py::handle code, int64_t blocksize, py::ha
                           blocksize,
                           values.storage(),
                           table.kind};
+    prefer_huge_pages(codes.data, codes.bytes());
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
     parallel_for(blocks, chunk_of(blocksize), threads, [&](int64_t b, int64_t e) { use.quantize_blocks(job, b, e); });
@@ -123,6 +125,7 @@ void dequantize_blockwise(py::handle A, py::handle absmax, py::handle code, int6
                             blocksize,
                             values.storage(),
                             table.kind};
+    prefer_huge_pages(values.data, values.bytes());
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
     parallel_for(blocks, chunk_of(blocksize), threads, [&](int64_t b, int64_t e) { use.dequantize_blocks(job, b, e); });
