@@ -108,7 +108,7 @@ def spread(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def time_interleaved(
-    subjects: Mapping[str, Callable[[], object]], repeats: int, seconds_per_subject: float = 10.0
+    subjects: Mapping[str, Callable[[], object]], repeats: int, seconds_per_subject: float = 6.0
 ) -> dict[str, dict[str, Any]]:
     """Times the subjects in turn, one call each per round, so that a disturbance meets all of them alike.
 

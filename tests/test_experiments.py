@@ -19,8 +19,6 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 TINY = ["--steps=8", "--batch=2", "--layers=1", "--heads=2", "--width=64", "--context=64", "--threads=1"]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 
-pytestmark = pytest.mark.slow
-
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXPERIMENTS / script), *map(str, arguments)]
@@ -177,19 +175,28 @@ def test_benchmark_counts_bytes_and_ratios(benchmark: Path) -> None:
     assert {row["parameters"] for row in rows} == {2**18, 2**16}
 
 
-def test_report_finds_a_wrong_number_and_mends_it(benchmark: Path, tmp_path: Path) -> None:
+def test_report_finds_a_wrong_number_and_mends_it(
+    benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import report
+
     document = tmp_path / "document.md"
+
+    def check(*options: str) -> int:
+        monkeypatch.setattr("sys.argv", ["report.py", *options, f"--results={benchmark}", str(document)])
+        return report.main()
+
     document.write_text("before\n<!-- table:bench_step -->\n1.23\n<!-- /table -->\nafter\n")
-    arguments = ("--results", benchmark, document)
-    assert run("report.py", "--check", *arguments).returncode == 1
+    assert check("--check") == 1
     assert "1.23" in document.read_text()
-    assert run("report.py", *arguments).returncode == 0
+    assert check() == 0
     mended = document.read_text()
     assert mended.startswith("before\n<!-- table:bench_step -->\n| case")
     assert mended.endswith("<!-- /table -->\nafter\n")
-    assert run("report.py", "--check", *arguments).returncode == 0
+    assert check("--check") == 0
     document.write_text(mended.replace("GB/s", "MB/s", 1))
-    assert run("report.py", "--check", *arguments).returncode == 1
+    assert check("--check") == 1
 
 
 def test_documents_quote_what_was_measured() -> None:

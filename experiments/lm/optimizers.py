@@ -37,7 +37,7 @@ RECIPES = {
     "adam": Recipe("torch Adam", lambda groups, lr: torch.optim.Adam(groups, lr=lr, fused=True), 1e-3, 0.0),
     "adamw8bit": Recipe("optim8 AdamW8bit", _optim8("AdamW8bit"), 1e-3, 0.1),
     "adam8bit": Recipe("optim8 Adam8bit", _optim8("Adam8bit"), 1e-3, 0.0),
-    "lion8bit": Recipe("optim8 Lion8bit", _optim8("Lion8bit"), 2e-4, 0.5),
+    "lion8bit": Recipe("optim8 Lion8bit", _optim8("Lion8bit"), 3e-4, 0.3),
 }
 
 # The same update with 32-bit state, against which an 8-bit optimizer is checked.

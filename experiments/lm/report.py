@@ -93,14 +93,16 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"font.size": 13, "figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3})
+    matplotlib.rcParams.update(
+        {"font.size": 13, "figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+    )
     return [_draw_loss(result, out / "loss.png"), _draw_memory(result, out / "memory.png")]
 
 
 def _draw_loss(result: Mapping[str, Any], path: Path) -> Path:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     for (colour, dashes, marker), run in zip(STYLES, result["runs"].values()):
         for axis, curve, mark in ((axes[0], "training_curve", ""), (axes[1], "validation_curve", marker)):
             steps, losses = zip(*run[curve])

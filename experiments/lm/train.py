@@ -135,9 +135,9 @@ class Run:
             torch.cuda.synchronize(self.device)
 
     def _evaluate_when_due(self, writer: SummaryWriter) -> None:
-        """Validation loss at the start, at the end and at equal distances between; never twice for one step."""
+        """Validation loss at equal distances, last at the end; never twice for one step."""
         step, steps = self.progress.step, self.settings.steps
-        due = {round(steps * part / EVALUATIONS) for part in range(EVALUATIONS + 1)}
+        due = {round(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
         if step in due and [point for point, _ in self.progress.validation[-1:]] != [step]:
             loss = self.evaluate()
             self.progress.validation.append([step, loss])
