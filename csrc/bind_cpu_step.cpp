@@ -117,10 +117,32 @@ void Hint::prefetch() const {
         for (int l = 0; l < ranges_[r].lines; ++l) __builtin_prefetch(ranges_[r].begin + 64 * l);
 }
 
+void DeviceRows::count() {
+    for (size_t r = 0; r < steps.size(); ++r) *steps[r] = next_steps[r];
+}
+
+DeviceRows& StepTable::rows_on(const View& param, bool count_on_device) {
+    for (DeviceRows& known : devices_)
+        if (known.on_cpu == param.on_cpu() && known.device == param.device && known.count_on_device == count_on_device)
+            return known;
+    devices_.push_back(DeviceRows{param.on_cpu(), param.device, count_on_device, {}, {}, {}});
+    return devices_.back();
+}
+
+std::vector<DeviceRows*> StepTable::elsewhere() {
+    std::vector<DeviceRows*> found;
+    for (DeviceRows& known : devices_)
+        if (!known.on_cpu && !known.rows.empty()) found.push_back(&known);
+    return found;
+}
+
 void StepTable::clear() {
-    rows_.clear();
-    steps_.clear();
-    next_steps_.clear();
+    for (DeviceRows& known : devices_) {
+        known.rows.clear();
+        known.steps.clear();
+        known.next_steps.clear();
+    }
+    hypers_.clear();
     params_ = py::list();
     asked_ = 0;
 }
@@ -130,6 +152,7 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
     const RuleInfo& info = rule_infos[static_cast<int>(rule)];
     const Names& key = names();
     Wanted wanted;
+    hypers_.push_back(hyper);
     Scalars scalars{};
     float scalars_step = -1;
     const int64_t count = static_cast<int64_t>(params.size());
@@ -204,53 +227,82 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
             continue;
         }
         const View step = state_view(entry, key.step, place, hint);
-        if (!step.is_float32() || step.size != 1 || !step.on_cpu())
-            place.fail("needs a state['step'] of float32 () on cpu, got " + step.describe() + ".");
-        const float next = *static_cast<float*>(step.data) + 1;
-        if (next != scalars_step) {
-            scalars = derive(hyper, next);
-            scalars_step = next;
+        if (!step.is_float32() || step.size != 1 || !(step.on_cpu() || step.same_device(p)))
+            place.fail("needs a state['step'] of float32 () on cpu or beside the parameter, got " + step.describe() +
+                       ".");
+        row.hyper = &hypers_.back();
+        DeviceRows& rows = rows_on(p, !step.on_cpu());
+        if (!step.on_cpu()) {
+            row.device_step = static_cast<float*>(step.data);
+        } else if (hyper.count_on_device && !p.on_cpu()) {
+            wanted.step.push_back(i);
+            continue;
+        } else {
+            const float next = *static_cast<float*>(step.data) + 1;
+            if (next != scalars_step) {
+                scalars = derive(hyper, next);
+                scalars_step = next;
+            }
+            row.scalars = scalars;
+            rows.steps.push_back(static_cast<float*>(step.data));
+            rows.next_steps.push_back(next);
         }
-        row.scalars = scalars;
-        if (!p.on_cpu()) place.fail("is " + p.describe() + ", and this build steps CPU tensors only.");
-        rows_.push_back(row);
+        rows.rows.push_back(row);
         params_.append(py::handle(param));
-        steps_.push_back(static_cast<float*>(step.data));
-        next_steps_.push_back(next);
     }
     return wanted;
 }
 
 void StepTable::run_cpu(int threads) {
+    const auto on_cpu = std::find_if(devices_.begin(), devices_.end(), [](const DeviceRows& d) { return d.on_cpu; });
+    if (on_cpu == devices_.end() || on_cpu->rows.empty()) return;
+    const std::vector<Row>& rows = on_cpu->rows;
     // Work is split by blocks, not by tensors: chunk c covers the same run of blocks whatever tensors they are of.
     constexpr int64_t chunk = 128;
-    std::vector<int64_t> first(rows_.size() + 1, 0);
-    for (size_t r = 0; r < rows_.size(); ++r) first[r + 1] = first[r] + blocks_of(rows_[r].size, step_block);
+    std::vector<int64_t> first(rows.size() + 1, 0);
+    for (size_t r = 0; r < rows.size(); ++r) first[r + 1] = first[r] + blocks_of(rows[r].size, step_block);
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
     parallel_for(first.back(), chunk, threads, [&](int64_t begin, int64_t end) {
         size_t r = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
         for (; begin < end; ++r) {
             const int64_t stop = std::min(end, first[r + 1]);
-            if (stop > begin) use.step_blocks(rows_[r], begin - first[r], stop - first[r]);
+            if (stop > begin) use.step_blocks(rows[r], begin - first[r], stop - first[r]);
             begin = std::max(begin, stop);
         }
     });
-    for (size_t r = 0; r < rows_.size(); ++r) *steps_[r] = next_steps_[r];
+    on_cpu->count();
 }
 
 void bind_step(py::module_& m) {
     py::class_<Hyper>(m, "Hyper", "The named scalars of a step, as the user set them.")
         .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                         double gradient_scale) {
-                 return Hyper{lr, beta1, beta2, eps, weight_decay, maximize, gradient_scale};
+                         double gradient_scale, bool count_on_device, uintptr_t device_lr) {
+                 return Hyper{lr,
+                              beta1,
+                              beta2,
+                              eps,
+                              weight_decay,
+                              maximize,
+                              gradient_scale,
+                              count_on_device,
+                              reinterpret_cast<const float*>(device_lr)};
              }),
              py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps") = 0.0,
-             py::arg("weight_decay") = 0.0, py::arg("maximize") = false, py::arg("gradient_scale") = 1.0);
+             py::arg("weight_decay") = 0.0, py::arg("maximize") = false, py::arg("gradient_scale") = 1.0,
+             py::arg("count_on_device") = false, py::arg("device_lr") = 0);
     py::class_<Wanted>(m, "Wanted", "What a step needs from Python before it can run.")
         .def_readonly("state", &Wanted::state)
         .def_readonly("layout", &Wanted::layout)
-        .def_readonly("moved", &Wanted::moved);
+        .def_readonly("moved", &Wanted::moved)
+        .def_readonly("step", &Wanted::step);
+    py::class_<DeviceRows>(m, "DeviceRows", "The rows of one device other than the CPU.")
+        .def_readonly("device", &DeviceRows::device)
+        .def_readonly("count_on_device", &DeviceRows::count_on_device)
+        .def_property_readonly("address",
+                               [](const DeviceRows& d) { return reinterpret_cast<uintptr_t>(d.rows.data()); })
+        .def("count", &DeviceRows::count, "Counts the step on the host, where it is counted there.")
+        .def("__len__", [](const DeviceRows& d) { return d.rows.size(); });
     py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
         .def(py::init<>())
         .def(
@@ -267,7 +319,8 @@ void bind_step(py::module_& m) {
         .def("clear", &StepTable::clear)
         .def("run_cpu", &StepTable::run_cpu, py::arg("threads"))
         .def_property_readonly("params", &StepTable::params)
-        .def("__len__", [](const StepTable& table) { return table.rows().size(); });
+        .def("elsewhere", &StepTable::elsewhere, py::return_value_policy::reference_internal)
+        .def("__len__", &StepTable::size);
 }
 
 }  // namespace optim8

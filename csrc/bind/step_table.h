@@ -11,6 +11,7 @@
 
 #include <pybind11/stl.h>
 
+#include <deque>
 #include <vector>
 
 namespace optim8 {
@@ -20,6 +21,7 @@ struct Wanted {
     std::vector<int64_t> state;   // indices of parameters that have a gradient but no state yet
     std::vector<int64_t> layout;  // indices of parameters whose gradient has other strides than they have
     std::vector<int64_t> moved;   // indices of parameters whose state has other strides than they have now
+    std::vector<int64_t> step;    // indices of parameters whose count of steps must move to their device
 };
 
 // Where the objects of one parameter lay when they were last asked. Never read through.
@@ -43,6 +45,18 @@ class Hint {
     int count_ = 0;
 };
 
+// The rows of one device, and where their steps are counted on the host; on the device, each row knows.
+struct DeviceRows {
+    bool on_cpu;
+    int32_t device;
+    bool count_on_device;
+    std::vector<Row> rows;
+    std::vector<float*> steps;
+    std::vector<float> next_steps;
+
+    void count();
+};
+
 class StepTable {
   public:
     // Starts another step: no rows, but the hints of the last one.
@@ -53,17 +67,21 @@ class StepTable {
     Wanted add(py::list params, py::dict state, RuleId rule, const Hyper& hyper, const std::string& owner,
                int64_t group, py::dict relaid);
 
-    // Steps every row on the CPU and counts the step. Needs all rows on the CPU.
+    // Steps every row on the CPU and counts the step.
     void run_cpu(int threads);
 
-    const std::vector<Row>& rows() const { return rows_; }
+    // The rows of the other devices, for the module of their kernels.
+    std::vector<DeviceRows*> elsewhere();
+
+    int64_t size() const { return static_cast<int64_t>(params_.size()); }
     // The parameters of the rows, in order.
     const py::list& params() const { return params_; }
 
   private:
-    std::vector<Row> rows_;
-    std::vector<float*> steps_;  // where each row's step is counted
-    std::vector<float> next_steps_;
+    DeviceRows& rows_on(const View& param, bool count_on_device);
+
+    std::deque<DeviceRows> devices_;  // the CPU first
+    std::deque<Hyper> hypers_;        // by group; rows point to them
     py::list params_;
     std::vector<Hint> hints_;  // by order of asking
     size_t asked_ = 0;

@@ -11,8 +11,10 @@ namespace optim8 {
 struct Hyper {
     double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;
     bool maximize = false;
-    double gradient_scale = 1;         // every gradient is multiplied by it (1 / loss scale)
-    const float* device_lr = nullptr;  // where lr stands in device memory, instead of `lr`
+    double gradient_scale = 1;  // every gradient is multiplied by it (1 / loss scale)
+    // On a CUDA device: steps are counted there, so that whether a step is made at all may be decided there.
+    bool count_on_device = false;
+    const float* device_lr = nullptr;  // where lr stands in device memory, instead of `lr`; needs count_on_device
 };
 
 // As used by the rules, in float32. One rounding each, from double.
