@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import RESULTS, RUNS, atomic_path, provenance, table, time_interleaved, write_json
 from instructions import count_instructions
@@ -101,8 +102,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.rcParams.update({"font.size": 12, "figure.dpi": 120})
     panels: Sequence[dict[str, Any]] = result["measured"]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(8 * len(panels), 7), squeeze=False, layout="constrained")
-    for axis, measured in zip(axes[0], panels):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8 * len(panels), 7), sharey=True, layout="constrained")
+    for axis, measured in zip(np.atleast_1d(axes), panels):
         rows = measured["kernels"][::-1]
         labels = [f"{row['kernel']}, {row['dtype']}" for row in rows]
         colours = ["#0072b2" if row["kernel"].startswith("optim8") else "#bbbbbb" for row in rows]
@@ -110,10 +111,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.bar_label(bars, [f"{row['share_of_limit']:.0%}" for row in rows], padding=3)
         for (name, limit), dashes in zip(measured["limits"].items(), ("--", "-.")):
             axis.axvline(limit / 1e9, color="black", linestyle=dashes, label=f"{name}: {limit / 1e9:.0f} GB/s")
-        axis.set_xlabel("least traffic of the kernel (GB/s)")
+        axis.set_xlabel("memory traffic, the least possible (GB/s)")
         axis.set_title(f"{measured['threads']} thread{'s'[: measured['threads'] > 1]}")
         axis.set_xlim(0, 1.25 * max(measured["limits"].values()) / 1e9)
-        axis.legend(loc="lower right")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
     pyplot.close(figure)
