@@ -51,8 +51,24 @@ def bench_step(result: Result) -> str:
             row[subject] = f"{timing['speed_ratio']:.2f} ({gigabytes})"
         subjects[subject] = None
     cells = [[*key, *(row.get(subject, "") for subject in subjects)] for key, row in rows.items()]
-    peers = "".join(f", {name} {version}" for name, version in result["peers"].items())
-    return f"{table(['case', 'dtype', 'threads', *subjects], cells)}\n\n{origin(result, peers)}"
+    return f"{table(['case', 'dtype', 'threads', *subjects], cells)}\n\n{origin(result, peers(result))}"
+
+
+def bench_functional(result: Result) -> str:
+    rows = [
+        [
+            timing["name"],
+            str(timing["threads"]),
+            f"{timing['optim8_timing']['median_ms']:.2f} ms",
+            f"{timing['peer_timing']['median_ms']:.2f} ms",
+            timing["peer"],
+            f"{timing['speed_ratio']:.2f}",
+        ]
+        for timing in result["timings"]
+    ]
+    return (
+        f"{table(['function', 'threads', 'optim8', 'peer', 'which', 'ratio'], rows)}\n\n{origin(result, peers(result))}"
+    )
 
 
 def roofline(result: Result) -> str:
@@ -77,7 +93,16 @@ def origin(result: Result, software: str = "") -> str:
     )
 
 
-RENDERERS: dict[str, Callable[[Result], str]] = {"train_lm": train_lm, "bench_step": bench_step, "roofline": roofline}
+def peers(result: Result) -> str:
+    return "".join(f", {name} {version}" for name, version in result["peers"].items())
+
+
+RENDERERS: dict[str, Callable[[Result], str]] = {
+    "train_lm": train_lm,
+    "bench_step": bench_step,
+    "bench_functional": bench_functional,
+    "roofline": roofline,
+}
 
 
 def render(name: str, results: Path) -> str:
