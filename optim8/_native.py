@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch  # first, so that the modules share its OpenMP runtime
 
-__all__ = ["cpu", "cpu_or_none", "cuda_or_none", "module_for", "threads"]
+__all__ = ["cpu", "cpu_or_none", "cuda_or_none", "module_for", "run_step", "threads"]
 
 _modules: dict[str, ModuleType | None] = {}
 _causes: dict[str, str] = {}
@@ -70,3 +71,37 @@ def module_for(device: torch.device, who: str) -> ModuleType:
 def threads() -> int:
     """The number of threads that kernels on the CPU use: torch's."""
     return torch.get_num_threads()
+
+
+def run_step(
+    table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
+) -> None:
+    """Step all rows of a native StepTable: those on the CPU, then those of each CUDA device on its current stream.
+
+    Args:
+        table: the gathered rows.
+        who: the caller's name, for messages.
+        grad_scale: float32 of one element; rows that count their steps on the device divide gradients by it.
+        found_inf: float32 of one element; where it is not 0, those rows are left as they are.
+
+    Raises:
+        ValueError, ImportError: there are no kernels for a device; nothing was changed there.
+        RuntimeError: CUDA reports an error, or a graph captures a step that is counted on the host.
+    """
+    elsewhere = table.elsewhere()
+    modules = [module_for(torch.device("cuda", rows.device), who) for rows in elsewhere]
+    for rows in elsewhere:
+        if not rows.count_on_device and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{who}: a step that a CUDA graph captures must be counted on the device. Pass capturable=True."
+            )
+    table.run_cpu(threads())
+    for rows, module in zip(elsewhere, modules, strict=True):
+        scalars = scale = skip = None
+        if rows.count_on_device:
+            device = torch.device("cuda", rows.device)
+            scalars = torch.empty(len(rows) * module.scalars_size, dtype=torch.float32, device=device)
+            scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
+            skip = None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True)
+        module.step(rows.address, len(rows), rows.device, scalars, scale, skip)
+        rows.count()

@@ -201,8 +201,8 @@ def _run(
 ) -> None:
     if step < 1:
         raise ValueError(f"{who}: step must be at least 1, got {step}. The first step is number 1.")
-    module = _native.module_for(p.device, who)
-    hyper = module.Hyper(
+    _native.module_for(p.device, who)  # says what is missing before anything is made
+    hyper = _native.cpu().Hyper(
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, gradient_scale=gnorm_scale
     )
     param = p.detach()
@@ -212,7 +212,7 @@ def _run(
     # The native step looks for a gradient on the parameter; the one it uses is the one handed over by index.
     param.grad = gradient if gradient.dtype == param.dtype else param.new_zeros(()).expand(param.shape)
     state: dict[Any, Any] = {param: {**entry, "step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")}}
-    table = module.StepTable()
+    table = _native.cpu().StepTable()
     table.add([param], state, rule, hyper, who, 0, {0: gradient})
-    table.run_cpu(_native.threads())
+    _native.run_step(table, who)
     torch.autograd.graph.increment_version([p])

@@ -20,6 +20,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     A subclass names its rule (one of csrc/core/rules/all.h) and the rule's states, and passes its defaults up.
     """
 
+    # torch.amp.GradScaler hands over its scale and what it found, instead of looking at them: see step.
+    _step_supports_amp_scaling = True
+
     rule: ClassVar[str]
     moments: ClassVar[tuple[Moment, ...]]
 
@@ -88,9 +91,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         relaid: list[dict[int, torch.Tensor]] = [{} for _ in self.param_groups]
-        hypers = [self._hyper(group) for group in self.param_groups]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+            return loss
+        hypers = [self._hyper(group, scale, found_inf) for group in self.param_groups]
         table, wanted = self._gather(hypers, relaid)
-        if any(w.state or w.layout or w.moved for w in wanted):
+        if any(w.state or w.layout or w.moved or w.step for w in wanted):
             for group, missing, copies in zip(self.param_groups, wanted, relaid, strict=True):
                 copies.update({i: _in_layout_of(group["params"][i]) for i in missing.layout})
             for group, missing in zip(self.param_groups, self._gather(hypers, relaid)[1], strict=True):
@@ -98,23 +104,43 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 for index in missing.moved:
                     param = group["params"][index]
                     self.state[param] = checkpoint.copied_entry(self.moments, param, self.state[param])
+            for group, missing in zip(self.param_groups, self._gather(hypers, relaid)[1], strict=True):
+                states.move_steps([(group["params"][i], self.state[group["params"][i]]) for i in missing.step])
             table, _ = self._gather(hypers, relaid)
-        table.run_cpu(_native.threads())
+        _native.run_step(table, type(self).__name__, scale, found_inf)
         # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.
         torch.autograd.graph.increment_version(table.params)
         return loss
 
-    def _hyper(self, group: dict[str, Any]) -> Any:
+    def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:
+        """The group's scalars; what lives on a device stays there."""
         owner = type(self).__name__
         if group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
             raise ValueError(f"{owner}: capturable=True needs CUDA parameters, got one on cpu. Use capturable=False.")
+        lr = group["lr"]
+        on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
+        if on_device:
+            for index, param in enumerate(group["params"]):
+                if param.device != lr.device:
+                    raise ValueError(
+                        f"{owner}: lr on {lr.device} needs all parameters of its group there, got parameter {index} "
+                        f"on {param.device}. Use a number, or a group for each device."
+                    )
+            if lr.dtype != torch.float32:
+                raise ValueError(f"{owner}: lr on {lr.device} must be float32, got {lr.dtype}. Use lr.float().")
+        amp_on_device = found_inf is not None and found_inf.device.type != "cpu"
+        if amp_on_device and any(param.device.type == "cpu" for param in group["params"]):
+            raise ValueError(f"{owner}: a GradScaler on {found_inf.device} needs parameters there, got one on cpu.")  # type: ignore[union-attr]
         return _native.cpu().Hyper(
-            lr=float(group["lr"]),
+            lr=0.0 if on_device else float(lr),
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
             eps=float(group.get("eps", 0.0)),
             weight_decay=float(group["weight_decay"]),
             maximize=bool(group["maximize"]),
+            gradient_scale=1.0 if scale is None or scale.device.type != "cpu" else 1.0 / float(scale),
+            count_on_device=bool(group.get("capturable")) or on_device or amp_on_device,
+            device_lr=lr.data_ptr() if on_device else 0,
         )
 
     def _gather(self, hypers: Sequence[Any], relaid: Sequence[dict[int, torch.Tensor]]) -> tuple[Any, list[Any]]:

@@ -100,6 +100,17 @@ def allocate(moments: Sequence[Moment], wanted: Sequence[tuple[torch.Tensor, boo
     return entries
 
 
+def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:
+    """Move the counts of steps of (parameter, state) beside the parameters, in one copy to each device."""
+    by_device: dict[torch.device, list[dict[str, Any]]] = {}
+    for param, entry in entries:
+        by_device.setdefault(param.device, []).append(entry)
+    for device, of_device in by_device.items():
+        counts = torch.stack([entry["step"] for entry in of_device]).to(device)
+        for entry, count in zip(of_device, counts.unbind(), strict=True):
+            entry["step"] = count
+
+
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a dense tensor in memory order, as a view of one dimension."""
     return tensor.as_strided((tensor.numel(),), (1,))
