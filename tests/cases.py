@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import reference
@@ -34,14 +34,14 @@ class Case:
     defaults: Mapping[str, Any]  # of what torch.optim has no class for
     torch_class: type[torch.optim.Optimizer] | None = None  # the 32-bit optimizer with the same meaning
     decay_in_gradient: bool = False  # weight decay passes through the moments
-    bad_lr: float = field(default=-1e-3)
 
     def __str__(self) -> str:
         return self.name
 
     @property
-    def cls(self) -> type[torch.optim.Optimizer]:
-        return getattr(optim8, self.name)  # type: ignore[no-any-return]
+    def cls(self) -> Any:
+        """The class itself, for calls that `make` does not cover."""
+        return getattr(optim8, self.name)
 
     def make(self, params: Any, hyper: Mapping[str, Any] | None = None, **more: Any) -> Any:
         """An optimizer with row 0 of the hyper-parameters unless told; 8-bit whatever the size unless told."""

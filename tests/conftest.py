@@ -42,11 +42,3 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20240229)
-
-
-@pytest.fixture
-def threads() -> object:
-    """Gives torch.set_num_threads back after a test that changes it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)

@@ -208,6 +208,20 @@ def test_what_can_never_be_stepped(case: Case, kind: str, later: bool, device: t
     assert (good == 1).all()
 
 
+@pytest.mark.parametrize("betas", [(0.9, 1.0), (0.9,), (0.9, NAN)], ids=str)
+@ALL
+def test_options_that_a_group_got_later(case: Case, betas: tuple[float, ...], device: torch.device) -> None:
+    """With b = 1 the bias correction divides by 0: torch.optim raises too, and not by moving everything to 1e34."""
+    params = [parameter(torch.ones(700, device=device), torch.ones(700, device=device)) for _ in range(2)]
+    optimizer = case.make([{"params": params[:1]}, {"params": params[1:]}])
+    optimizer.step()
+    optimizer.param_groups[1]["betas"] = betas
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.step()
+    assert str(snapshot(optimizer)) == str(before)  # as text, since NaN is not equal to itself
+
+
 @ALL
 def test_precision_of_a_stranger(case: Case) -> None:
     optimizer = case.make([parameter(torch.ones(3))])
