@@ -1,0 +1,185 @@
+"""Times optim8.functional against bitsandbytes and torch, in turn, in one process, on 1 thread and on all.
+
+Every call allocates its result, as callers do. Ratios are of medians of the same rounds; `needed` is what the project
+holds itself to.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, RUNS, provenance, table, time_interleaved, write_json
+
+from optim8 import _native
+from optim8 import functional as F
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: the same work by optim8 and by another."""
+
+    name: str
+    ours: Call
+    peer: str
+    theirs: Call
+    needed: float | None  # ratio of their time to ours
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    every = torch.get_num_threads()
+    parser.add_argument("--quick", action="store_true", help="small tensors: shows that it runs, says nothing of speed")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds; fewer for a subject that is very slow")
+    parser.add_argument("--threads", default=",".join(map(str, sorted({1, every}))), help="numbers of threads")
+    parser.add_argument("--json", type=Path, help="result file; by default in experiments/results, or runs if --quick")
+    return parser.parse_args()
+
+
+def import_peer() -> Any:
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            import bitsandbytes.functional as peer
+        except ImportError as error:
+            sys.exit(f"bench_functional: needs bitsandbytes to compare with ({error}). `pip install .[peers]` first.")
+    return peer
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """The comparisons, each with inputs of its own, which are freed when the next one is made."""
+    B, side = import_peer(), 256 if quick else 4096
+    name = "bitsandbytes"
+    x = torch.randn(side * side)
+    for dtype, needed in ((torch.float32, True), (torch.bfloat16, False)):
+        v = x.to(dtype)
+        kind = str(dtype).removeprefix("torch.")
+        yield Row(
+            f"quantize_blockwise {kind}",
+            lambda v=v: F.quantize_blockwise(v),
+            name,
+            lambda v=v: B.quantize_blockwise(v),
+            20.0 if needed else None,
+        )
+        codes, state = F.quantize_blockwise(v)
+        theirs = B.quantize_blockwise(v)
+        yield Row(
+            f"dequantize_blockwise {kind}",
+            lambda codes=codes, state=state: F.dequantize_blockwise(codes, state),
+            name,
+            lambda theirs=theirs: B.dequantize_blockwise(*theirs),
+            2.0 if needed else None,
+        )
+        for quant_type in ("nf4", "fp4"):
+            yield Row(
+                f"quantize_4bit {quant_type} {kind}",
+                lambda v=v, t=quant_type: F.quantize_4bit(v, quant_type=t),
+                name,
+                lambda v=v, t=quant_type: B.quantize_4bit(v, quant_type=t),
+                30.0 if needed else None,
+            )
+            packed, state4 = F.quantize_4bit(v, quant_type=quant_type)
+            theirs4 = B.quantize_4bit(v, quant_type=quant_type)
+            yield Row(
+                f"dequantize_4bit {quant_type} {kind}",
+                lambda packed=packed, state4=state4: F.dequantize_4bit(packed, state4),
+                name,
+                lambda theirs4=theirs4: B.dequantize_4bit(*theirs4),
+                1.0 if needed else None,
+            )
+    matrix = x.view(side, side)
+    for dtype, threshold in ((torch.float16, 0.0), (torch.float16, 6.0), (torch.float32, 0.0)):
+        m = matrix.to(dtype)
+        yield Row(
+            f"int8_vectorwise_quant {str(dtype).removeprefix('torch.')}, threshold {threshold}",
+            lambda m=m, t=threshold: F.int8_vectorwise_quant(m, t),
+            name,
+            lambda m=m, t=threshold: B.int8_vectorwise_quant(m, t),
+            3.0 if threshold == 0 else None,
+        )
+    for quant_type in ("nf4", "fp4"):
+        packed, state = F.quantize_4bit(matrix, quant_type=quant_type)
+        weight, row = F.dequantize_4bit(packed, state), torch.randn(1, side)
+        yield Row(
+            f"gemv_4bit {quant_type} {side}x{side}",
+            lambda row=row, packed=packed, state=state: F.gemv_4bit(row, packed, state=state),
+            "torch, float32 weight",
+            lambda row=row, weight=weight: row @ weight.t(),
+            5.0,
+        )
+    m, k, n = (32, 128, 128) if quick else (512, 2048, 2048)
+    a = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    b = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    yield Row(
+        f"int8_linear_matmul {m}x{k}x{n}",
+        lambda: F.int8_linear_matmul(a, b),
+        name,
+        lambda: B.int8_linear_matmul(a, b),
+        1.0,
+    )
+    sa, sb = torch.rand(m), torch.rand(n)
+    yield Row(
+        f"int8_scaled_mm {m}x{k}x{n}",
+        lambda: F.int8_scaled_mm(a, b, sa, sb),
+        name + ", two calls",
+        lambda: B.int8_mm_dequant(B.int8_linear_matmul(a, b), sa, sb),
+        None,
+    )
+
+
+def measure(row: Row, threads: int, repeats: int) -> dict[str, Any]:
+    timings = time_interleaved({"optim8": row.ours, row.peer: row.theirs}, repeats)
+    return {
+        "name": row.name,
+        "threads": threads,
+        "peer": row.peer,
+        "optim8_timing": timings["optim8"],
+        "peer_timing": timings[row.peer],
+        "speed_ratio": timings[row.peer]["median_ms"] / timings["optim8"]["median_ms"],
+        "needed": row.needed,
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    result: dict[str, Any] = {
+        **provenance(vars(arguments)),
+        "isa": _native.cpu().isa_info()["used"],
+        "peers": {"bitsandbytes": importlib.metadata.version("bitsandbytes")},
+        "timings": [],
+    }
+    for threads in map(int, arguments.threads.split(",")):
+        torch.set_num_threads(threads)
+        for row in rows(arguments.quick):
+            result["timings"].append(measure(row, threads, arguments.repeats))
+    print(
+        table(
+            ["function", "threads", "optim8 ms", "peer ms", "peer", "times as fast", "needed"],
+            [
+                [
+                    row["name"],
+                    row["threads"],
+                    f"{row['optim8_timing']['median_ms']:.2f}",
+                    f"{row['peer_timing']['median_ms']:.2f}",
+                    row["peer"],
+                    f"{row['speed_ratio']:.2f}",
+                    "" if row["needed"] is None else f"{row['needed']:g}",
+                ]
+                for row in result["timings"]
+            ],
+        )
+    )
+    default = RUNS / "bench_functional-quick.json" if arguments.quick else RESULTS / "bench_functional.json"
+    write_json(arguments.json or default, result)
+    print(f"\noptim8 used {result['isa']}. Written: {arguments.json or default}")
+
+
+if __name__ == "__main__":
+    main()
