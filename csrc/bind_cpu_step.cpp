@@ -59,6 +59,9 @@ View view_of(PyObject* object, const Place& place, const char* what, const char*
         place.fail(std::string(what) +
                    " is not a dense tensor with memory of its own (sparse, meta or another kind). " + advice);
     }
+    if (view.data == nullptr && view.size != 0)
+        place.fail(std::string(what) + " has no memory, got " + view.describe() +
+                   " that was freed. Step while it is there.");
     return view;
 }
 
