@@ -75,7 +75,9 @@ def ninja() -> str:
 
 def sanitizer_flags() -> list[str]:
     names = os.environ.get("OPTIM8_SANITIZE", "")
-    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"] if names else []
+    if not names:
+        return []
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 def binding_flags() -> list[str]:
