@@ -135,5 +135,5 @@ def test_to_moves_every_tensor() -> None:
 
 def test_repr_is_short() -> None:
     _, state = make("nf4", True, torch.float16, torch.device("cpu"))
-    text = "QuantState(quant_type='nf4', shape=(30, 50), dtype=torch.float16, blocksize=64, nested=True)"
-    assert repr(state) == text
+    fields = "quant_type='nf4', shape=torch.Size([30, 50]), dtype=torch.float16, blocksize=64, nested=True"
+    assert repr(state) == f"QuantState({fields})"

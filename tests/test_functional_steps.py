@@ -12,8 +12,8 @@ import optim8
 from optim8 import functional as F
 
 HYPER = {
-    "adam": dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
-    "lion": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1),
+    "adam": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
+    "lion": {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1},
 }
 CLASSES = {"adam": optim8.AdamW8bit, "lion": optim8.Lion8bit}
 

@@ -141,9 +141,13 @@ def plain_absmax(who: str, state: QuantState) -> torch.Tensor:
     """absmax as float32, out of its own codes where it is nested."""
     if state.state2 is None:
         return state.absmax
-    if not isinstance(state.offset, torch.Tensor):
-        raise ValueError(f"{who}: quant_state is nested and must have an offset tensor, got {state.offset!r}.")
-    return dequantize_blockwise(state.absmax, state.state2) + state.offset
+    if need_state(who, "quant_state.state2", state.state2)[0].nested:
+        raise ValueError(f"{who}: quant_state.state2 must not be nested itself. Pass a state of quantize_*.")
+    offset = _check.tensor(who, "quant_state.offset", state.offset, (torch.float32,))
+    _check.entries(who, "quant_state.offset", offset, 1, "the mean of absmax", "Pass a state of quantize_*.")
+    absmax = dequantize_blockwise(state.absmax, state.state2)
+    _check.on_device(who, "quant_state.offset", offset, absmax.device, "absmax")
+    return absmax + offset.view(())
 
 
 def need_state(who: str, name: str, state: object) -> tuple[QuantState, torch.dtype]:

@@ -288,6 +288,7 @@ def _read_state(who: str, name: str, state: object) -> tuple[torch.Size, torch.d
             f"{who}: {name} must have quant_type 'nf4' or 'fp4' and a blocksize, got {quant_type!r} and {blocksize!r}. "
             "8-bit codes go to dequantize_blockwise."
         )
+    _check.blocksize(who, blocksize, _check.BLOCKSIZES_4BIT)
     if not isinstance(shape, tuple) or not all(isinstance(extent, int) and extent >= 0 for extent in shape):
         raise ValueError(f"{who}: {name}.shape must be the torch.Size of the values, got {shape!r}.")
     return torch.Size(shape), dtype, blocksize, str(quant_type)

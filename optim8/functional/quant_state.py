@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from math import prod
+from reprlib import recursive_repr
 from typing import Any
 
 import torch
@@ -68,10 +69,10 @@ class QuantState:
         """Whether absmax is quantized itself."""
         return self.state2 is not None
 
+    @recursive_repr()
     def __repr__(self) -> str:
-        shape = None if self.shape is None else tuple(self.shape)
         return (
-            f"QuantState(quant_type={self.quant_type!r}, shape={shape}, dtype={self.dtype}, "
+            f"QuantState(quant_type={self.quant_type!r}, shape={self.shape}, dtype={self.dtype}, "
             f"blocksize={self.blocksize}, nested={self.nested})"
         )
 
