@@ -26,8 +26,10 @@ constexpr const char* state_names[max_states] = {"exp_avg", "exp_avg_sq"};
 constexpr const char* absmax_names[max_states] = {"exp_avg_absmax", "exp_avg_sq_absmax"};
 
 struct Names {
-    PyObject *grad, *step, *state[max_states], *absmax[max_states];
+    PyObject *grad, *step, *is_neg, *is_zero, *state[max_states], *absmax[max_states];
     Names() {
+        is_neg = PyUnicode_InternFromString("is_neg");
+        is_zero = PyUnicode_InternFromString("_is_zerotensor");
         grad = PyUnicode_InternFromString("grad");
         step = PyUnicode_InternFromString("step");
         for (int s = 0; s < max_states; ++s) {
@@ -59,10 +61,24 @@ View view_of(PyObject* object, const Place& place, const char* what, const char*
         place.fail(std::string(what) +
                    " is not a dense tensor with memory of its own (sparse, meta or another kind). " + advice);
     }
+    return view;
+}
+
+void check_memory(const View& view, const Place& place, const char* what) {
     if (view.data == nullptr && view.size != 0)
         place.fail(std::string(what) + " has no memory, got " + view.describe() +
                    " that was freed. Step while it is there.");
-    return view;
+}
+
+bool says(py::handle tensor, PyObject* method) {
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+}
+
+// A tensor whose memory does not hold its values: lazily negated, or zeros without memory. A copy resolves it.
+bool is_lazy(py::handle tensor, const View& view) {
+    return says(tensor, names().is_neg) || (view.data == nullptr && says(tensor, names().is_zero));
 }
 
 void check_param(const View& p, const Place& place) {
@@ -177,10 +193,16 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
         }
 
         const View p = view_of(param, place, "itself", "Only dense parameters can be stepped.");
+        check_memory(p, place, "itself");
         hint.add(param, p);
         check_param(p, place);
         const View g = view_of(grad.ptr(), place, "has a gradient that",
                                "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
+        if (is_lazy(grad, g)) {
+            wanted.layout.push_back(i);
+            continue;
+        }
+        check_memory(g, place, "has a gradient that");
         hint.add(grad.ptr(), g);
         check_grad(p, g, place);
         if (!g.same_layout(p)) {

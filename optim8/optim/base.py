@@ -115,6 +115,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:
         """The group's scalars; what lives on a device stays there."""
         owner = type(self).__name__
+        options.check_group(owner, group)  # a user or a scheduler may have edited it
         if group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
             raise ValueError(f"{owner}: capturable=True needs CUDA parameters, got one on cpu. Use capturable=False.")
         lr = group["lr"]

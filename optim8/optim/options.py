@@ -24,7 +24,7 @@ def _number(owner: str, name: str, value: Any, least: float, below: float = math
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}.")
     if not least <= float(value) < below:
-        end = "" if below == math.inf else f" and below {below:g}"
+        end = " and finite" if below == math.inf else f" and below {below:g}"
         raise ValueError(f"{owner}: {name} must be at least {least:g}{end}, got {value!r}.")
 
 
