@@ -84,29 +84,29 @@ def test_edges_of_what_is_allowed(case: Case) -> None:
 
 
 def _sparse(p: torch.nn.Parameter) -> None:
-    p.grad = torch.ones(700).to_sparse()
+    p.grad = torch.ones(700, device=p.device).to_sparse()
 
 
 def _other_shape(p: torch.nn.Parameter) -> None:
-    p.data = torch.ones(6_000_000)  # the gradient still has 700 elements
+    p.data = torch.ones(6_000_000, device=p.device)  # the gradient still has 700 elements
 
 
 def _smaller(p: torch.nn.Parameter) -> None:
-    p.data = torch.ones(3)
+    p.data = torch.ones(3, device=p.device)
     p.grad = None
-    p.grad = torch.ones(3)
+    p.grad = torch.ones(3, device=p.device)
 
 
 def _larger(p: torch.nn.Parameter) -> None:
-    p.data = torch.ones(6_000_000)
+    p.data = torch.ones(6_000_000, device=p.device)
     p.grad = None
-    p.grad = torch.ones(6_000_000)
+    p.grad = torch.ones(6_000_000, device=p.device)
 
 
 def _float64(p: torch.nn.Parameter) -> None:
     p.grad = None
     p.data = p.data.double()
-    p.grad = torch.ones(700, dtype=torch.float64)
+    p.grad = torch.ones(700, dtype=torch.float64, device=p.device)
 
 
 def _other_grad_dtype(dtype: torch.dtype) -> Callable[[torch.nn.Parameter], None]:
@@ -115,15 +115,15 @@ def _other_grad_dtype(dtype: torch.dtype) -> Callable[[torch.nn.Parameter], None
             pytest.skip("this torch has no Tensor.grad_dtype, so a gradient has its parameter's dtype")
         p.grad = None
         p.grad_dtype = None
-        p.grad = torch.ones(700, dtype=dtype)
+        p.grad = torch.ones(700, dtype=dtype, device=p.device)
 
     return give
 
 
 def _overlapping(p: torch.nn.Parameter) -> None:
     p.grad = None
-    p.data = torch.ones(1).expand(700)
-    p.grad = torch.ones(700)
+    p.data = torch.ones(1, device=p.device).expand(700)
+    p.grad = torch.ones(700, device=p.device)
 
 
 def _without_memory(p: torch.nn.Parameter) -> None:
