@@ -47,8 +47,12 @@ void quantize_4bit(py::handle A, const std::string& quant_type, int64_t blocksiz
     const View values = check.floats("A", A);
     const View packed = check.uint8("out", out, halves(values.size));
     const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
-    const Quantize4Job job{values.data,  static_cast<uint8_t*>(packed.data), static_cast<float*>(scales.data),
-                           values.size, blocksize,                           values.storage(),
+    const Quantize4Job job{values.data,
+                           static_cast<uint8_t*>(packed.data),
+                           static_cast<float*>(scales.data),
+                           values.size,
+                           blocksize,
+                           values.storage(),
                            type};
     prefer_huge_pages(packed.data, packed.bytes());
     run(&Kernels::quantize_4bit, job, blocks_of(values.size, fourbit_span), spans_at_once, threads);
@@ -62,8 +66,13 @@ void dequantize_4bit(py::handle A, py::handle absmax, const std::string& quant_t
     const View values = check.floats("out", out);
     const View packed = check.uint8("A", A, halves(values.size));
     const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
-    const Dequantize4Job job{static_cast<const uint8_t*>(packed.data), static_cast<const float*>(scales.data),
-                             values_of(type), values.data, values.size, blocksize, values.storage()};
+    const Dequantize4Job job{static_cast<const uint8_t*>(packed.data),
+                             static_cast<const float*>(scales.data),
+                             values_of(type),
+                             values.data,
+                             values.size,
+                             blocksize,
+                             values.storage()};
     prefer_huge_pages(values.data, values.bytes());
     run(&Kernels::dequantize_4bit, job, blocks_of(values.size, fourbit_span), spans_at_once, threads);
 }
@@ -72,9 +81,15 @@ std::vector<float> widened(const View& values) {
     std::vector<float> wide(static_cast<size_t>(values.size));
     for (size_t i = 0; i < wide.size(); ++i) {
         switch (values.storage()) {
-            case Storage::Float32: wide[i] = static_cast<const float*>(values.data)[i]; break;
-            case Storage::BFloat16: wide[i] = to_float(static_cast<const bfloat16*>(values.data)[i]); break;
-            case Storage::Float16: wide[i] = to_float(static_cast<const float16*>(values.data)[i]); break;
+            case Storage::Float32:
+                wide[i] = static_cast<const float*>(values.data)[i];
+                break;
+            case Storage::BFloat16:
+                wide[i] = to_float(static_cast<const bfloat16*>(values.data)[i]);
+                break;
+            case Storage::Float16:
+                wide[i] = to_float(static_cast<const float16*>(values.data)[i]);
+                break;
         }
     }
     return wide;
@@ -126,8 +141,14 @@ void int8_vectorwise_quant(py::handle A, float threshold, py::handle out, py::ha
     const View scales = check.float32("stats", stats, shape.rows);
     if (!outliers.is_none() && !(threshold > 0.0f)) check.fail("threshold must be positive with outliers.");
     const float limit = outliers.is_none() ? float_of(inf_bits) : threshold;
-    Int8QuantizeJob job{values.data, static_cast<int8_t*>(codes.data), static_cast<float*>(scales.data), nullptr,
-                        shape.rows,  shape.columns,                    limit,                            values.storage()};
+    Int8QuantizeJob job{values.data,
+                        static_cast<int8_t*>(codes.data),
+                        static_cast<float*>(scales.data),
+                        nullptr,
+                        shape.rows,
+                        shape.columns,
+                        limit,
+                        values.storage()};
     if (!outliers.is_none()) {
         const View flags = check.uint8("outliers", outliers, shape.columns);
         job.outliers = static_cast<uint8_t*>(flags.data);
@@ -146,8 +167,12 @@ void int8_columnwise_quant(py::handle A, float threshold, py::handle out, py::ha
     const View codes = check.sized("out", check.int8("out", out), values.size);
     const View scales = check.float32("stats", stats, shape.columns);
     const float limit = threshold > 0.0f ? threshold : float_of(inf_bits);
-    const Int8ColumnsJob job{values.data, static_cast<int8_t*>(codes.data), static_cast<float*>(scales.data),
-                             shape.rows,  shape.columns,                    limit,
+    const Int8ColumnsJob job{values.data,
+                             static_cast<int8_t*>(codes.data),
+                             static_cast<float*>(scales.data),
+                             shape.rows,
+                             shape.columns,
+                             limit,
                              values.storage()};
     prefer_huge_pages(codes.data, codes.bytes());
     run(&Kernels::int8_columns, job, blocks_of(shape.columns, 64), 1, threads);
@@ -194,8 +219,12 @@ void int8_linear_matmul(py::handle A, py::handle B, py::handle out, int threads)
     if (left.columns != right.columns)
         check.fail("A and B must have the same number of columns, got " + a.describe() + " and " + b.describe() + ".");
     const View sums = check.sized("out", check.int32("out", out), left.rows * right.rows);
-    const Int8ProductJob job{static_cast<const int8_t*>(a.data), static_cast<const int8_t*>(b.data),
-                             static_cast<int32_t*>(sums.data), left.rows, right.rows, left.columns};
+    const Int8ProductJob job{static_cast<const int8_t*>(a.data),
+                             static_cast<const int8_t*>(b.data),
+                             static_cast<int32_t*>(sums.data),
+                             left.rows,
+                             right.rows,
+                             left.columns};
     run(&Kernels::int8_product, job, left.rows, 1, threads);
 }
 

@@ -18,11 +18,11 @@ struct Arguments {
     View tensor(const char* argument, py::handle object) const {
         View view = require_view(who, argument, object);
         if (view.device_type != device_type || !view.contiguous())
-            fail(std::string(argument) + " must be contiguous and on " +
-                 (device_type == dlpack::cpu ? "cpu" : "cuda") + ", got " + view.describe() + ".");
+            fail(std::string(argument) + " must be contiguous and on " + (device_type == dlpack::cpu ? "cpu" : "cuda") +
+                 ", got " + view.describe() + ".");
         if (device >= 0 && view.device != device)
-            fail(std::string(argument) + " must be on the device of the other tensors, cuda:" +
-                 std::to_string(device) + ", got " + view.describe() + ".");
+            fail(std::string(argument) + " must be on the device of the other tensors, cuda:" + std::to_string(device) +
+                 ", got " + view.describe() + ".");
         device = view.device;
         return view;
     }
@@ -53,7 +53,8 @@ struct Arguments {
     }
     View sized(const char* argument, View view, int64_t size) const {
         if (view.size != size)
-            fail(std::string(argument) + " must have " + std::to_string(size) + " entries, got " + view.describe() + ".");
+            fail(std::string(argument) + " must have " + std::to_string(size) + " entries, got " + view.describe() +
+                 ".");
         return view;
     }
     void blocksize(int64_t blocksize, int64_t smallest) const {

@@ -29,15 +29,30 @@ uint32_t largest_bits(const T* values, int64_t n) {
     return reduce_max(largest);
 }
 
+// At most a group of values as float32.
+template <class T>
+void widen(const T* from, int64_t n, float (&to)[group]) {
+    if (n == group) {
+        for (int j = 0; j < group / width; ++j) store(to + j * width, load(from + j * width));
+    } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+    }
+}
+
 // The largest magnitude below a limit. Infinity as the limit leaves out what is not finite; a smaller one outliers too.
 template <class T>
 uint32_t largest_bits_below(const T* values, int64_t n, uint32_t limit) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = magnitude_bits(to_float(values[i]));
-        if (bits < limit) largest = maximum(largest, bits);
+    uint32_t largest[group] = {}, result = 0;
+    for (int64_t i = 0; i < n; i += group) {
+        float x[group] = {};
+        widen(values + i, n - i < group ? n - i : group, x);
+        for (int j = 0; j < group; ++j) {
+            const uint32_t bits = magnitude_bits(x[j]);
+            largest[j] = maximum(largest[j], bits < limit ? bits : 0u);
+        }
     }
-    return largest;
+    for (const uint32_t bits : largest) result = maximum(result, bits);
+    return result;
 }
 
 OPTIM8_END

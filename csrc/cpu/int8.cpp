@@ -13,15 +13,6 @@ namespace {
 constexpr int lanes = group / width;
 
 template <class T>
-void widen(const T* from, int64_t n, float (&to)[group]) {
-    if (n == group) {
-        for (int j = 0; j < lanes; ++j) store(to + j * width, load(from + j * width));
-    } else {
-        for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
-    }
-}
-
-template <class T>
 void narrow(const float (&from)[group], int64_t n, T* to) {
     if (n == group) {
         for (int j = 0; j < lanes; ++j) store(to + j * width, load(from + j * width));
@@ -34,10 +25,20 @@ template <class T>
 void mark_outliers(const Int8QuantizeJob& job, int64_t row) {
     const T* values = static_cast<const T*>(job.values) + row * job.columns;
     if (largest_bits(values, job.columns) < bits_of(job.threshold)) return;
-    for (int64_t c = 0; c < job.columns; ++c) {
-        const float x = to_float(values[c]);
-        // Several threads may mark a column at the same time.
-        if (x >= job.threshold || -x >= job.threshold) __atomic_store_n(job.outliers + c, 1, __ATOMIC_RELAXED);
+    const uint32_t limit = bits_of(job.threshold);
+    for (int64_t at = 0; at < job.columns; at += group) {
+        const int64_t n = std::min<int64_t>(group, job.columns - at);
+        float x[group] = {};
+        widen(values + at, n, x);
+        uint32_t any = 0;
+        for (const float value : x) any |= static_cast<uint32_t>(magnitude_bits(value) >= limit);
+        if (any == 0) continue;
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t magnitude = magnitude_bits(x[i]);
+            // Several threads may mark a column at the same time. A NaN reaches no threshold.
+            if (magnitude >= limit && magnitude <= inf_bits)
+                __atomic_store_n(job.outliers + at + i, 1, __ATOMIC_RELAXED);
+        }
     }
 }
 
@@ -77,7 +78,7 @@ void quantize_columns(const Int8ColumnsJob& job, int64_t begin) {
         widen(values + r * job.columns, n, x);
         for (int i = 0; i < group; ++i) {
             const uint32_t bits = magnitude_bits(x[i]);
-            largest[i] = std::max(largest[i], bits < limit ? bits : 0u);
+            largest[i] = maximum(largest[i], bits < limit ? bits : 0u);
         }
     }
     double factor[group];
