@@ -47,7 +47,7 @@ test: env ## run the tests and the examples in docstrings
 # for: CPython and torch keep what they allocate. libstdc++ is preloaded so that AddressSanitizer finds its throw.
 SANITIZED := build/sanitized
 NATIVE_TESTS = $(wildcard $(patsubst %, tests/test_%*.py, codec functional_ numerics_ optim_))
-SANITIZED_TESTS = $(filter-out tests/test_optim_training.py, $(NATIVE_TESTS)) \
+SANITIZED_TESTS = $(filter-out tests/test_optim_training.py tests/test_functional_peers.py, $(NATIVE_TESTS)) \
     tests/test_install.py::test_the_tests_run_against_the_build_that_was_asked_for
 .PHONY: test-sanitize
 test-sanitize: env ## run the tests of native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer
