@@ -59,7 +59,7 @@ cuda_on_cpu_switch:
 )");
 void switch_context(Context& from, Context& to) { cuda_on_cpu_switch(&from, to); }
 void make_context(Context& context, char* stack, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(stack + stack_bytes) - 2;  // as after a call: 8 below a multiple of 16
+    void** top = reinterpret_cast<void**>(stack + stack_bytes) - 1;  // as after a call: 8 below a multiple of 16
     *top-- = nullptr;
     *top = reinterpret_cast<void*>(entry);
     context = top - 6;
@@ -108,7 +108,7 @@ template <class... Arguments>
     std::fprintf(stderr, "cuda_on_cpu: thread %u of block %u: ", current == nullptr ? 0 : current->index.x, block_at.x);
     std::fprintf(stderr, format, arguments...);
     std::fprintf(stderr, "\n");
-    std::exit(3);
+    std::_Exit(3);  // on a fiber's stack, which exit would free
 }
 
 void to_scheduler(bool for_good) {

@@ -1,0 +1,77 @@
+"""Builds the programs of this folder: csrc/cuda's unmodified sources by g++ over the shim, beside csrc/cpu's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SANITIZERS = {"plain": [], "memory": ["address,undefined"], "threads": ["thread"]}
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-fno-strict-aliasing"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),  # unroll is nvcc's
+]
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++")
+
+
+def _ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja") or "ninja"
+    return str(Path(BIN_DIR) / "ninja")
+
+
+def program(name: str, sanitizer: str) -> Path:
+    """The path of a built program.
+
+    Args:
+        name: "compare" or "planted".
+        sanitizer: a key of SANITIZERS.
+
+    Raises:
+        RuntimeError: it does not compile; holds the compiler's messages.
+    """
+    folder = ROOT / "build" / "cuda_on_cpu" / sanitizer
+    folder.mkdir(parents=True, exist_ok=True)
+    sanitize = [f"-fsanitize={names}" for names in SANITIZERS[sanitizer]]
+    checked = [*sanitize, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if sanitize else []
+    includes = [f"-I{path}" for path in (HERE / "shim", HERE, ROOT / "csrc")]
+    objects: list[tuple[Path, Path, list[str]]] = [
+        # The scheduler tells sanitizers of its fibers; it must not itself be watched.
+        (HERE / "shim/scheduler.cpp", folder / "scheduler.o", []),
+    ]
+    for source in sorted(HERE.glob(f"{name}*.cpp")):
+        objects.append((source, folder / f"{source.stem}.o", checked))
+    if name == "compare":
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            objects.append((source, folder / f"{source.stem}.cuda.o", [*checked, "-x", "c++"]))
+        for kernel in ("step", "blockwise", "fourbit", "int8"):
+            source = ROOT / "csrc/cpu" / f"{kernel}.cpp"
+            objects.append((source, folder / f"{kernel}.cpu.o", [*checked, "-DOPTIM8_ISA=scalar"]))
+    lines = [
+        "rule compile",
+        f"  command = {compiler()} {' '.join([*FLAGS, *includes])} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler()} {' '.join(sanitize)} $in -o $out",
+    ]
+    for source, output, flags in objects:
+        lines += [f"build {output}: compile {source}", f"  flags = {' '.join(flags)}"]
+    result = folder / name
+    lines.append(f"build {result}: link {' '.join(str(output) for _, output, _ in objects)}")
+    (folder / f"{name}.ninja").write_text("\n".join(lines) + "\n")
+    run = subprocess.run(
+        [_ninja(), "-C", str(folder), "-f", f"{name}.ninja"], capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        raise RuntimeError(run.stdout + run.stderr)
+    return result
