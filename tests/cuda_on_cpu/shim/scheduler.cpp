@@ -101,7 +101,9 @@ size_t scheduler_size = 0;
 dim3 grid, block, block_at;
 void (*thread_body)(void*) = nullptr;
 void* thread_context = nullptr;
-int barrier_line = 0, warp_lines[64];  // stand for the barriers in TSan's eyes
+// What stands for order in TSan's eyes: barriers, warp operations, and that a block begins when the one before has
+// ended, since both have the same shared memory.
+int barrier_line = 0, warp_lines[64], block_lines[2];
 
 template <class... Arguments>
 [[noreturn]] void fail(const char* format, Arguments... arguments) {
@@ -123,7 +125,9 @@ void to_scheduler(bool for_good) {
 
 void fiber_main() {
     if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
+    if (__tsan_acquire) __tsan_acquire(&block_lines[(block_at.x + 1) % 2]);
     thread_body(thread_context);
+    if (__tsan_release) __tsan_release(&block_lines[block_at.x % 2]);
     current->state = State::Done;
     to_scheduler(true);
 }
@@ -197,6 +201,8 @@ void run_grid(dim3 new_grid, dim3 new_block, void (*body)(void*), void* context)
         block_at = dim3(b, 0, 0);
         run_block();
     }
+    if (__tsan_acquire)
+        for (int& line : block_lines) __tsan_acquire(&line);  // the launch has ended
 }
 
 uint64_t meet(Operation operation, unsigned mask, uint64_t value, int source) {
