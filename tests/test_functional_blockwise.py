@@ -176,13 +176,13 @@ def test_bad_values_stay_where_they_are(device: torch.device) -> None:
     assert F.dequantize_blockwise(codes, state).tolist() == [0, 0, 0]
 
 
-def test_threads_change_nothing(device: torch.device, threads: object) -> None:
+def test_threads_change_nothing(device: torch.device) -> None:
     x = ref.awkward((200_003,), torch.float32, seed=1, bad=True).to(device)
     seen = set()
     for count in (1, 2, 5):
-        threads(count)
-        codes, state = F.quantize_blockwise(x, blocksize=64)
-        seen.add(bits(codes) + bits(state.absmax) + bits(F.dequantize_blockwise(codes, state)))
+        with ref.threads(count):
+            codes, state = F.quantize_blockwise(x, blocksize=64)
+            seen.add(bits(codes) + bits(state.absmax) + bits(F.dequantize_blockwise(codes, state)))
     assert len(seen) == 1
 
 
