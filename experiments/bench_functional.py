@@ -11,6 +11,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,45 +64,45 @@ def rows(quick: bool) -> Iterator[Row]:
         kind = str(dtype).removeprefix("torch.")
         yield Row(
             f"quantize_blockwise {kind}",
-            lambda v=v: F.quantize_blockwise(v),
+            partial(F.quantize_blockwise, v),
             name,
-            lambda v=v: B.quantize_blockwise(v),
+            partial(B.quantize_blockwise, v),
             20.0 if needed else None,
         )
         codes, state = F.quantize_blockwise(v)
         theirs = B.quantize_blockwise(v)
         yield Row(
             f"dequantize_blockwise {kind}",
-            lambda codes=codes, state=state: F.dequantize_blockwise(codes, state),
+            partial(F.dequantize_blockwise, codes, state),
             name,
-            lambda theirs=theirs: B.dequantize_blockwise(*theirs),
+            partial(B.dequantize_blockwise, *theirs),
             2.0 if needed else None,
         )
         for quant_type in ("nf4", "fp4"):
             yield Row(
                 f"quantize_4bit {quant_type} {kind}",
-                lambda v=v, t=quant_type: F.quantize_4bit(v, quant_type=t),
+                partial(F.quantize_4bit, v, quant_type=quant_type),
                 name,
-                lambda v=v, t=quant_type: B.quantize_4bit(v, quant_type=t),
+                partial(B.quantize_4bit, v, quant_type=quant_type),
                 30.0 if needed else None,
             )
             packed, state4 = F.quantize_4bit(v, quant_type=quant_type)
             theirs4 = B.quantize_4bit(v, quant_type=quant_type)
             yield Row(
                 f"dequantize_4bit {quant_type} {kind}",
-                lambda packed=packed, state4=state4: F.dequantize_4bit(packed, state4),
+                partial(F.dequantize_4bit, packed, state4),
                 name,
-                lambda theirs4=theirs4: B.dequantize_4bit(*theirs4),
+                partial(B.dequantize_4bit, *theirs4),
                 1.0 if needed else None,
             )
     matrix = x.view(side, side)
     for dtype, threshold in ((torch.float16, 0.0), (torch.float16, 6.0), (torch.float32, 0.0)):
-        m = matrix.to(dtype)
+        cast = matrix.to(dtype)
         yield Row(
             f"int8_vectorwise_quant {str(dtype).removeprefix('torch.')}, threshold {threshold}",
-            lambda m=m, t=threshold: F.int8_vectorwise_quant(m, t),
+            partial(F.int8_vectorwise_quant, cast, threshold),
             name,
-            lambda m=m, t=threshold: B.int8_vectorwise_quant(m, t),
+            partial(B.int8_vectorwise_quant, cast, threshold),
             3.0 if threshold == 0 else None,
         )
     for quant_type in ("nf4", "fp4"):
@@ -109,9 +110,9 @@ def rows(quick: bool) -> Iterator[Row]:
         weight, row = F.dequantize_4bit(packed, state), torch.randn(1, side)
         yield Row(
             f"gemv_4bit {quant_type} {side}x{side}",
-            lambda row=row, packed=packed, state=state: F.gemv_4bit(row, packed, state=state),
+            partial(F.gemv_4bit, row, packed, state=state),
             "torch, float32 weight",
-            lambda row=row, weight=weight: row @ weight.t(),
+            partial(torch.matmul, row, weight.t()),
             5.0,
         )
     m, k, n = (32, 128, 128) if quick else (512, 2048, 2048)
