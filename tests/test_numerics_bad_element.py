@@ -138,3 +138,21 @@ def test_a_huge_finite_gradient_leaves_the_others_finite(case: Case, huge: float
         for name, moment in moments(optimizer, case, p).items():
             assert np.isfinite(moment.value).all(), name
         assert (moved <= 20 * case.hypers[0]["lr"] + 0.1 * np.abs(before)).all(), "an update grew out of all proportion"
+
+
+@pytest.mark.parametrize("state_bits", [8, 32])
+@ALL
+def test_an_infinite_parameter_without_weight_decay_is_no_bad_element(
+    case: Case, state_bits: int, device: torch.device
+) -> None:
+    """torch.optim skips a weight decay of 0, so 0 times infinity never arises: moments and others stay finite."""
+    p = parameter(torch.ones(300, device=device), torch.linspace(0.5, 1, 300, device=device))
+    with torch.no_grad():
+        p[7] = float("inf")
+    optimizer = case.make([p], case.without_decay(), optim_bits=state_bits)
+    for _ in range(2):
+        optimizer.step()
+    assert p.detach()[7] == float("inf")
+    for moment in moments(optimizer, case, p).values():
+        assert np.isfinite(moment.value).all()
+        assert moment.value[7] != 0
