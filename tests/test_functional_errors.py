@@ -264,6 +264,8 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     ("normal offset", lambda: F.create_normal_map(1.0), V, "offset must be a quantile"),
     ("4-bit type", lambda: F.get_4bit_type("nf8", "cpu"), V, "typename must be.*got 'nf8'"),
     ("af4 blocksize", lambda: F.get_4bit_type("af4", "cpu", 128), V, "blocksize 64 only, got 128"),
+    ("4-bit type device", lambda: F.get_4bit_type("nf4", "gpu"), V, "device must be one of torch's, got 'gpu'"),
+    ("from device", lambda: F.QuantState.from_dict(plain_dict(), "gpu"), V, "device must be one of torch's"),
     ("get_ptr", lambda: F.get_ptr(3), T, "A must be a torch.Tensor or None, got int"),
     ("is_on_gpu", lambda: F.is_on_gpu([None, X]), RuntimeError, r"got item 1 \(float32 \(1000,\)\) on cpu"),
     ("is_on_gpu item", lambda: F.is_on_gpu([3]), T, "item 0 must be a torch.Tensor or None"),

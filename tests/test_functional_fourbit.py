@@ -161,6 +161,7 @@ def test_the_short_names(device: torch.device) -> None:
         dequantize(packed, absmax=state.absmax, out=out, blocksize=32)
         assert torch.equal(out, dequantize(packed, state))
     assert F.quantize_4bit(x)[1].quant_type == "fp4"
+    assert F.quantize_4bit(x, blocksize=None)[1].blocksize == 64
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -102,11 +102,11 @@ class Source:
             "tensors": lambda: self.pick([self.tensor()], [None], [], [3]),
             "qmap1": lambda: F.create_dynamic_map(True),
             "qmap2": lambda: self.pick(None, F.create_dynamic_map(False)),
-            "device": lambda: "cpu",
+            "device": lambda: self.pick("cpu", torch.device("cpu"), "x"),
             "offset": lambda: self.pick(0.9, 0.5, 2.0, float("nan")),
         }
         if name in makers:
-            return makers[name]()
+            return makers[name]() if name == "device" or self.random.random() < 0.97 else self.pick(None, 3, "x", [])
         if name in ("state1", "state2"):
             return self.pick(None, self.tensor(torch.float32, torch.uint8, shape=(64,)))
         if name in (
@@ -121,7 +121,9 @@ class Source:
             "out_col",
             "out",
         ):
-            return self.pick(None, self.tensor(torch.float32, torch.uint8, torch.int8), torch.zeros(1), torch.zeros(2))
+            return self.pick(
+                None, self.tensor(torch.float32, torch.uint8, torch.int8), torch.zeros(1), torch.zeros(2), 3
+            )
         if name in ("unorm_vec",):
             return None
         if name.endswith("bits"):

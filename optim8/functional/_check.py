@@ -42,6 +42,13 @@ def on_device(who: str, name: str, value: torch.Tensor, device: torch.device, of
         raise ValueError(f"{who}: {name} must be on {device}, as {of} is, got {value.device}. Move one of them.")
 
 
+def device(who: str, value: Any) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{who}: device must be one of torch's, got {value!r}. Pass 'cpu' or 'cuda'.") from error
+
+
 def entries(who: str, name: str, value: torch.Tensor, count: int, why: str, advice: str) -> None:
     if value.numel() != count:
         raise ValueError(f"{who}: {name} must have {count} entries ({why}), got {value.numel()}. {advice}")

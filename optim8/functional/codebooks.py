@@ -171,7 +171,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
         float32 [16], from -1 to 1.
 
     Raises:
-        ValueError: the type is none of these, or has no values for this block size.
+        ValueError: the type is none of these, or has no values for this block size; or there is no such device.
 
     Source: QLoRA, arXiv 2305.14314 (nf4); arXiv 2306.06965 (af4).
 
@@ -181,6 +181,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
         tensor([ 0.0000,  0.0625,  8.0000, 12.0000])
     """
     who = "get_4bit_type"
+    device = None if device is None else _check.device(who, device)
     if typename == "af4" and blocksize != 64:
         raise ValueError(f"{who}: af4 has values for blocksize 64 only, got {blocksize}. Use nf4.")
     if typename in ("nf4", "fp4"):

@@ -14,6 +14,7 @@ from optim8.functional.codebooks import shared_code
 from optim8.functional.quant_state import QuantState
 
 QUANT_TYPES = ("nf4", "fp4")
+_DEFAULT_BLOCKSIZE = 64
 _NESTED_BLOCKSIZE = 256
 _STORAGES = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -25,7 +26,7 @@ def quantize_4bit(
     A: torch.Tensor,
     absmax: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    blocksize: int = 64,
+    blocksize: int | None = 64,
     compress_statistics: bool = False,
     quant_type: str = "fp4",
     quant_storage: torch.dtype = torch.uint8,
@@ -36,7 +37,7 @@ def quantize_4bit(
         A: float32, bfloat16 or float16, any shape and strides.
         absmax: float32 [ceil(n / blocksize)] to fill (also with `compress_statistics`); None allocates it.
         out: like the packed result, to fill; None allocates it.
-        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
+        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096; None is 64.
         compress_statistics: quantize absmax to 8 bits in blocks of 256, after its mean is subtracted.
         quant_type: "fp4" or "nf4".
         quant_storage: the dtype as which the packed bytes are viewed.
@@ -66,7 +67,7 @@ def quantize_4bit(
     """
     who = "quantize_4bit"
     _check.floats(who, "A", A)
-    _check.blocksize(who, blocksize, _check.BLOCKSIZES_4BIT)
+    blocksize = _check.blocksize(who, _DEFAULT_BLOCKSIZE if blocksize is None else blocksize, _check.BLOCKSIZES_4BIT)
     _check_type(who, quant_type)
     if quant_storage not in _STORAGES:
         raise ValueError(f"{who}: quant_storage must be an integer or float dtype, got {quant_storage}. Use uint8.")
@@ -92,7 +93,7 @@ def dequantize_4bit(
     quant_state: QuantState | None = None,
     absmax: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    blocksize: int = 64,
+    blocksize: int | None = 64,
     quant_type: str = "fp4",
 ) -> torch.Tensor:
     """The values that packed 4-bit codes stand for: table value times absmax, in float32, rounded once.
@@ -104,7 +105,7 @@ def dequantize_4bit(
         absmax: float32 [ceil(n / blocksize)]; needed without quant_state, and ignored with it.
         out: to fill: of the state's shape and dtype. Needed without quant_state: float32, bfloat16 or float16, of the
             shape of the values.
-        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096. Ignored with quant_state.
+        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096; None is 64. Ignored with quant_state.
         quant_type: "fp4" or "nf4". Ignored with quant_state.
 
     Returns:
@@ -130,8 +131,9 @@ def dequantize_4bit(
     elif absmax is None or out is None:
         raise ValueError(f"{who}: needs quant_state, or both absmax and out. Pass the state of quantize_4bit.")
     else:
-        shape, dtype = out.shape, _check.floats(who, "out", out).dtype
-    _check.blocksize(who, blocksize, _check.BLOCKSIZES_4BIT)
+        dtype = _check.floats(who, "out", out).dtype
+        shape = out.shape
+    blocksize = _check.blocksize(who, _DEFAULT_BLOCKSIZE if blocksize is None else blocksize, _check.BLOCKSIZES_4BIT)
     _check_type(who, quant_type)
     check_packed(who, "A", A, prod(shape))
     absmax = _check.absmax(who, absmax, prod(shape), blocksize, A.device)
@@ -150,7 +152,7 @@ def quantize_nf4(
     A: torch.Tensor,
     absmax: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    blocksize: int = 64,
+    blocksize: int | None = 64,
     compress_statistics: bool = False,
     quant_storage: torch.dtype = torch.uint8,
 ) -> tuple[torch.Tensor, QuantState]:
@@ -162,7 +164,7 @@ def quantize_fp4(
     A: torch.Tensor,
     absmax: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    blocksize: int = 64,
+    blocksize: int | None = 64,
     compress_statistics: bool = False,
     quant_storage: torch.dtype = torch.uint8,
 ) -> tuple[torch.Tensor, QuantState]:
@@ -175,7 +177,7 @@ def dequantize_nf4(
     quant_state: QuantState | None = None,
     absmax: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    blocksize: int = 64,
+    blocksize: int | None = 64,
 ) -> torch.Tensor:
     """`dequantize_4bit` with quant_type="nf4" (a quant_state has its own)."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
@@ -186,7 +188,7 @@ def dequantize_fp4(
     quant_state: QuantState | None = None,
     absmax: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    blocksize: int = 64,
+    blocksize: int | None = 64,
 ) -> torch.Tensor:
     """`dequantize_4bit` with quant_type="fp4" (a quant_state has its own)."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")

@@ -41,7 +41,6 @@ class QuantState:
         True
     """
 
-    __slots__ = ("__weakref__", "absmax", "blocksize", "code", "dtype", "offset", "quant_type", "shape", "state2")
     __hash__ = None  # type: ignore[assignment]  # states compare by value and can change
 
     def __init__(
@@ -159,6 +158,7 @@ class QuantState:
             TypeError: qs_dict is no dict, or an entry has the wrong type.
             ValueError: entries are missing, or contradict each other.
         """
+        device = _check.device(_WHO, device)
         entries = _unpack(qs_dict)
         state2, offset = None, None
         if "nested_absmax" in entries:
