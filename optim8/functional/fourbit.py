@@ -77,7 +77,7 @@ def quantize_4bit(
         new_packed, new_scales = torch.ops.optim8.quantize_4bit(A, blocksize, quant_type, quant_storage)
         packed, scales = _check.into(out, new_packed), _check.into(absmax, new_scales)
     else:
-        stored = packed.view(-1).view(torch.uint8)
+        stored = _as_bytes(packed)
         used = _bytes(A.numel())
         stored[used:].zero_()
         module = _native.module_for(A.device, who)
@@ -315,4 +315,9 @@ def check_packed(who: str, name: str, packed: torch.Tensor, size: int) -> None:
 
 def _stored(packed: torch.Tensor, size: int) -> torch.Tensor:
     """The bytes that hold `size` values."""
-    return _check.plain(packed).view(-1).view(torch.uint8)[: _bytes(size)]
+    return _as_bytes(_check.plain(packed))[: _bytes(size)]
+
+
+def _as_bytes(contiguous: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory. A single value may have any stride, which `view` would not take."""
+    return contiguous.as_strided((contiguous.numel(),), (1,)).view(torch.uint8)
