@@ -88,6 +88,11 @@ cuda-check: env ## compile the CUDA module (needs nvcc, no GPU) and import it
 	OPTIM8_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda-check
 	$(BIN)/python -c 'import sys; sys.path.insert(0, "build/cuda-check/optim8"); import _cuda; print("imported", _cuda.__file__)'
 
+# Runs on the Python it is given: no network and no environment of its own there.
+.PHONY: gpu-report
+gpu-report: ## on a machine with a GPU: build, test, check, measure (ARGS=check for one part); needs torch, pybind11, ninja
+	$(PYTHON) experiments/gpu_report.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove what was built and cached; keeps .venv
 	rm -rf build dist *.egg-info optim8/*.so $(VENV)/.built .hypothesis .mypy_cache .pytest_cache .ruff_cache

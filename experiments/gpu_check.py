@@ -1,0 +1,208 @@
+"""CPU and CUDA on the same inputs, compared bit for bit. Run as a program: every kernel once, for compute-sanitizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import optim8
+import optim8.functional as F
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = (1, 255, 256, 257, 4095, 100003)
+OPTIMIZERS = (optim8.Adam8bit, optim8.AdamW8bit, optim8.Lion8bit)
+STEPS = 10
+
+
+def hostile(size: int, dtype: torch.dtype, seed: int) -> Iterator[Tensor]:
+    """Plain values, values over many decades, zeros, subnormal ones, and some that are not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = torch.randn(size, generator=generator)
+    yield plain.to(dtype)
+    wide = plain * 10 ** (torch.rand(size, generator=generator) * 15 - 12)
+    wide[torch.rand(size, generator=generator) < 0.1] = 0
+    yield wide.to(dtype)
+    yield torch.zeros(size, dtype=dtype)
+    yield (plain * 1e-40).to(dtype)
+    bad = plain.clone()
+    bad[::97], bad[::89], bad[::83] = float("nan"), float("inf"), float("-inf")
+    yield bad.to(dtype)
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """Every bit; a NaN equals any NaN."""
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    if actual.is_floating_point():
+        nan = torch.isnan(expected)
+        if not torch.equal(torch.isnan(actual), nan):
+            return False
+        actual, expected = actual.masked_fill(nan, 0), expected.masked_fill(nan, 0)
+    return torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+class Comparison:
+    def __init__(self) -> None:
+        self.count = 0
+        self.differing: list[str] = []
+
+    def __call__(self, what: str, actual: Tensor, expected: Tensor) -> None:
+        self.count += expected.numel()
+        if not same(actual, expected):
+            self.differing.append(what)
+
+
+def compare_blockwise(compare: Comparison, x: Tensor, what: str) -> None:
+    for blocksize in (64, 256, 4096):
+        for signed in (True, False):
+            code = F.create_dynamic_map(signed)
+            codes, state = F.quantize_blockwise(x, code=code, blocksize=blocksize)
+            on_gpu, gpu_state = F.quantize_blockwise(x.cuda(), code=code.cuda(), blocksize=blocksize)
+            compare(f"quantize_blockwise {what} {blocksize}", on_gpu, codes)
+            compare(f"quantize_blockwise absmax {what} {blocksize}", gpu_state.absmax, state.absmax)
+            back = F.dequantize_blockwise(codes.cuda(), gpu_state)
+            compare(f"dequantize_blockwise {what} {blocksize}", back, F.dequantize_blockwise(codes, state))
+
+
+def compare_fourbit(compare: Comparison, x: Tensor, what: str) -> None:
+    for quant_type in ("nf4", "fp4"):
+        packed, state = F.quantize_4bit(x, blocksize=64, quant_type=quant_type)
+        on_gpu, gpu_state = F.quantize_4bit(x.cuda(), blocksize=64, quant_type=quant_type)
+        compare(f"quantize_4bit {quant_type} {what}", on_gpu, packed)
+        compare(f"quantize_4bit absmax {quant_type} {what}", gpu_state.absmax, state.absmax)
+        compare(f"dequantize_4bit {what}", F.dequantize_4bit(on_gpu, gpu_state), F.dequantize_4bit(packed, state))
+
+
+def compare_matrices(compare: Comparison) -> None:
+    for dtype in DTYPES:
+        for columns in (128, 100, 1152):
+            weight, vector = torch.randn(96, columns).to(dtype), torch.randn(1, columns).to(dtype)
+            packed, state = F.quantize_4bit(weight, quant_type="nf4")
+            gpu_packed, gpu_state = F.quantize_4bit(weight.cuda(), quant_type="nf4")
+            expected = F.gemv_4bit(vector, packed.t(), state=state)
+            compare(f"gemv_4bit {dtype}", F.gemv_4bit(vector.cuda(), gpu_packed.t(), state=gpu_state), expected)
+            for threshold in (0.0, 2.0):
+                results = F.int8_double_quant(weight, threshold=threshold)
+                for mine, theirs in zip(F.int8_double_quant(weight.cuda(), threshold=threshold), results, strict=True):
+                    if mine is not None and theirs is not None:
+                        compare(f"int8_double_quant {dtype}", mine, theirs)
+            codes, stats, _ = F.int8_vectorwise_quant(weight)
+            sums = F.int8_linear_matmul(codes, codes)
+            compare("int8_linear_matmul", F.int8_linear_matmul(codes.cuda(), codes.cuda()), sums)
+            scaled = F.int8_mm_dequant(sums.cuda(), stats.cuda(), stats.cuda(), bias=stats.cuda())
+            compare("int8_mm_dequant", scaled, F.int8_mm_dequant(sums, stats, stats, bias=stats))
+
+
+def _optimizers(make: Any, dtype: torch.dtype, device: str, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype).to(device)) for size in SIZES]
+    return params, make(params, lr=1e-2, weight_decay=0.03, min_8bit_size=256, **options)
+
+
+def compare_steps(compare: Comparison) -> None:
+    """STEPS steps with hostile gradients; on CUDA nothing may wait for the device after the first step."""
+    for make in OPTIMIZERS:
+        for dtype in DTYPES:
+            cpu, on_cpu = _optimizers(make, dtype, "cpu")
+            gpu, on_gpu = _optimizers(make, dtype, "cuda")
+            counted, on_counted = _optimizers(make, dtype, "cuda", capturable=True)
+            for step in range(STEPS):
+                for a, b, c in zip(cpu, gpu, counted, strict=True):
+                    a.grad = list(hostile(a.numel(), dtype, step))[step % 5]
+                    b.grad, c.grad = a.grad.cuda(), a.grad.cuda()
+                torch.cuda.set_sync_debug_mode("error" if step else "default")
+                try:
+                    on_gpu.step()
+                    on_counted.step()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                on_cpu.step()
+            for a, b, c in zip(cpu, gpu, counted, strict=True):
+                what = f"{make.__name__} {dtype} of {a.numel()} after {STEPS} steps"
+                compare(what, b, a)
+                compare(f"{what}, capturable", c, a)
+                for name, value in on_cpu.state[a].items():
+                    compare(f"{what} {name}", on_gpu.state[b][name], value)
+                    compare(f"{what} {name}, capturable", on_counted.state[c][name], value)
+
+
+def compare_graph(compare: Comparison) -> None:
+    """A captured step, replayed with a learning rate that changes, beside plain steps."""
+    lr = torch.tensor(1e-2, device="cuda")
+    params, captured = _optimizers(optim8.AdamW8bit, torch.float32, "cuda", capturable=True)
+    others, plain = _optimizers(optim8.AdamW8bit, torch.float32, "cpu")
+    captured.param_groups[0]["lr"] = lr
+    for p, q in zip(params, others, strict=True):
+        q.grad = torch.randn(q.numel())
+        p.grad = q.grad.cuda()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    rates = [1e-2, 3e-3, 5e-2]
+    plain.param_groups[0]["lr"] = float(torch.tensor(1e-2))
+    plain.step()
+    for rate in rates:
+        lr.fill_(rate)
+        graph.replay()
+        plain.param_groups[0]["lr"] = float(torch.tensor(rate))
+        plain.step()
+    for p, q in zip(params, others, strict=True):
+        compare(f"graph, {q.numel()} values", p, q)
+
+
+def compare_quotients(compare: Comparison) -> None:
+    """Every fifth float32 in [0, 1], as blocks whose absmax is 1, through both dynamic codes."""
+    every = torch.arange(0, 0x3F800001, 5, dtype=torch.int32)
+    for signed in (True, False):
+        code = F.create_dynamic_map(signed)
+        for chunk in torch.split(every, 255 << 18):
+            size = chunk.numel() // 255 * 255
+            quotients = torch.ones(size // 255, 256)
+            quotients[:, 1:] = chunk[:size].view(torch.float32).view(-1, 255)
+            flat = quotients.flatten()
+            codes, _ = F.quantize_blockwise(flat, code=code, blocksize=256)
+            on_gpu, _ = F.quantize_blockwise(flat.cuda(), code=code.cuda(), blocksize=256)
+            compare(f"quotients, signed={signed}", on_gpu, codes)
+
+
+def compare_all_sizes(compare: Comparison) -> None:
+    for dtype in DTYPES:
+        for size in SIZES:
+            for kind, x in enumerate(hostile(size, dtype, size)):
+                what = f"{dtype} of {size}, kind {kind}"
+                compare_blockwise(compare, x, what)
+                compare_fourbit(compare, x, what)
+
+
+def compare_everything() -> dict[str, Any]:
+    compare = Comparison()
+    for part in (compare_all_sizes, compare_matrices, compare_steps, compare_graph, compare_quotients):
+        try:
+            part(compare)
+        except Exception as error:  # a report of what went wrong is worth more than no report
+            compare.differing.append(f"{part.__name__}: {type(error).__name__}: {error}")
+        print(f"{part.__name__}: {compare.count} values so far, differing: {compare.differing[:5]}", flush=True)
+    return {"values": compare.count, "differing": compare.differing}
+
+
+def main() -> int:
+    compare = Comparison()
+    compare_matrices(compare)
+    for x in hostile(4095, torch.float32, 1):
+        compare_blockwise(compare, x, "float32")
+        compare_fourbit(compare, x, "float32")
+    compare_steps(compare)
+    print(compare.count, "values compared, differing:", compare.differing)
+    return 1 if compare.differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

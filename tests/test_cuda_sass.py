@@ -1,0 +1,59 @@
+"""What nvcc makes of the step kernel, read from its machine code: 128-bit accesses, no local memory, few registers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+import sass  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None or sass.tool_folder() is None, reason="needs nvcc, cuobjdump and nvdisasm"
+)
+
+# 65536 registers of a multiprocessor for 16 warps of 32 threads: enough loads in flight to fill the memory.
+MOST_REGISTERS = 128
+RULES = ("AdamFamily<false>", "AdamFamily<true>", "Lion")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, sass.Kernel]:
+    return sass.kernels_of("step.cu", "sm_90", tmp_path_factory.mktemp("sass"))
+
+
+def step_kernel(kernels: dict[str, sass.Kernel], rule: str, types: str) -> sass.Kernel:
+    pattern = re.compile(rf"step_rows<.*{re.escape(rule)}, {types}>")
+    (found,) = [kernel for name, kernel in kernels.items() if pattern.search(name)]
+    return found
+
+
+def test_every_rule_and_every_pair_of_types_has_a_kernel(kernels: dict[str, sass.Kernel]) -> None:
+    assert sum("step_rows" in name for name in kernels) == 5 * len(RULES)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_float32_is_read_and_written_by_packets_of_128_bits(kernels: dict[str, sass.Kernel], rule: str) -> None:
+    kernel = step_kernel(kernels, rule, "float, float")
+    states = 1 if rule == "Lion" else 2
+    # 8 values a lane are two packets: of param and grad with 8-bit state, of these and each state with 32-bit state.
+    assert kernel.count(r"LDG\..*\.128") == 2 * 2 + 2 * (2 + states)
+    assert kernel.count(r"STG\..*\.128") == 2 * 1 + 2 * (1 + states)
+
+
+def test_no_kernel_has_local_or_shared_memory_or_barriers(kernels: dict[str, sass.Kernel]) -> None:
+    for kernel in kernels.values():
+        assert kernel.count(r"(LDL|STL|LDS|STS|BAR)\b") == 0, kernel.name
+
+
+def test_registers_stay_under_the_bound(kernels: dict[str, sass.Kernel]) -> None:
+    assert max(kernel.registers for kernel in kernels.values()) <= MOST_REGISTERS
+
+
+def test_local_memory_would_be_seen() -> None:
+    kernel = sass.Kernel("spilling", ((0, "STL.64 [R1+0x8], R2"), (16, "@P0 EXIT"), (32, "EXIT")), 255)
+    assert kernel.count(r"(LDL|STL|LDS|STS|BAR)\b") == 1
