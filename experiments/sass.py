@@ -45,6 +45,8 @@ class Kernel:
         opcode = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
         if opcode == "EXIT":
             return [i + 1] if predicated else []
+        if opcode.startswith("BRA.DIV"):
+            return [i + 1]  # taken by a warp that has come apart, to make it whole before a shuffle
         target = re.search(r"0x([0-9a-f]+)", text) if opcode == "BRA" or opcode.startswith("BRA.") else None
         if target is None or int(target[1], 16) not in places:
             return [i + 1]
