@@ -197,5 +197,5 @@ def test_more_than_2_to_the_31_values(device: torch.device) -> None:
     assert codes[2**31] == 0
     back = F.dequantize_blockwise(codes, state)
     assert back[-1] == 3.0
-    assert back[2**31 + 1] == pytest.approx(1.0, rel=2**-7)
+    assert back[2**31 + 1].item() == pytest.approx(1.0, rel=2**-6)
     assert back[: 2**31].count_nonzero() == 0

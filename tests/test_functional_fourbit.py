@@ -249,3 +249,12 @@ def test_more_than_2_to_the_31_values(device: torch.device) -> None:
     assert back[-1] == 3.0
     assert back[2**31] == -2.0
     assert back.count_nonzero() == 2
+    rows, columns = 2**15 + 1, 2**16
+    stored = torch.zeros(rows * columns // 2, dtype=torch.uint8, device=device)
+    stored[-columns // 2 :] = 0x33  # the code of 1, twice
+    absmax = torch.full((rows * columns // 4096,), 2.0, device=device)
+    code = F.get_4bit_type("fp4", device)
+    row = torch.ones(columns, device=device)
+    found = torch.ops.optim8.gemv_4bit(row, stored, [rows, columns], absmax, code, 4096)
+    assert found[-1] == 2 * columns
+    assert found.count_nonzero() == 1

@@ -246,3 +246,16 @@ def test_threads_change_nothing(device: torch.device) -> None:
             product = F.int8_scaled_mm(results[0], results[0], results[2], results[2])
             seen.add(b"".join(map(bits, (*results, back, product))))
     assert len(seen) == 1
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_values(device: torch.device) -> None:
+    rows, columns = 2**16 + 1, 2**15 + 1
+    x = torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
+    x[-1, -1], x[-1, 0], x[-2, 5] = -2.0, 1.0, 8.0
+    codes, stats, outliers = F.int8_vectorwise_quant(x, 6.0)
+    del x
+    assert outliers.tolist() == [5]
+    assert stats[-2:].tolist() == [0, 2]
+    assert codes[-1, [0, -1]].tolist() == [64, -127]
+    assert codes.count_nonzero() == 2
