@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +31,52 @@ def _ninja() -> str:
     return str(Path(BIN_DIR) / "ninja")
 
 
+def _build(result: Path, objects: Sequence[tuple[Path, Path, list[str]]], link: Sequence[str]) -> Path:
+    """Compiles (source, object, flags) where they changed, and links them."""
+    folder = result.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in (HERE / "shim", HERE, ROOT / "csrc")]
+    lines = [
+        "rule compile",
+        f"  command = {compiler()} {' '.join([*FLAGS, *includes])} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler()} {' '.join(link)} $in -o $out",
+    ]
+    for source, output, flags in objects:
+        lines += [f"build {output}: compile {source}", f"  flags = {' '.join(flags)}"]
+    lines.append(f"build {result}: link {' '.join(str(output) for _, output, _ in objects)}")
+    (folder / f"{result.stem}.ninja").write_text("\n".join(lines) + "\n")
+    run = subprocess.run(
+        [_ninja(), "-C", str(folder), "-f", f"{result.stem}.ninja"], capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        raise RuntimeError(run.stdout + run.stderr)
+    return result
+
+
+def module() -> Path:
+    """The path of optim8._cuda built over the shim, taking tensors of the CPU.
+
+    Raises:
+        RuntimeError: it does not compile; holds the compiler's messages.
+    """
+    import pybind11
+
+    folder = ROOT / "build" / "cuda_on_cpu" / "module"
+    bindings = [sysconfig.get_path("include"), pybind11.get_include()]
+    pic = ["-fPIC", "-fvisibility=hidden"]
+    bound = [*pic, *(f"-isystem {path}" for path in bindings)]
+    bound += ["-DOPTIM8_DEVICE_TYPE=dlpack::cpu", "-DOPTIM8_VERSION='\"shim\"'"]
+    objects = [(HERE / "shim/scheduler.cpp", folder / "scheduler.o", pic)]
+    for source in (ROOT / "csrc/bind_cuda.cpp", *sorted((ROOT / "csrc/bind").glob("*.cpp"))):
+        objects.append((source, folder / f"{source.stem}.o", bound))
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        objects.append((source, folder / f"{source.stem}.cuda.o", [*pic, "-x", "c++"]))
+    return _build(folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", objects, ["-shared"])
+
+
 def program(name: str, sanitizer: str) -> Path:
     """The path of a built program.
 
@@ -40,10 +88,8 @@ def program(name: str, sanitizer: str) -> Path:
         RuntimeError: it does not compile; holds the compiler's messages.
     """
     folder = ROOT / "build" / "cuda_on_cpu" / sanitizer
-    folder.mkdir(parents=True, exist_ok=True)
     sanitize = [f"-fsanitize={names}" for names in SANITIZERS[sanitizer]]
     checked = [*sanitize, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if sanitize else []
-    includes = [f"-I{path}" for path in (HERE / "shim", HERE, ROOT / "csrc")]
     objects: list[tuple[Path, Path, list[str]]] = [
         # The scheduler tells sanitizers of its fibers; it must not itself be watched.
         (HERE / "shim/scheduler.cpp", folder / "scheduler.o", []),
@@ -56,22 +102,4 @@ def program(name: str, sanitizer: str) -> Path:
         for kernel in ("step", "blockwise", "fourbit", "int8"):
             source = ROOT / "csrc/cpu" / f"{kernel}.cpp"
             objects.append((source, folder / f"{kernel}.cpu.o", [*checked, "-DOPTIM8_ISA=scalar"]))
-    lines = [
-        "rule compile",
-        f"  command = {compiler()} {' '.join([*FLAGS, *includes])} $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {compiler()} {' '.join(sanitize)} $in -o $out",
-    ]
-    for source, output, flags in objects:
-        lines += [f"build {output}: compile {source}", f"  flags = {' '.join(flags)}"]
-    result = folder / name
-    lines.append(f"build {result}: link {' '.join(str(output) for _, output, _ in objects)}")
-    (folder / f"{name}.ninja").write_text("\n".join(lines) + "\n")
-    run = subprocess.run(
-        [_ninja(), "-C", str(folder), "-f", f"{name}.ninja"], capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        raise RuntimeError(run.stdout + run.stderr)
-    return result
+    return _build(folder / name, objects, sanitize)
