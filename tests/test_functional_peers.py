@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from types import ModuleType
 
 import functional_reference as ref
@@ -152,14 +150,14 @@ def test_zero_stays_zero(B: ModuleType) -> None:
     assert F.dequantize_blockwise(codes, state)[0] == 0
 
 
-def test_a_short_absmax_is_an_error_there_a_crash(B: ModuleType) -> None:
-    call = "dequantize_blockwise(torch.zeros(2**26, dtype=torch.uint8), absmax=torch.ones(1), blocksize=64)"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch, bitsandbytes.functional as B; B.{call}"], capture_output=True, text=True
-    )
-    assert done.returncode < 0, f"no longer ends by a signal: {done.stderr}"
-    with pytest.raises(ValueError, match=r"absmax must have 1048576 entries .*, got 1"):
-        F.dequantize_blockwise(torch.zeros(2**26, dtype=torch.uint8), absmax=torch.ones(1), blocksize=64)
+def test_a_short_absmax_is_an_error() -> None:
+    """There it reads past the end; that is not tried here, since it may end the process."""
+    codes, absmax = torch.zeros(2**20, dtype=torch.uint8), torch.ones(1)
+    with pytest.raises(ValueError, match=r"absmax must have 16384 entries .*, got 1"):
+        F.dequantize_blockwise(codes, absmax=absmax, blocksize=64)
+    packed = codes[: 2**19, None]
+    with pytest.raises(ValueError, match=r"absmax must have 16384 entries .*, got 1"):
+        F.dequantize_4bit(packed, absmax=absmax, out=torch.empty(2**20))
 
 
 def test_buffers_and_double_quant_exist_on_the_cpu(B: ModuleType) -> None:
