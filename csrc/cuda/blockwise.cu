@@ -49,7 +49,7 @@ __global__ void describe_code(const float* code, float* code_info) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) quantize_blocks(const QuantizeJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) quantize_blocks(const QuantizeJob job) {
     const T* values = static_cast<const T*>(job.values);
     const CodeKind kind =
         job.kind != CodeKind::Any ? job.kind : static_cast<CodeKind>(static_cast<int>(job.middle[code_size - 1]));
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(threads_per_block) quantize_blocks(const Quant
 
 // A tile a warp, whatever the block size; the table is read through the cache.
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) dequantize_tiles(const DequantizeJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) dequantize_tiles(const DequantizeJob job) {
     constexpr int span = packet_span<T>;
     const int64_t at = warp_of_grid() * tile;
     if (at >= job.size) return;

@@ -24,14 +24,14 @@ struct FourbitEncoder {
 };
 
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) quantize_fourbit(const Quantize4Job job) {
+__global__ void __launch_bounds__(threads_per_block, 4) quantize_fourbit(const Quantize4Job job) {
     const FourbitEncoder encoder(job.type == Fourbit::NF4 ? nf4_tables : fp4_tables);
     quantize_warp(encoder, static_cast<const T*>(job.values), job.packed, job.absmax, job.size, job.blocksize);
 }
 
 // A tile a warp; a lane's eight values are four neighbouring bytes, all of one block.
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) dequantize_fourbit(const Dequantize4Job job, Fourbit type) {
+__global__ void __launch_bounds__(threads_per_block, 4) dequantize_fourbit(const Dequantize4Job job, Fourbit type) {
     const float* table = type == Fourbit::NF4 ? nf4_tables.value : fp4_tables.value;
     const int64_t at = warp_of_grid() * tile;
     if (at >= job.size) return;
@@ -107,7 +107,7 @@ OPTIM8_DEVICE float any_columns(const CudaGemv4Job& job, int64_t row, int column
 }
 
 template <class V, class T>
-__global__ void __launch_bounds__(threads_per_block) gemv_fourbit(const CudaGemv4Job job) {
+__global__ void __launch_bounds__(threads_per_block, 4) gemv_fourbit(const CudaGemv4Job job) {
     const int64_t row = warp_of_grid() * 2 + lane() / row_lanes;
     const bool there = row < job.rows;  // the other half of the last warp only takes part in the shuffles
     const int column_lane = lane() % row_lanes;

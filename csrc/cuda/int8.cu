@@ -36,7 +36,7 @@ int64_t column_strips(int64_t rows, int64_t columns) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) mark_outliers(const Int8QuantizeJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) mark_outliers(const Int8QuantizeJob job) {
     const RowTile at(job.rows, job.columns);
     const T* values = static_cast<const T*>(job.values) + at.row * job.columns + at.column;
     for (int i = lane(); i < at.count; i += warp_size) {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(threads_per_block) mark_outliers(const Int8Qua
 
 // A warp a row: its largest magnitude below the threshold, then the codes.
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) quantize_rows(const Int8QuantizeJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) quantize_rows(const Int8QuantizeJob job) {
     const int64_t row = warp_of_grid();
     if (row >= job.rows) return;
     const T* values = static_cast<const T*>(job.values) + row * job.columns;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(threads_per_block) quantize_rows(const Int8Qua
 
 // `stats` holds zeros at first. Magnitudes order like their bits, so the largest is found by an integer maximum.
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) column_maxima(const Int8ColumnsJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) column_maxima(const Int8ColumnsJob job) {
     const ColumnStrip at(job.rows, job.columns);
     const uint32_t limit = bits_of(job.threshold);
     uint32_t largest = 0;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(threads_per_block) column_maxima(const Int8Col
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) quantize_columns(const Int8ColumnsJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) quantize_columns(const Int8ColumnsJob job) {
     const ColumnStrip at(job.rows, job.columns);
     if (at.begin >= at.end) return;
     const uint32_t limit = bits_of(job.threshold);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(threads_per_block) quantize_columns(const Int8
     }
 }
 
-__global__ void __launch_bounds__(threads_per_block) dequantize_rows(const Int8DequantizeJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) dequantize_rows(const Int8DequantizeJob job) {
     const RowTile at(job.rows, job.columns);
     const int64_t first = at.row * job.columns + at.column;
     for (int i = lane(); i < at.count; i += warp_size)
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(threads_per_block) dequantize_rows(const Int8D
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads_per_block) scale_rows(const Int8ScaleJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) scale_rows(const Int8ScaleJob job) {
     const RowTile at(job.rows, job.columns);
     if (at.count == 0) return;
     const int64_t first = at.row * job.columns + at.column;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(threads_per_block) scale_rows(const Int8ScaleJ
 
 // A warp a sum, four products an instruction where the rows are whole words. For the shapes that torch's own integer
 // product does not take; made to be right, not fast.
-__global__ void __launch_bounds__(threads_per_block) multiply(const Int8ProductJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4) multiply(const Int8ProductJob job) {
     const int64_t row = warp_of_grid() / job.columns, column = warp_of_grid() % job.columns;
     if (row >= job.rows) return;
     const int8_t *a = job.a + row * job.inner, *b = job.b + column * job.inner;

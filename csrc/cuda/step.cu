@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_c
 }
 
 // Counts the step of every row and derives its scalars, one thread a row; nothing where the step is to be skipped.
-__global__ void __launch_bounds__(threads_per_block) count_steps(const __grid_constant__ CountBatch batch) {
+__global__ void __launch_bounds__(threads_per_block, 4) count_steps(const __grid_constant__ CountBatch batch) {
     const int r = static_cast<int>(blockIdx.x * threads_per_block + threadIdx.x);
     if (r >= batch.rows) return;
     if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
