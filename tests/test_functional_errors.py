@@ -78,6 +78,13 @@ def text(value: str) -> torch.Tensor:
     return torch.tensor(list(value.encode()), dtype=torch.uint8)
 
 
+def gone(like: torch.Tensor) -> torch.Tensor:
+    """A tensor whose storage was resized away, as sharding libraries do."""
+    copy = like.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
 def packed_dict(**fields: Any) -> dict[str, Any]:
     return {**STATE4.as_dict(packed=True), **fields}
 
@@ -131,6 +138,14 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     ),
     ("q8 out stride", lambda: F.quantize_blockwise(X[:500], out=BYTES[::2]), V, "out must be contiguous"),
     ("q8 out meta", lambda: F.quantize_blockwise(X, out=BYTES.to("meta")), V, "out must be on cpu"),
+    ("q8 no memory", lambda: F.quantize_blockwise(gone(X)), V, "A must have memory, got float32"),
+    ("q8 zeros unwritten", lambda: F.quantize_blockwise(torch._efficientzerotensor(9)), V, "A must have memory"),
+    ("q8 out no memory", lambda: F.quantize_blockwise(X, out=gone(BYTES)), V, "out must have memory"),
+    ("q4 no memory", lambda: F.quantize_4bit(gone(X)), V, "A must have memory"),
+    ("gemv no memory", lambda: F.gemv_4bit(gone(X[:100]), PACKED, state=STATE4), V, "A must have memory"),
+    ("i8 no memory", lambda: F.int8_vectorwise_quant(gone(X)), V, "A must have memory"),
+    ("mm A no memory", lambda: F.int8_linear_matmul(gone(I8), I8), V, "A must have memory"),
+    ("mm B no memory", lambda: F.int8_linear_matmul(I8, gone(I8)), V, "B must have memory"),
     ("d8 nothing", lambda: F.dequantize_blockwise(CODES), V, "needs quant_state or absmax"),
     ("d8 float A", lambda: F.dequantize_blockwise(X, STATE), V, "A must be uint8, got float32"),
     ("d8 short A", lambda: F.dequantize_blockwise(CODES[:700], STATE), V, r"absmax must have 3 entries.*got 4"),

@@ -108,7 +108,12 @@ bool read_view(PyObject* object, View& view) {
 
 View require_view(const char* who, const char* argument, py::handle object) {
     View view;
-    if (read_view(object.ptr(), view)) return view;
+    if (read_view(object.ptr(), view)) {
+        // Zeros that torch has not written yet, or a storage that was resized away.
+        if (view.data != nullptr || view.size == 0) return view;
+        throw py::value_error(std::string(who) + ": " + argument + " must have memory, got " + view.describe() +
+                              " without any. Materialize it first.");
+    }
     throw py::type_error(std::string(who) + ": " + argument +
                          " must be a dense torch.Tensor with memory of its own, got " +
                          std::string(py::str(py::type::handle_of(object).attr("__name__"))) + ".");

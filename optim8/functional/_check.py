@@ -100,6 +100,12 @@ def buffer(
     return _writable(who, name, value, advice)
 
 
+def memory(who: str, name: str, value: torch.Tensor) -> None:
+    """Refuses a tensor whose storage was resized away, which torch's own operations would read all the same."""
+    if value.numel() and value.data_ptr() == 0:
+        raise ValueError(f"{who}: {name} must have memory, got {tuple(value.shape)} without any. Materialize it first.")
+
+
 def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
     """`result`, copied to `buffer` where there is one."""
     return result if buffer is None else buffer.copy_(result)

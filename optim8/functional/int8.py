@@ -294,6 +294,8 @@ def scale_back(
 
 def _product(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
     """int32 `A @ B.T` for a matrix A, as `shape`."""
+    _check.memory("int8_linear_matmul", "A", A)
+    _check.memory("int8_linear_matmul", "B", B)
     if A.device.type == "cpu" and _torch_is_exact():
         if out is None:
             return torch._int_mm(A, B.t()).view(shape)
