@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-import sass  # noqa: E402
+import sass
 
 pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None or sass.tool_folder() is None, reason="needs nvcc, cuobjdump and nvdisasm"
