@@ -64,8 +64,10 @@ void check_blocksize(const char* who, int64_t blocksize) {
     if (blocksize < 1) fail(std::string(who) + ": blocksize must be positive, got " + std::to_string(blocksize) + ".");
 }
 
-// Blocks handed out at a time: some 64 Ki values, so that handing out costs nothing beside the work.
-int64_t chunk_of(int64_t blocksize) { return std::max<int64_t>(1, (1 << 16) / blocksize); }
+// Blocks handed out at a time.
+int64_t chunk_of(int64_t blocks, int64_t blocksize, int threads) {
+    return chunk_size(blocks, threads, std::max<int64_t>(1, (1 << 18) / blocksize));
+}
 
 void quantize_blockwise(py::handle A, py::handle code, int64_t blocksize, py::handle out, py::handle absmax,
                         int threads, bool keep_positive) {
@@ -99,7 +101,8 @@ void quantize_blockwise(py::handle A, py::handle code, int64_t blocksize, py::ha
     prefer_huge_pages(codes.data, codes.bytes());
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
-    parallel_for(blocks, chunk_of(blocksize), threads, [&](int64_t b, int64_t e) { use.quantize_blocks(job, b, e); });
+    parallel_for(blocks, chunk_of(blocks, blocksize, threads), threads,
+                 [&](int64_t b, int64_t e) { use.quantize_blocks(job, b, e); });
 }
 
 void dequantize_blockwise(py::handle A, py::handle absmax, py::handle code, int64_t blocksize, py::handle out,
@@ -128,7 +131,8 @@ void dequantize_blockwise(py::handle A, py::handle absmax, py::handle code, int6
     prefer_huge_pages(values.data, values.bytes());
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
-    parallel_for(blocks, chunk_of(blocksize), threads, [&](int64_t b, int64_t e) { use.dequantize_blocks(job, b, e); });
+    parallel_for(blocks, chunk_of(blocks, blocksize, threads), threads,
+                 [&](int64_t b, int64_t e) { use.dequantize_blocks(job, b, e); });
 }
 
 void encode_quotients(py::handle quotients, py::handle out, bool with_sign, int threads) {

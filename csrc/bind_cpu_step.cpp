@@ -283,12 +283,11 @@ void StepTable::run_cpu(int threads) {
     if (on_cpu == devices_.end() || on_cpu->rows.empty()) return;
     const std::vector<Row>& rows = on_cpu->rows;
     // Work is split by blocks, not by tensors: chunk c covers the same run of blocks whatever tensors they are of.
-    constexpr int64_t chunk = 128;
     std::vector<int64_t> first(rows.size() + 1, 0);
     for (size_t r = 0; r < rows.size(); ++r) first[r + 1] = first[r] + blocks_of(rows[r].size, step_block);
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
-    parallel_for(first.back(), chunk, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(first.back(), chunk_size(first.back(), threads, 1024), threads, [&](int64_t begin, int64_t end) {
         size_t r = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
         for (; begin < end; ++r) {
             const int64_t stop = std::min(end, first[r + 1]);

@@ -28,6 +28,13 @@ class DefaultRounding {
 #endif
 };
 
+// Items to hand out at a time: `most`, or less where that would leave threads without work. Chunks of some 256 Ki
+// values are best: smaller ones start the hardware's prefetching over too often, and with one run for each thread the
+// threads work on far apart pages of memory.
+inline int64_t chunk_size(int64_t items, int threads, int64_t most) {
+    return std::max<int64_t>(1, std::min(most, items / (8 * std::max(threads, 1))));
+}
+
 // work(begin, end) over all of [0, items).
 template <class Work>
 void parallel_for(int64_t items, int64_t chunk, int threads, const Work& work) {
