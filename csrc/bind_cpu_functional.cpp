@@ -27,13 +27,16 @@ const float* values_of(Fourbit type) {
 
 int64_t halves(int64_t size) { return size / 2 + size % 2; }
 
-// Rows handed out at a time: some 64 Ki values.
-int64_t rows_at_once(int64_t columns) { return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, columns)); }
-constexpr int64_t spans_at_once = 16;
+// Values below which waking another thread costs more than it saves.
+constexpr int64_t worth_a_thread = 1 << 14;
 
+// `each`: values of an item.
 template <class Job>
-void run(void (*Kernels::*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t items, int64_t chunk,
+void run(void (*Kernels::*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t items, int64_t each,
          int threads) {
+    const int64_t values = std::max<int64_t>(1, each);
+    const int64_t most = std::max<int64_t>(1, (1 << 18) / values), least = blocks_of(worth_a_thread, values);
+    const int64_t chunk = std::max(least, chunk_size(items, threads, most));
     const auto function = kernels().*kernel;
     const py::gil_scoped_release release;
     parallel_for(items, chunk, threads, [&](int64_t begin, int64_t end) { function(job, begin, end); });
@@ -55,7 +58,7 @@ void quantize_4bit(py::handle A, const std::string& quant_type, int64_t blocksiz
                            values.storage(),
                            type};
     prefer_huge_pages(packed.data, packed.bytes());
-    run(&Kernels::quantize_4bit, job, blocks_of(values.size, fourbit_span), spans_at_once, threads);
+    run(&Kernels::quantize_4bit, job, blocks_of(values.size, fourbit_span), fourbit_span, threads);
 }
 
 void dequantize_4bit(py::handle A, py::handle absmax, const std::string& quant_type, int64_t blocksize, py::handle out,
@@ -74,7 +77,7 @@ void dequantize_4bit(py::handle A, py::handle absmax, const std::string& quant_t
                              blocksize,
                              values.storage()};
     prefer_huge_pages(values.data, values.bytes());
-    run(&Kernels::dequantize_4bit, job, blocks_of(values.size, fourbit_span), spans_at_once, threads);
+    run(&Kernels::dequantize_4bit, job, blocks_of(values.size, fourbit_span), fourbit_span, threads);
 }
 
 std::vector<float> widened(const View& values) {
@@ -127,9 +130,7 @@ void gemv_4bit(py::handle A, py::handle B, py::handle absmax, py::handle code, i
                        blocksize,
                        result.storage(),
                        whole_groups};
-    // A multiple of the rows that are worked on together.
-    const int64_t chunk = 4 * rows_at_once(4 * vector.size);
-    run(&Kernels::gemv_4bit, job, result.size, chunk, threads);
+    run(&Kernels::gemv_4bit, job, result.size, vector.size, threads);
 }
 
 void int8_vectorwise_quant(py::handle A, float threshold, py::handle out, py::handle stats, py::handle outliers,
@@ -153,10 +154,10 @@ void int8_vectorwise_quant(py::handle A, float threshold, py::handle out, py::ha
         const View flags = check.uint8("outliers", outliers, shape.columns);
         job.outliers = static_cast<uint8_t*>(flags.data);
         std::fill_n(job.outliers, shape.columns, uint8_t{0});
-        run(&Kernels::int8_outliers, job, shape.rows, rows_at_once(shape.columns), threads);
+        run(&Kernels::int8_outliers, job, shape.rows, shape.columns, threads);
     }
     prefer_huge_pages(codes.data, codes.bytes());
-    run(&Kernels::int8_rows, job, shape.rows, rows_at_once(shape.columns), threads);
+    run(&Kernels::int8_rows, job, shape.rows, shape.columns, threads);
 }
 
 // threshold 0 means none.
@@ -175,7 +176,7 @@ void int8_columnwise_quant(py::handle A, float threshold, py::handle out, py::ha
                              limit,
                              values.storage()};
     prefer_huge_pages(codes.data, codes.bytes());
-    run(&Kernels::int8_columns, job, blocks_of(shape.columns, 64), 1, threads);
+    run(&Kernels::int8_columns, job, blocks_of(shape.columns, 64), 64 * shape.rows, threads);
 }
 
 void int8_vectorwise_dequant(py::handle A, py::handle stats, py::handle out, int threads) {
@@ -187,7 +188,7 @@ void int8_vectorwise_dequant(py::handle A, py::handle stats, py::handle out, int
     const Int8DequantizeJob job{static_cast<const int8_t*>(codes.data), static_cast<const float*>(scales.data),
                                 static_cast<float*>(values.data), shape.rows, shape.columns};
     prefer_huge_pages(values.data, values.bytes());
-    run(&Kernels::int8_dequantize, job, shape.rows, rows_at_once(shape.columns), threads);
+    run(&Kernels::int8_dequantize, job, shape.rows, shape.columns, threads);
 }
 
 void int8_mm_dequant(py::handle A, py::handle row_stats, py::handle col_stats, py::handle bias, py::handle out,
@@ -209,7 +210,7 @@ void int8_mm_dequant(py::handle A, py::handle row_stats, py::handle col_stats, p
                            shape.columns,
                            values.storage()};
     prefer_huge_pages(values.data, values.bytes());
-    run(&Kernels::int8_scale, job, shape.rows, rows_at_once(shape.columns), threads);
+    run(&Kernels::int8_scale, job, shape.rows, shape.columns, threads);
 }
 
 void int8_linear_matmul(py::handle A, py::handle B, py::handle out, int threads) {
@@ -225,7 +226,7 @@ void int8_linear_matmul(py::handle A, py::handle B, py::handle out, int threads)
                              left.rows,
                              right.rows,
                              left.columns};
-    run(&Kernels::int8_product, job, left.rows, 1, threads);
+    run(&Kernels::int8_product, job, left.rows, left.columns * right.rows, threads);
 }
 
 std::vector<float> fourbit_map(const std::string& quant_type) {
