@@ -8,7 +8,7 @@ views of a few flat arenas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,27 +44,22 @@ def blocks(size: int) -> int:
 
 
 class _Arena:
-    """Collects wanted tensors of one dtype, then cuts them from one allocation."""
+    """One allocation of a dtype, from which tensors are cut."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, fill: int = 0) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, fill: int = 0, align: int = _ALIGN) -> None:
         self.dtype, self.device, self.fill = dtype, device, fill
+        self.step = max(1, align // dtype.itemsize)
         self.size = 0
-        self.cuts: list[Callable[[torch.Tensor], None]] = []
+        self.flat = torch.empty(0)
 
-    def want(self, entry: dict[str, Any], name: str, shape: Sequence[int], stride: Sequence[int]) -> None:
+    def place(self, shape: Sequence[int]) -> int:
+        """Make room for a tensor; gives where it will be."""
         at = self.size
-        step = _ALIGN // self.dtype.itemsize
-        self.size += -(-math.prod(shape) // step) * step
-
-        def cut(flat: torch.Tensor) -> None:
-            entry[name] = flat.as_strided(shape, stride, at)
-
-        self.cuts.append(cut)
+        self.size += -(-math.prod(shape) // self.step) * self.step
+        return at
 
     def allocate(self) -> None:
-        flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
-        for cut in self.cuts:
-            cut(flat)
+        self.flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
 
 
 def allocate(moments: Sequence[Moment], wanted: Sequence[tuple[torch.Tensor, bool]]) -> list[dict[str, Any]]:
@@ -80,24 +75,27 @@ def allocate(moments: Sequence[Moment], wanted: Sequence[tuple[torch.Tensor, boo
     if not wanted:
         return []
     device = wanted[0][0].device
-    steps = _Arena(torch.float32, torch.device("cpu"))
+    steps = _Arena(torch.float32, torch.device("cpu"), align=1)
+    scales = _Arena(torch.float32, device, align=1)
     codes = {moment: _Arena(torch.uint8, device, moment.zero) for moment in moments}
     floats = _Arena(torch.float32, device)
-    entries: list[dict[str, Any]] = []
+    cuts: list[list[tuple[str, _Arena, tuple[int, ...], tuple[int, ...], int]]] = []
     for param, in_8_bits in wanted:
-        entry: dict[str, Any] = {}
         shape, stride = tuple(param.shape), tuple(param.stride())
-        steps.want(entry, "step", (), ())
+        scales_shape = (blocks(param.numel()),)
+        cut: list[tuple[str, _Arena, tuple[int, ...], tuple[int, ...], int]] = []
+        cut.append(("step", steps, (), (), steps.place(())))
         for moment in moments:
             if in_8_bits:
-                codes[moment].want(entry, moment.name, shape, stride)
-                floats.want(entry, moment.absmax, (blocks(param.numel()),), (1,))
+                cut.append((moment.name, codes[moment], shape, stride, codes[moment].place(shape)))
+                cut.append((moment.absmax, scales, scales_shape, (1,), scales.place(scales_shape)))
             else:
-                floats.want(entry, moment.name, shape, stride)
-        entries.append(entry)
-    for arena in (steps, *codes.values(), floats):
+                cut.append((moment.name, floats, shape, stride, floats.place(shape)))
+        cuts.append(cut)
+    for arena in (steps, scales, *codes.values(), floats):
         arena.allocate()
-    return entries
+    # Parameter by parameter, so that the small objects a step must look at lie together.
+    return [{name: arena.flat.as_strided(shape, stride, at) for name, arena, shape, stride, at in cut} for cut in cuts]
 
 
 def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:
