@@ -112,6 +112,7 @@ void gemv_rows(const Gemv4Job& job, int64_t row, float (&out)[together]) {
             }
             for (int r = 0; r < together; ++r) {
                 const float* absmax = job.absmax + ((row + r) * job.columns + k) / job.blocksize;
+                __builtin_prefetch(absmax + 2 * gemv_ahead / job.blocksize);
                 sum[r][v] = fma(products[r], spread_scales<scales>(absmax, v * width), sum[r][v]);
             }
         }
