@@ -75,7 +75,7 @@ OPTIM8_HD void store(float16* to, F x) {
 
 template <Code code>
 OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) {
-    // Eight loads and shuffles take fewer cycles than a gather on the machines measured (experiments/roofline.py).
+    // Eight loads and inserts: a gather is a long microcode sequence on many machines.
     const float* table = Tables<code>::all.value;
     for (int j = 0; j < code_group / width; ++j) {
         uint64_t c;
@@ -90,43 +90,58 @@ OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) 
     }
 }
 
-// The zones 1 to 8 in eight entries, zone 8 at place 0, and the rule that gives the zone at the lower end of a
-// binade from its exponent field e: (e * factor + addend) >> 8.
+// The zones 1 to 8 in eight entries, and a rule that gives the zone of y or the one before it: the upper half of the
+// bits of y, which is close to a logarithm, times `factor`, shifted right by 16; `first` stands for zone 1, and what is
+// less for the same. Entries are placed by the low three bits of that.
 struct ZoneTables {
     float threshold[8];  // of the next zone; infinity after the last
     float slope[8], offset[8];
     int32_t last[8];
-    int factor, addend;
+    int factor, first;
 };
-constexpr bool zone_rule_holds(const CodeTables& t, int factor, int addend) {
+constexpr int exact_zone(const CodeTables& t, double y) {
     int zone = 1;
-    for (int e = exponent_field(t.threshold[0]); e < 128; ++e) {
-        if ((e * factor + addend) >> 8 != zone) return false;
-        if (zone <= decades && exponent_field(t.threshold[zone]) == e) ++zone;
+    while (zone <= decades && y >= t.threshold[zone]) ++zone;
+    return zone;
+}
+constexpr double value_of_half(int half) {  // of the bits half << 16
+    double value = 1 + (half & 127) / 128.0;
+    for (int e = half >> 7; e < 127; ++e) value /= 2;
+    return value;
+}
+constexpr bool zone_rule_holds(const CodeTables& t, int factor, int first) {
+    constexpr int tiny = 104 << 7, one = 127 << 7;  // 2^-23 is below every threshold
+    if ((tiny * factor) >> 16 > first) return false;
+    for (int half = tiny; half <= one; ++half) {
+        const int found = (half * factor) >> 16 > first ? ((half * factor) >> 16) - first + 1 : 1;
+        const int at_end = half == one ? decades + 1 : exact_zone(t, value_of_half(half + 1) * (1 - 1e-9));
+        if (found > exact_zone(t, value_of_half(half)) || found < at_end - 1) return false;
     }
     return true;
 }
 constexpr ZoneTables make_zones(const CodeTables& t) {
     ZoneTables zones{};
-    for (int z = 1; z <= decades + 1; ++z) {
-        zones.threshold[z & 7] = z <= decades ? t.threshold[z] : __builtin_inff();
-        zones.slope[z & 7] = t.line[z].slope;
-        zones.offset[z & 7] = t.line[z].offset;
-        zones.last[z & 7] = t.line[z].last;
+    // About one zone in log2(10) binades of 128 steps.
+    for (int factor = 150; factor < 180; ++factor) {
+        const int first = (((127 << 7) * factor) >> 16) - (decades - 1);
+        if (!zone_rule_holds(t, factor, first)) continue;
+        zones.factor = factor;
+        zones.first = first;
+        break;
     }
-    for (int factor = 64; factor < 96; ++factor)
-        for (int addend = -128 * factor; addend < 0; ++addend)
-            if ((127 * factor + addend) >> 8 == decades + 1 && zone_rule_holds(t, factor, addend)) {
-                zones.factor = factor;
-                zones.addend = addend;
-                return zones;
-            }
+    for (int z = 1; z <= decades + 1; ++z) {
+        const int place = (zones.first + z - 1) & 7;
+        zones.threshold[place] = z <= decades ? t.threshold[z] : __builtin_inff();
+        zones.slope[place] = t.line[z].slope;
+        zones.offset[place] = t.line[z].offset;
+        zones.last[place] = t.line[z].last;
+    }
     return zones;
 }
 template <Code code>
 struct ZonesOf {
     static constexpr ZoneTables all = make_zones(Tables<code>::all);
-    static_assert(all.factor != 0, "no linear rule finds the zone of a binade");
+    static_assert(all.factor != 0, "no linear rule finds the zone of a value");
 };
 
 OPTIM8_HD __m256i pick(const void* table, __m256i zone) {
@@ -145,9 +160,8 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
     for (int j = 0; j < code_group / width; ++j) {
         const __m256 quotient = _mm256_mul_ps(x[j].v, _mm256_set1_ps(reciprocal));
         const __m256 y = code == Code::Signed ? _mm256_and_ps(quotient, magnitude_mask) : quotient;
-        const __m256i exponent = _mm256_srli_epi32(_mm256_castps_si256(y), 23);
-        const __m256i scaled = _mm256_madd_epi16(exponent, _mm256_set1_epi32(t.factor));
-        __m256i zone = _mm256_srai_epi32(_mm256_add_epi32(scaled, _mm256_set1_epi32(t.addend)), 8);
+        const __m256i scaled = _mm256_mulhi_epu16(_mm256_castps_si256(y), _mm256_set1_epi32(t.factor << 16));
+        __m256i zone = _mm256_max_epi32(_mm256_srli_epi32(scaled, 16), _mm256_set1_epi32(t.first));
         const __m256 above = _mm256_cmp_ps(y, pick(t.threshold, zone).v, _CMP_GE_OQ);
         zone = _mm256_sub_epi32(zone, _mm256_castps_si256(above));
         const I a = nearest_on_line(F(y), pick(t.slope, zone), pick(t.offset, zone), I{pick(t.last, zone)});
@@ -156,9 +170,9 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
         index[j] = _mm256_and_si256(a.v, valid);
         if (code == Code::Signed) index[j] = _mm256_sign_epi32(index[j], _mm256_castps_si256(quotient));
         if (code == Code::Positive) {
-            const __m256 positive = _mm256_cmp_ps(x[j].v, _mm256_setzero_ps(), _CMP_GT_OQ);
-            const __m256i at_least_one = _mm256_max_epi32(index[j], _mm256_set1_epi32(1));
-            index[j] = _mm256_and_si256(at_least_one, _mm256_castps_si256(positive));
+            // At least 1 where x > 0: the bits of a positive number are.
+            const __m256i one = _mm256_set1_epi32(1);
+            index[j] = _mm256_max_epi32(index[j], _mm256_min_epi32(_mm256_castps_si256(x[j].v), one));
         }
     }
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
