@@ -257,6 +257,8 @@ class NinjaBuild(build_ext):
 
 names = ["optim8._cpu", *(["optim8._cuda"] if cuda_wanted() else [])]
 setup(
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     ext_modules=[Extension(name, sources=[]) for name in names],
     cmdclass={"build": FreshBuild, "build_ext": NinjaBuild},
 )

@@ -10,7 +10,14 @@ Example:
     ('8bit', '32bit')
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from optim8 import functional, optim
 from optim8.optim import Adam8bit, AdamW8bit, Lion8bit
+
+try:
+    __version__ = version("optim8")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+unknown"
 
 __all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "functional", "optim"]

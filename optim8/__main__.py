@@ -5,20 +5,12 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from optim8 import _native
+from optim8 import __version__, _native
 
 ROW = "{:<14}{}"
-
-
-def package_version() -> str:
-    try:
-        return version("optim8")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def describe_cpu() -> tuple[str, str | None]:
@@ -32,18 +24,16 @@ def describe_cpu() -> tuple[str, str | None]:
 
 
 def describe_cuda() -> tuple[str, str | None]:
-    """One line on optim8._cuda, and what to do where it does not load, or is missing though torch sees a GPU."""
+    """One line on optim8._cuda, and what to do where torch sees a GPU and the module cannot be used."""
+    if _native.cuda_or_none() is not None:
+        return "built", None
+    if not torch.cuda.is_available():
+        return "not built", None
     try:
-        if _native.cuda_or_none() is not None:
-            return "built", None
+        _native.module_for(torch.device("cuda"), "optim8._cuda")
     except ImportError as error:
-        return "built, but does not load", f"{error}. Build it anew: `pip install .` in the source tree."
-    try:
-        if torch.cuda.is_available():
-            _native.module_for(torch.device("cuda"), "optim8._cuda")
-    except ImportError as error:
-        return "not built", str(error)
-    return "not built", None
+        return "not usable", str(error)
+    return "built", None
 
 
 def describe_gpu() -> tuple[str, str | None]:
@@ -62,7 +52,7 @@ def describe_gpu() -> tuple[str, str | None]:
 def show_info() -> int:
     """Print the report. Returns 0, or 1 where the CPU module cannot be used."""
     rows = {"optim8._cpu": describe_cpu(), "optim8._cuda": describe_cuda(), "GPU": describe_gpu()}
-    print(ROW.format("optim8", package_version()))
+    print(ROW.format("optim8", __version__))
     print(ROW.format("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"))
     print(ROW.format("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
     for name, (line, _) in rows.items():

@@ -18,18 +18,18 @@ def _load(name: str) -> ModuleType | None:
     if name not in _modules:
         try:
             _modules[name] = importlib.import_module(f"optim8.{name}")
-        except ModuleNotFoundError as error:
-            _modules[name], _causes[name] = None, str(error)
+        except ImportError as error:  # not built, built for another machine, or OPTIM8_CPU_ISA names what is not here
+            _modules[name], _causes[name] = None, str(error).rstrip(".")
     return _modules[name]
 
 
 def cpu_or_none() -> ModuleType | None:
-    """The module of CPU kernels, or None where it was not built."""
+    """The module of CPU kernels, or None where it was not built or does not load."""
     return _load("_cpu")
 
 
 def cuda_or_none() -> ModuleType | None:
-    """The module of CUDA kernels, or None where it was not built."""
+    """The module of CUDA kernels, or None where it was not built or does not load."""
     return _load("_cuda")
 
 
@@ -37,13 +37,13 @@ def cpu() -> ModuleType:
     """The module of CPU kernels.
 
     Raises:
-        ImportError: it was not built; the message says how to build it.
+        ImportError: it was not built or does not load; the message says why, and what to do.
     """
     module = cpu_or_none()
     if module is None:
         raise ImportError(
-            f"optim8 needs its compiled module optim8._cpu, which is missing ({_causes['_cpu']}). "
-            "Build it: `pip install .` in the source tree, or `make env`."
+            f"optim8 needs its compiled module optim8._cpu, which is missing or does not load: {_causes['_cpu']}. "
+            "Unless that says what to do, build it anew: `pip install .` in the source tree, or `make env`."
         )
     return module
 
@@ -53,7 +53,7 @@ def module_for(device: torch.device, who: str) -> ModuleType:
 
     Raises:
         ValueError: there are none for such a device.
-        ImportError: they were not built.
+        ImportError: they were not built or do not load.
     """
     if device.type == "cpu":
         return cpu()
@@ -61,7 +61,8 @@ def module_for(device: torch.device, who: str) -> ModuleType:
         module = cuda_or_none()
         if module is None:
             raise ImportError(
-                f"{who}: CUDA tensors need the compiled module optim8._cuda, which this installation lacks. "
+                f"{who}: CUDA tensors need the compiled module optim8._cuda, which is missing or does not load: "
+                f"{_causes['_cuda']}. "
                 "Reinstall with nvcc on the PATH (OPTIM8_CUDA=1 makes that a condition), or use CPU tensors."
             )
         return module
