@@ -130,7 +130,10 @@ void gemv_4bit(py::handle A, py::handle B, py::handle absmax, py::handle code, i
                        blocksize,
                        result.storage(),
                        whole_groups};
-    run(&Kernels::gemv_4bit, job, result.size, vector.size, threads);
+    // A thread that sleeps may take milliseconds to wake, as this call is short and others come between: more threads
+    // must save the time of 8 Mi weights, some tenths of a millisecond.
+    const bool saves_enough = threads > 1 && weights / threads * (threads - 1) > (int64_t{1} << 23);
+    run(&Kernels::gemv_4bit, job, result.size, vector.size, saves_enough ? threads : 1);
 }
 
 void int8_vectorwise_quant(py::handle A, float threshold, py::handle out, py::handle stats, py::handle outliers,
