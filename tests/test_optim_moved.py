@@ -178,3 +178,20 @@ def test_an_optimizer_goes_when_it_is_dropped(case: Case, device: torch.device) 
     del params, optimizer
     gc.collect()
     assert [w() for w in watched] == [None] * 3
+
+
+@ALL
+def test_loaded_state_may_be_views_with_gaps(case: Case, device: torch.device) -> None:
+    """Every second value of a larger tensor holds the same state as the tensor by itself, bit for bit."""
+    p = parameter(torch.linspace(-1, 1, 1200, device=device).view(30, 40), torch.ones(30, 40, device=device))
+    optimizer = case.make([p])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name, value in saved["state"][0].items():
+        if name != "step":
+            saved["state"][0][name] = torch.stack([value, value.flip(0)], -1)[..., 0]
+    loaded = case.make([torch.nn.Parameter(p.detach().clone())])
+    loaded.load_state_dict(saved)
+    (entry,) = loaded.state.values()
+    for name, value in optimizer.state[p].items():
+        assert torch.equal(entry[name], value)

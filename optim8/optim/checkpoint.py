@@ -117,12 +117,15 @@ def _copy_entry(moments: Sequence[Moment], entry: dict[str, Any], target: dict[s
         if moment.absmax not in entry:
             goal.copy_(source)
             continue
+        if not source.is_contiguous():
+            source = source.clone()  # keeps the strides of a dense tensor, and closes the gaps of others
         same_order = source.is_contiguous() if goal.is_contiguous() else source.stride() == goal.stride()
         if same_order:
             goal.copy_(source)
             target[moment.absmax].copy_(entry[moment.absmax])
             continue
         # Blocks run in memory order, so other strides mean other blocks: quantized anew.
-        values = states.dequantize(moment, source.to(goal.device), entry[moment.absmax].to(goal.device))
+        absmax = entry[moment.absmax].to(goal.device).contiguous()
+        values = states.dequantize(moment, source.to(goal.device), absmax)
         relaid = torch.empty_strided(tuple(goal.shape), goal.stride(), dtype=torch.float32, device=goal.device)
         states.quantize(moment, relaid.copy_(values), goal, target[moment.absmax])
