@@ -1,5 +1,6 @@
 """What every experiment shares: where results go, who measured them, how to time fairly, how to print a table."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -83,7 +84,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """`commit`, None outside a git checkout; `dirty`: does a tracked file, results and prose aside, differ from it?"""
+    """`commit`, None outside a git checkout; `dirty`: does a tracked file (no result, picture or prose) differ?"""
 
     def git(*arguments: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -91,8 +92,24 @@ def _commit() -> dict[str, Any]:
             return done.stdout.strip()
         return None
 
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results", ":!*.md")
+    changes = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results", ":!docs/figures", ":!*.md"
+    )
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def add_outputs(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options that every experiment has: `--quick`, `--json` and `--png`."""
+    parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
+    parser.add_argument("--json", type=Path, help="result file; by default in experiments/results, or runs if --quick")
+    parser.add_argument("--png", type=Path, default=RUNS / f"{name}.png", help="picture")
+
+
+def default_json(arguments: argparse.Namespace, name: str) -> Path:
+    """Where the result goes: to `--json`; without it to results, which the documents quote, unless `--quick`."""
+    default = RUNS / f"{name}-quick.json" if arguments.quick else RESULTS / f"{name}.json"
+    chosen: Path = arguments.json or default
+    return chosen
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
@@ -130,6 +147,22 @@ def time_interleaved(
                 call()
                 timings[name].append(time.perf_counter() - start)
     return {name: spread(values) for name, values in timings.items()}
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """Where the figures of a result come from, in a line: machine, versions (the peers' too), commit and date."""
+    machine = result["machine"]
+    isa = f" ({result['isa']})" if "isa" in result else ""
+    commit = (result["commit"] or "unknown")[:10] + (" with uncommitted changes" if result["dirty"] else "")
+    peers = "".join(f", {library} {version}" for library, version in result.get("peers", {}).items())
+    return (
+        f"{machine['cpu']}{isa}, {machine['cores']} cores, torch {result['torch']}{peers}; commit {commit}, "
+        f"{result['date'].split()[0]}."
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, table
+from common import RESULTS, ROOT, origin, table
 from lm.report import describe, results_table
 from roofline import rows_table
 from subjects import REFERENCE
@@ -51,7 +51,7 @@ def bench_step(result: Result) -> str:
             row[subject] = f"{timing['speed_ratio']:.2f} ({gigabytes})"
         subjects[subject] = None
     cells = [[*key, *(row.get(subject, "") for subject in subjects)] for key, row in rows.items()]
-    return f"{table(['case', 'dtype', 'threads', *subjects], cells)}\n\n{origin(result, peers(result))}"
+    return f"{table(['case', 'dtype', 'threads', *subjects], cells)}\n\n{origin(result)}"
 
 
 def bench_functional(result: Result) -> str:
@@ -66,9 +66,7 @@ def bench_functional(result: Result) -> str:
         ]
         for timing in result["timings"]
     ]
-    return (
-        f"{table(['function', 'threads', 'optim8', 'peer', 'which', 'ratio'], rows)}\n\n{origin(result, peers(result))}"
-    )
+    return f"{table(['function', 'threads', 'optim8', 'peer', 'which', 'ratio'], rows)}\n\n{origin(result)}"
 
 
 def roofline(result: Result) -> str:
@@ -80,21 +78,6 @@ def roofline(result: Result) -> str:
             rows_table(measured, result["instructions_per_value"]),
         ]
     return "\n\n".join([*parts, origin(result)])
-
-
-def origin(result: Result, software: str = "") -> str:
-    """Where the figures come from, in a line."""
-    machine = result["machine"]
-    isa = f" ({result['isa']})" if "isa" in result else ""
-    commit = (result["commit"] or "unknown")[:10] + (" with uncommitted changes" if result["dirty"] else "")
-    return (
-        f"{machine['cpu']}{isa}, {machine['cores']} cores, torch {result['torch']}{software}; commit {commit}, "
-        f"{result['date'].split()[0]}."
-    )
-
-
-def peers(result: Result) -> str:
-    return "".join(f", {name} {version}" for name, version in result["peers"].items())
 
 
 RENDERERS: dict[str, Callable[[Result], str]] = {

@@ -1,6 +1,5 @@
 """The experiments run, in small; a resumed training ends with the same bits; the documents quote what was measured."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,22 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+from experiments_harness import EXPERIMENTS, read, run
 
 # Every matrix has at least 4096 entries, so all but the norms' gains gets 8-bit state. Eight steps: the checkpoint
 # lies between two evaluations.
 TINY = ["--steps=8", "--batch=2", "--layers=1", "--heads=2", "--width=64", "--context=64", "--threads=1"]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
-
-
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXPERIMENTS / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def hidden(folder: Path) -> list[Path]:

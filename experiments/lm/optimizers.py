@@ -20,11 +20,11 @@ class Recipe:
     weight_decay: float
 
 
-def _optim8(name: str) -> Callable[[Groups, float], torch.optim.Optimizer]:
+def _optim8(name: str, **options: Any) -> Callable[[Groups, float], torch.optim.Optimizer]:
     def make(groups: Groups, lr: float) -> torch.optim.Optimizer:
         import optim8  # here, so that the 32-bit runs need no compiled module
 
-        optimizer: torch.optim.Optimizer = getattr(optim8, name)(groups, lr=lr)
+        optimizer: torch.optim.Optimizer = getattr(optim8, name)(groups, lr=lr, **options)
         return optimizer
 
     return make
@@ -37,11 +37,12 @@ RECIPES = {
     "adam": Recipe("torch Adam", lambda groups, lr: torch.optim.Adam(groups, lr=lr, fused=True), 1e-3, 0.0),
     "adamw8bit": Recipe("optim8 AdamW8bit", _optim8("AdamW8bit"), 1e-3, 0.1),
     "adam8bit": Recipe("optim8 Adam8bit", _optim8("Adam8bit"), 1e-3, 0.0),
+    "lion": Recipe("optim8 Lion 32-bit", _optim8("Lion8bit", optim_bits=32), 3e-4, 0.3),
     "lion8bit": Recipe("optim8 Lion8bit", _optim8("Lion8bit"), 3e-4, 0.3),
 }
 
 # The same update with 32-bit state, against which an 8-bit optimizer is checked.
-COUNTERPART = {"adamw8bit": "adamw", "adam8bit": "adam"}
+COUNTERPART = {"adamw8bit": "adamw", "adam8bit": "adam", "lion8bit": "lion"}
 
 
 def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:

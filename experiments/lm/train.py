@@ -85,8 +85,11 @@ class Run:
         self.batches = torch.Generator().manual_seed(settings.seed)
         self.progress = Progress()
 
-    def train(self) -> dict[str, Any]:
-        """Trains to the last step, saving a checkpoint half way; gives the figures of the run."""
+    def train(self, leave_bar: bool = True) -> dict[str, Any]:
+        """Trains to the last step, saving a checkpoint half way; gives the figures of the run.
+
+        `leave_bar`: the progress bar stays when the run is done.
+        """
         settings, progress = self.settings, self.progress
         logs = self.out / "tensorboard" / settings.optimizer
         if progress.step == 0:
@@ -94,7 +97,14 @@ class Run:
         writer = SummaryWriter(str(logs), purge_step=progress.step)
         begin = time.perf_counter() - progress.seconds
         label = RECIPES[settings.optimizer].label
-        bar = tqdm(total=settings.steps, initial=progress.step, desc=f"{label:16}", unit="step", mininterval=0.5)
+        bar = tqdm(
+            total=settings.steps,
+            initial=progress.step,
+            desc=f"{label:16}",
+            unit="step",
+            mininterval=0.5,
+            leave=leave_bar,
+        )
         with writer, bar:
             while progress.step < settings.steps:
                 self._evaluate_when_due(writer)
