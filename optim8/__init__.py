@@ -12,12 +12,12 @@ Example:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from optim8 import functional, optim
-from optim8.optim import Adam8bit, AdamW8bit, Lion8bit
+from optim8 import convert, functional, optim
+from optim8.optim import Adam8bit, AdamW8bit, Lion8bit, override
 
 try:
     __version__ = version("optim8")
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "functional", "optim"]
+__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "convert", "functional", "optim", "override"]

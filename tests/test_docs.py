@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 

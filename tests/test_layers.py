@@ -11,7 +11,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from its own layer's package and from layers below it. Files beside __init__.py are layers by name.
-PYTHON_LAYERS = ["_cpu", "_cuda", "_native", "functional", "paging", "optim", "memory", "__init__", "__main__"]
+PYTHON_LAYERS = [
+    "_cpu",
+    "_cuda",
+    "_native",
+    "functional",
+    "paging",
+    "optim",
+    "convert",
+    "nn",
+    "memory",
+    "__init__",
+    "__main__",
+]
 COMPILED = ("_cpu", "_cuda")
 
 # What each part of csrc may include from csrc, by the first part of the path.

@@ -3,5 +3,6 @@
 from optim8.optim.adam import Adam8bit, AdamW8bit
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.lion import Lion8bit
+from optim8.optim.overrides import override
 
-__all__ = ["Adam8bit", "AdamW8bit", "BlockwiseOptimizer", "Lion8bit"]
+__all__ = ["Adam8bit", "AdamW8bit", "BlockwiseOptimizer", "Lion8bit", "override"]

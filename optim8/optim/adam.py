@@ -22,6 +22,8 @@ _ARGS = """
         capturable: for CUDA parameters only.
         min_8bit_size: tensors of fewer values keep 32-bit state.
         optim_bits: 8, or 32 for state in float32.
+        **kwargs: what bitsandbytes' optimizers also take: `args`, `is_paged`; `percentile_clipping`, `block_wise`,
+            `max_unorm` and `skip_zeros` with the values that change nothing.
 
     Each can be set by parameter group. State: `step`, and `exp_avg`, `exp_avg_sq` as uint8 codes with one float32
     `_absmax` for each 256 values, or as float32.
@@ -58,6 +60,7 @@ class Adam8bit(_AdamFamily):
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: int = 8,
+        **kwargs: Any,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
@@ -86,6 +89,7 @@ class AdamW8bit(_AdamFamily):
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: int = 8,
+        **kwargs: Any,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)

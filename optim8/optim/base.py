@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
 from optim8 import _native
-from optim8.optim import checkpoint, options, states
+from optim8.optim import checkpoint, formats, options, overrides, states
 from optim8.optim.states import Moment
+
+# Parameters that are stepped with the same scalars: index of their group, list as long as the group's (placeholders
+# without gradient keep the others' places), native Hyper.
+Part: TypeAlias = tuple[int, list[torch.Tensor], Any]
 
 
 class BlockwiseOptimizer(torch.optim.Optimizer):
@@ -25,11 +29,14 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
     moments: ClassVar[tuple[Moment, ...]]
+    _known_overrides: overrides.Resolved | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         _native.cpu()  # a missing build is an error here, not at the first step
+        defaults = options.completed(type(self).__name__, defaults)
         options.check_group(type(self).__name__, defaults)
         super().__init__(params, defaults)
+        overrides.register(self)
 
     @cached_property
     def _table(self) -> Any:
@@ -38,6 +45,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        overrides.register(self)
         for group in self.param_groups:
             for name, value in options.EXTRA_DEFAULTS.items():
                 group.setdefault(name, value)
@@ -65,12 +73,13 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the optimizer does not have this parameter.
         """
+        self._resolved()
         entry = self.state.get(param)
         if entry:
             return "8bit" if self.moments[0].absmax in entry else "32bit"
         for group in self.param_groups:
             if any(param is candidate for candidate in group["params"]):
-                return "8bit" if _wants_8bit(group, param) else "32bit"
+                return "8bit" if self._wants_8bit(group, param) else "32bit"
         raise ValueError(f"{type(self).__name__}.precision: the tensor must be a parameter of this optimizer.")
 
     @torch.no_grad()
@@ -94,19 +103,17 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return loss
-        hypers = [self._hyper(group, scale, found_inf) for group in self.param_groups]
-        table, wanted = self._gather(hypers, relaid)
+        parts = self._parts(scale, found_inf)
+        table, wanted = self._gather(parts, relaid)
         if any(w.state or w.layout or w.moved or w.step for w in wanted):
-            for group, missing, copies in zip(self.param_groups, wanted, relaid, strict=True):
-                copies.update({i: _in_layout_of(group["params"][i]) for i in missing.layout})
-            for group, missing in zip(self.param_groups, self._gather(hypers, relaid)[1], strict=True):
-                self._allocate(group, missing.state)
-                for index in missing.moved:
-                    param = group["params"][index]
-                    self.state[param] = checkpoint.copied_entry(self.moments, param, self.state[param])
-            for group, missing in zip(self.param_groups, self._gather(hypers, relaid)[1], strict=True):
-                states.move_steps([(group["params"][i], self.state[group["params"][i]]) for i in missing.step])
-            table, _ = self._gather(hypers, relaid)
+            for (at, params, _), missing in zip(parts, wanted, strict=True):
+                relaid[at].update({i: _in_layout_of(params[i]) for i in missing.layout})
+            for (at, params, _), missing in zip(parts, self._gather(parts, relaid)[1], strict=True):
+                self._allocate(self.param_groups[at], [params[i] for i in missing.state])
+                self._convert([("", params[i], self._is_8bit(params[i])) for i in missing.moved])
+            for (_, params, _), missing in zip(parts, self._gather(parts, relaid)[1], strict=True):
+                states.move_steps([(params[i], self.state[params[i]]) for i in missing.step])
+            table, _ = self._gather(parts, relaid)
         _native.run_step(table, type(self).__name__, scale, found_inf)
         # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.
         torch.autograd.graph.increment_version(table.params)
@@ -144,34 +151,87 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             device_lr=lr.data_ptr() if on_device else 0,
         )
 
-    def _gather(self, hypers: Sequence[Any], relaid: Sequence[dict[int, torch.Tensor]]) -> tuple[Any, list[Any]]:
-        """All tensors of a step as one native table, and for each group what is still missing."""
+    def _parts(self, scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> list[Part]:
+        """The groups; those with overridden parameters in several parts, each with its own scalars."""
+        resolved = self._resolved()
+        if resolved is None or not resolved.by_id:
+            return [(i, g["params"], self._hyper(g, scale, found_inf)) for i, g in enumerate(self.param_groups)]
+        return [
+            (i, params, self._hyper({**group, **changes} if changes else group, scale, found_inf))
+            for i, (group, split) in enumerate(zip(self.param_groups, resolved.parts, strict=True))
+            for changes, params in split
+        ]
+
+    def _gather(self, parts: Sequence[Part], relaid: Sequence[dict[int, torch.Tensor]]) -> tuple[Any, list[Any]]:
+        """All tensors of a step as one native table, and for each part what is still missing."""
         table = self._table
         table.clear()
         owner = type(self).__name__
-        wanted = [
-            table.add(group["params"], self.state, self.rule, hyper, owner, index, copies)
-            for index, (group, hyper, copies) in enumerate(zip(self.param_groups, hypers, relaid, strict=True))
-        ]
+        wanted = [table.add(params, self.state, self.rule, hyper, owner, at, relaid[at]) for at, params, hyper in parts]
         return table, wanted
 
-    def _allocate(self, group: dict[str, Any], indices: Sequence[int]) -> None:
+    def _allocate(self, group: dict[str, Any], wanted: Sequence[torch.Tensor]) -> None:
         """Zero state for parameters of a group, all of one device in one go."""
         by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for index in indices:
-            param = group["params"][index]
+        for param in wanted:
             by_device.setdefault(param.device, []).append(param)
         for params in by_device.values():
-            entries = states.allocate(self.moments, [(param, _wants_8bit(group, param)) for param in params])
+            entries = states.allocate(self.moments, [(param, self._wants_8bit(group, param)) for param in params])
             for param, entry in zip(params, entries, strict=True):
                 self.state[param] = entry
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, bit for bit.
+    def _convert(self, wanted: Sequence[tuple[str, torch.Tensor, bool]]) -> None:
+        """Lay out the states of (name for a report, parameter, whether in 8 bits) anew for the parameters."""
+        by_device: dict[torch.device, list[tuple[str, torch.Tensor, dict[str, Any], bool]]] = {}
+        for name, param, in_8_bits in wanted:
+            by_device.setdefault(param.device, []).append((name, param, self.state[param], in_8_bits))
+        for of_device in by_device.values():
+            for (_, param, _, _), entry in zip(of_device, checkpoint.converted(self.moments, of_device), strict=True):
+                self.state[param] = entry
 
-        State keeps the precision it was saved in. The dict is checked whole before the optimizer changes. Codes whose
-        strides differ from the parameter's are quantized anew, since blocks run in memory order; so the codes of a
-        channels-last parameter must be saved with their strides (torch.save keeps them; `.contiguous()` loses them).
+    def _is_8bit(self, param: torch.Tensor) -> bool:
+        return self.moments[0].absmax in self.state[param]
+
+    def _resolved(self) -> overrides.Resolved | None:
+        """The overrides of this optimizer, or None where none was ever made. Where they have changed, existing state
+        is brought to the precision that they ask for."""
+        if overrides.none_made():
+            return None
+        known = self._known_overrides
+        if known is not None and known.holds(self.param_groups):
+            return known
+        resolved = overrides.resolve(type(self).__name__, self.param_groups)
+        self._known_overrides = resolved
+        wrong = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                changes = resolved.by_id.get(id(param), {})
+                if self.state.get(param) and not changes.keys().isdisjoint(options.EXTRA_DEFAULTS):
+                    in_8_bits = self._wants_8bit(group, param)
+                    if in_8_bits != self._is_8bit(param):
+                        wrong.append((f"override of a parameter {tuple(param.shape)} ", param, in_8_bits))
+        self._convert(wrong)
+        return resolved
+
+    def _wants_8bit(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        known = self._known_overrides
+        changes = known.by_id.get(id(param), {}) if known is not None else {}
+        return _wants_8bit({**group, **changes} if changes else group, param)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's: groups, and state by the position of its parameter. Overrides are not in it."""
+        self._resolved()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.
+
+        State saved here keeps its precision. Dicts of torch.optim's Adam and AdamW, bitsandbytes, torchao and
+        lion-pytorch are recognised (docs/migrate.md): their state comes to the precision that `precision` says; codes
+        of the same table and block size are taken over as they are. The dict is checked whole before the optimizer
+        changes. Codes whose strides differ from the parameter's are quantized anew, since blocks run in memory order;
+        so the codes of a channels-last parameter must be saved with their strides (torch.save keeps them;
+        `.contiguous()` loses them).
 
         Raises:
             ValueError: the dict does not fit; names the first key that does not.
@@ -182,11 +242,18 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             if changed is not None:
                 state_dict = changed
         owner = f"{type(self).__name__}.load_state_dict"
-        groups = checkpoint.merged_groups(owner, self.param_groups, deepcopy(state_dict["param_groups"]))
+        known = formats.recognise(owner, state_dict)
+        saved = [
+            known.read_group(f"{owner}: param_groups[{index}]", self.rule, group)
+            for index, group in enumerate(state_dict["param_groups"])
+        ]
+        groups = checkpoint.merged_groups(owner, self.param_groups, deepcopy(saved))
         for group in groups:
             options.check_group(owner, {**options.EXTRA_DEFAULTS, **group})
-        state = checkpoint.loaded_state(owner, self.moments, state_dict, groups)
+        self._resolved()
+        state = checkpoint.loaded_state(owner, self.moments, known, state_dict, groups, self._wants_8bit)
         self.__setstate__({"state": state, "param_groups": groups})
+        self._known_overrides = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

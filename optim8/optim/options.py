@@ -13,6 +13,61 @@ MIN_8BIT_SIZE = 4096
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
 EXTRA_DEFAULTS = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8}
 
+# What one parameter may have otherwise than its group, with values that pass every check.
+OVERRIDABLE: dict[str, Any] = {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, **EXTRA_DEFAULTS}
+
+# Arguments of bitsandbytes' optimizers: the one value that is honoured, and what to do instead of the others.
+_NEUTRAL: dict[str, tuple[Any, str]] = {
+    "percentile_clipping": (100, "Clip with torch.nn.utils.clip_grad_norm_."),
+    "block_wise": (True, "State is always scaled by blocks of 256 values."),
+    "max_unorm": (0.0, "Clip with torch.nn.utils.clip_grad_norm_."),
+    "skip_zeros": (False, "Leave parameters without a gradient at grad=None."),
+}
+
+
+def without_neutral(owner: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without those of bitsandbytes that have the value which changes nothing; others are refused."""
+    for name, (neutral, advice) in _NEUTRAL.items():
+        if name in given and given[name] != neutral:
+            raise ValueError(f"{owner}: {name} must be {neutral}, got {given[name]!r}. {advice}")
+    return {name: value for name, value in given.items() if name not in _NEUTRAL}
+
+
+def with_betas(owner: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with betas written as a string, such as "(0.9, 0.999)", as numbers."""
+    betas = given.get("betas")
+    if not isinstance(betas, str):
+        return given
+    try:
+        numbers = tuple(float(part) for part in betas.strip().strip("()[]").split(","))
+    except ValueError:
+        raise ValueError(f'{owner}: betas must be a pair of numbers, or like "(0.9, 0.999)", got {betas!r}.') from None
+    return {**given, "betas": numbers}
+
+
+def completed(owner: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of an optimizer from its arguments, with what bitsandbytes also takes (`kwargs`) in our names.
+
+    Raises:
+        TypeError: an argument is not known.
+        ValueError: an argument cannot be honoured.
+    """
+    defaults = dict(defaults)
+    extra: dict[str, Any] = defaults.pop("kwargs", {})
+    args, is_paged = extra.pop("args", None), extra.pop("is_paged", False)
+    if args is not None:
+        there = [name for name in (*EXTRA_DEFAULTS, *_NEUTRAL) if hasattr(args, name)]
+        extra = {**extra, **{name: getattr(args, name) for name in there}}
+    for name, value in without_neutral(owner, extra).items():
+        if name not in EXTRA_DEFAULTS:
+            raise TypeError(f"{owner}: {name!r} is no argument of this optimizer.")
+        defaults[name] = value
+    if is_paged:
+        if "paged" not in defaults:
+            raise ValueError(f"{owner}: is_paged must be False, got {is_paged!r}.")
+        defaults["paged"] = True
+    return with_betas(owner, defaults)
+
 
 def _number(owner: str, name: str, value: Any, least: float, below: float = math.inf) -> None:
     if isinstance(value, torch.Tensor):

@@ -114,12 +114,21 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def dequantize(moment: Moment, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """A moment in float32, of the shape and strides of its codes."""
+def dequantize(
+    moment: Moment,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    table: torch.Tensor | None = None,
+    blocksize: int = BLOCK,
+) -> torch.Tensor:
+    """A moment in float32, of the shape and strides of its codes; the table is the dynamic code unless given."""
     out = torch.empty_strided(tuple(codes.shape), codes.stride(), dtype=torch.float32, device=codes.device)
     native = _native.module_for(codes.device, "optim8")
-    table = torch.tensor(native.dynamic_map(moment.signed), dtype=torch.float32, device=codes.device)
-    native.dequantize_blockwise(flat(codes), absmax, table, BLOCK, flat(out), _native.threads())
+    if table is None:
+        table = torch.tensor(native.dynamic_map(moment.signed), dtype=torch.float32)
+    native.dequantize_blockwise(
+        flat(codes), absmax, table.to(codes.device).contiguous(), blocksize, flat(out), _native.threads()
+    )
     return out
 
 

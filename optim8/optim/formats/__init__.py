@@ -1,0 +1,40 @@
+"""The layouts of optimizer state that are known: ours and those of other libraries. One module for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optim8.optim.formats import bitsandbytes, own, torch_optim, torchao
+from optim8.optim.formats.common import Format, fail
+
+# The first that claims a dict reads it. torch.optim claims what has no state, since its options are everybody's.
+FORMATS: tuple[Format, ...] = (own.FORMAT, bitsandbytes.FORMAT, torchao.FORMAT, torch_optim.FORMAT)
+
+
+def recognise(owner: str, state_dict: dict[str, Any]) -> Format:
+    """The format of a state dict.
+
+    Raises:
+        ValueError: it is no state dict, or of a library that is not known; names the first key that no one knows.
+    """
+    for key, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            fail(owner, repr(key), f"must be a {kind.__name__}, got {type(state_dict.get(key)).__name__}")
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    for index, group in enumerate(groups):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            fail(owner, f"param_groups[{index}]", "must be a dict with a list of 'params'")
+    ids = {key for group in groups for key in group["params"]}
+    entries = {key: entry for key, entry in state.items() if key in ids and entry}
+    for key, entry in entries.items():
+        if not isinstance(entry, dict):
+            fail(owner, f"state[{key!r}]", f"must be a dict, got {type(entry).__name__}")
+    claimed = next((known for known in FORMATS if known.claims(groups, list(entries.values()))), None)
+    if claimed is None:
+        key, entry = next(iter(entries.items()))
+        which = f"state[{key!r}][{next(iter(entry))!r}]"
+        fail(owner, which, "is no state of optim8, torch.optim, bitsandbytes, torchao or lion-pytorch")
+    return claimed
+
+
+__all__ = ["FORMATS", "Format", "recognise"]

@@ -1,0 +1,84 @@
+"""What every format needs: its declaration, and checks that name the key that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from optim8.optim.sources import Entry
+from optim8.optim.states import Moment
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a library lays out what it saves.
+
+    library: its name.
+    keeps_precision: whether loaded state stays in the precision in which it was saved.
+    claims: (param_groups, states that are not empty) -> whether this is its dict.
+    read_group: (where, rule, group) -> the group's options under our names.
+    read_entry: (where, moments, parameter, state) -> the state as sources; nothing is copied yet.
+    """
+
+    library: str
+    keeps_precision: bool
+    claims: Callable[[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], bool]
+    read_group: Callable[[str, str, dict[str, Any]], dict[str, Any]]
+    read_entry: Callable[[str, Sequence[Moment], torch.Tensor, dict[str, Any]], Entry]
+
+
+def fail(where: str, key: str, what: str, advice: str = "") -> NoReturn:
+    """Raise ValueError for a key of a state dict."""
+    raise ValueError(f"{where}{'' if where.endswith(']') else ': '}{key} {what}.{' ' if advice else ''}{advice}")
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def tensor(
+    where: str, entry: Mapping[str, Any], key: str, dtypes: Sequence[torch.dtype], shape: Sequence[int]
+) -> torch.Tensor:
+    """A plain tensor of a state, checked."""
+    value = entry.get(key)
+    if isinstance(value, torch.Tensor) and value.dtype in dtypes and tuple(value.shape) == tuple(shape):
+        return value
+    types = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    got = "nothing" if key not in entry else describe(value)
+    fail(where, f"[{key!r}]", f"must be {types} {tuple(shape)}, got {got}", _OTHER_PARAMETERS)
+
+
+_OTHER_PARAMETERS = "Load a state dict that was written for the same parameters by an optimizer with the same rule."
+
+
+def step(where: str, entry: Mapping[str, Any]) -> float:
+    """The count of steps, a number or a tensor of one."""
+    value = entry.get("step")
+    if isinstance(value, torch.Tensor) and value.shape == ():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        got = "nothing" if "step" not in entry else describe(entry["step"])
+        fail(where, "['step']", f"must be a number or a tensor of shape (), got {got}", _OTHER_PARAMETERS)
+    if not 0 <= value < float("inf"):
+        fail(where, "['step']", f"must be a count of steps, got {value}")
+    return float(value)
+
+
+def absmax(where: str, key: str, value: torch.Tensor) -> torch.Tensor:
+    """Scales, checked for what no quantization writes."""
+    if not bool(((value >= 0) & value.isfinite()).all()):
+        fail(where, f"[{key!r}]", "must be finite and not negative", "The checkpoint is damaged.")
+    return value
+
+
+def no_other_keys(where: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in entry:
+        if key not in known:
+            fail(where, f"[{key!r}]", f"is no state of this optimizer (it has {', '.join(known)})", _OTHER_PARAMETERS)

@@ -1,0 +1,51 @@
+"""What the optimizers here save: codes and their scales, or float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from optim8.optim import states
+from optim8.optim.formats import common
+from optim8.optim.sources import Codes, Entry
+from optim8.optim.states import Moment
+
+
+def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
+    return any("optim_bits" in group for group in groups) or any("exp_avg_absmax" in entry for entry in entries)
+
+
+def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
+    return group
+
+
+def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
+    in_8_bits = moments[0].absmax in entry
+    if not isinstance(entry.get("step"), (int, float)):
+        common.tensor(where, entry, "step", (torch.float32,), ())
+    read: Entry = {"step": common.step(where, entry)}
+    known = ["step"]
+    for moment in moments:
+        known.append(moment.name)
+        kind = torch.uint8 if in_8_bits else torch.float32
+        read[moment.name] = values = common.tensor(where, entry, moment.name, (kind,), param.shape)
+        if in_8_bits:
+            known.append(moment.absmax)
+            scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (states.blocks(param.numel()),))
+            read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales))
+    common.no_other_keys(where, entry, known)
+    return read
+
+
+def as_sources(moments: Sequence[Moment], entry: dict[str, Any]) -> Entry:
+    """The state of an optimizer here as sources, unchecked."""
+    read: Entry = {"step": entry["step"]}
+    for moment in moments:
+        values = entry[moment.name]
+        read[moment.name] = Codes(values, entry[moment.absmax]) if moment.absmax in entry else values
+    return read
+
+
+FORMAT = common.Format("optim8", True, _claims, _read_group, _read_entry)

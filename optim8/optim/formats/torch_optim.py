@@ -1,0 +1,86 @@
+"""What torch.optim's Adam and AdamW save, and lion-pytorch's Lion: moments in a float dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from optim8.optim.formats import common
+from optim8.optim.sources import Entry, values
+from optim8.optim.states import Moment
+
+# How torch runs a step; here that is this optimizer's own affair, so its options stay as they are.
+_WAYS_TO_RUN = ("foreach", "fused", "capturable", "differentiable")
+
+AMSGRAD_ADVICE = (
+    "AMSGrad needs a third state, which is not kept here. Go on with torch.optim, or drop it: delete "
+    "'max_exp_avg_sq' from every state and set 'amsgrad' to False in every group."
+)
+
+
+def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
+    return not entries or any("exp_avg" in entry for entry in entries)
+
+
+def read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options; those that this rule cannot honour are refused."""
+    if group.get("amsgrad"):
+        common.fail(where, "['amsgrad']", "must be False, got True", AMSGRAD_ADVICE)
+    if rule == "lion" and "eps" in group:
+        common.fail(where, "['eps']", "is no option of Lion", "The dict is of another optimizer, such as Adam.")
+    decoupled = group.get("decoupled_weight_decay")
+    if rule != "lion" and decoupled is not None and bool(decoupled) != (rule == "adamw"):
+        refuse_other_decay(where, rule, group, "['decoupled_weight_decay']", f"is {bool(decoupled)}")
+    dropped = (*_WAYS_TO_RUN, "amsgrad", "decoupled_weight_decay")
+    return {name: value for name, value in group.items() if name not in dropped}
+
+
+def refuse_other_decay(where: str, rule: str, group: dict[str, Any], key: str, what: str) -> None:
+    """Raise ValueError where a weight decay that is not 0 would change its meaning."""
+    if float(group.get("weight_decay", 0.0)):
+        ours, other = ("decoupled", "Adam8bit") if rule == "adamw" else ("an L2 penalty", "AdamW8bit")
+        common.fail(
+            where,
+            key,
+            f"{what} and weight_decay is {float(group['weight_decay']):g}, which is {ours} here",
+            f"Load it into {other}, or set weight_decay to 0 in the dict.",
+        )
+
+
+def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
+    if "max_exp_avg_sq" in entry:
+        common.fail(where, "['max_exp_avg_sq']", "cannot be kept", AMSGRAD_ADVICE)
+    # lion-pytorch counts no steps, and Lion's rule needs no count.
+    counted = len(moments) > 1 or "step" in entry
+    read: Entry = {"step": common.step(where, entry) if counted else 0.0}
+    for moment in moments:
+        read[moment.name] = common.tensor(where, entry, moment.name, common.FLOATS, param.shape)
+    common.no_other_keys(where, entry, ["step", *(moment.name for moment in moments)])
+    return read
+
+
+FORMAT = common.Format("torch.optim or lion-pytorch", False, _claims, read_group, _read_entry)
+
+
+def write_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
+    """A group as the other library writes it; `group` has no options that exist only here."""
+    if rule != "lion":
+        return {**group, "amsgrad": False, "decoupled_weight_decay": rule == "adamw"}
+    if group["maximize"]:
+        common.fail(where, "['maximize']", "must be False, got True", "lion-pytorch's Lion only descends.")
+    return {name: value for name, value in group.items() if name not in (*_WAYS_TO_RUN, "maximize")}
+
+
+def write_entry(moments: Sequence[Moment], entry: Entry) -> dict[str, Any]:
+    """A state in float32, in memory of its own."""
+    written: dict[str, Any] = {}
+    if len(moments) > 1:
+        written["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
+    for moment in moments:
+        source = entry[moment.name]
+        device = source.device if isinstance(source, torch.Tensor) else source.codes.device
+        floats = values(moment, source, device)
+        written[moment.name] = floats.clone() if floats is source else floats
+    return written

@@ -1,0 +1,284 @@
+"""Options of single parameters, over those of their group.
+
+An override is kept by the process, not by an optimizer, and refers to its target weakly: it may be made before the
+optimizer, and it goes away with the parameter or module. Each optimizer looks up which of its parameters are meant
+when something has changed; without any override, a step does not look at all.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.utils.weak import TensorWeakRef
+
+from optim8.optim import options
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(eq=False)
+class _Override:
+    """One call of `override`.
+
+    find: gives the ids of the parameters that are meant, among these groups; None once the target is gone.
+    glob: the pattern that must match something, until it has.
+    """
+
+    options: dict[str, Any]
+    find: Callable[[Groups], set[int] | None]
+    glob: str = ""
+
+
+class OverrideHandle:
+    """What `override` returns: `remove()` ends it, and so does leaving a `with` block."""
+
+    def __init__(self, made: _Override) -> None:
+        self._made = made
+
+    def remove(self) -> None:
+        """End the override. Hyper-parameters follow the group again; state stays in the precision that it has."""
+        if self._made in _made:
+            _made.remove(self._made)
+            _changed()
+
+    def __enter__(self) -> OverrideHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+_made: list[_Override] = []
+_generation = 0
+_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def _changed() -> None:
+    global _generation
+    _generation += 1
+
+
+def register(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer's names known to the patterns."""
+    _optimizers.add(optimizer)
+
+
+def override(
+    target: torch.nn.Module | torch.Tensor | str, /, *, module: torch.nn.Module | None = None, **changes: Any
+) -> OverrideHandle:
+    """Give some parameters options of their own, before or after their optimizer is made.
+
+    Args:
+        target: a parameter; a module, for all parameters in it; or a shell pattern, such as "*.embed.*", for names.
+            `*` also matches dots. Names are those of optimizers made from `named_parameters()`.
+        module: with a pattern: names are those of `module.named_parameters()`, for any optimizer.
+        **changes: `lr`, `betas`, `eps`, `weight_decay`, `optim_bits`, `min_8bit_size`, as for a parameter group.
+
+    Returns:
+        a handle: `handle.remove()` ends the override, as does the end of `with override(...):`.
+
+    An overridden `lr` is not moved by schedulers. Later overrides win, option by option. State that exists already is
+    brought to the new precision by the optimizer's next `step`, `precision` or `state_dict`: widened exactly, or
+    quantized. Overrides are no part of a state dict. They stay with the tensor: a copy of a parameter has none, and
+    where a model's parameters are replaced later (as fully_shard does), override the module or a pattern.
+
+    Raises:
+        TypeError: the target is none of these.
+        ValueError: an option is unknown or its value not possible; the target has no parameters. A pattern that
+            matches no name of any optimizer is reported by the first optimizer that would use it.
+
+    Example:
+        >>> import torch, optim8
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
+        >>> optimizer = optim8.AdamW8bit(model.parameters())
+        >>> handle = optim8.override(model[0], optim_bits=32, lr=1e-4)
+        >>> [optimizer.precision(p) for p in model.parameters()]
+        ['32bit', '8bit', '32bit']
+    """
+    who = "override"
+    changes = checked(who, changes)
+    if module is not None and not isinstance(target, str):
+        raise TypeError(f"{who}: module= belongs to a pattern, got a {type(target).__name__} as target. Leave it out.")
+    if isinstance(target, torch.Tensor):
+        return add(_Override(changes, _of_tensor(who, target)))
+    if isinstance(target, torch.nn.Module):
+        if next(target.parameters(), None) is None:
+            raise ValueError(f"{who}: the module has no parameters: {type(target).__name__}. Name one that has some.")
+        return add(_Override(changes, _of_module(target, lambda _: True)))
+    if not isinstance(target, str):
+        raise TypeError(f"{who}: target must be a parameter, a module or a pattern, got {type(target).__name__}.")
+    if module is None:
+        return add(_Override(changes, _of_names(target), glob=target))
+    if not any(fnmatchcase(name, target) for name, _ in module.named_parameters(remove_duplicate=False)):
+        names = ", ".join(name for name, _ in module.named_parameters())
+        raise ValueError(f"{who}: {target!r} matches no parameter of the module, which has: {names or 'none'}.")
+    return add(_Override(changes, _of_module(module, lambda name: fnmatchcase(name, target))))
+
+
+def override_module_parameter(who: str, module: torch.nn.Module, name: str, changes: dict[str, Any]) -> OverrideHandle:
+    """Override the parameter that a module has under a name, whatever tensor that is by then."""
+    if not isinstance(module, torch.nn.Module) or not isinstance(getattr(module, name, None), torch.Tensor):
+        raise ValueError(f"{who}: a {type(module).__name__} has no parameter {name!r}.")
+    return add(_Override(checked(who, changes), _of_module(module, lambda found: found == name)))
+
+
+def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Options of an override, checked; those of bitsandbytes that change nothing are taken out."""
+    known = options.OVERRIDABLE
+    changes = options.without_neutral(who, changes)
+    if not changes:
+        raise ValueError(f"{who}: name at least one option: {', '.join(known)}.")
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"{who}: {name!r} cannot be overridden. Options are {', '.join(known)}.")
+    changes = options.with_betas(who, changes)
+    options.check_group(who, {**known, **changes})
+    return changes
+
+
+def add(made: _Override) -> OverrideHandle:
+    _made.append(made)
+    _changed()
+    return OverrideHandle(made)
+
+
+def _of_tensor(who: str, param: torch.Tensor) -> Callable[[Groups], set[int] | None]:
+    if not isinstance(param, torch.nn.Parameter) and not (param.is_leaf and param.requires_grad):
+        raise ValueError(
+            f"{who}: the tensor must be a parameter, got {tuple(param.shape)} that no optimizer can have (such as "
+            "param.data or a result). Pass the parameter itself."
+        )
+    ref = TensorWeakRef(param)
+
+    def find(_: Groups) -> set[int] | None:
+        alive = ref()
+        return None if alive is None else {id(alive)}
+
+    return find
+
+
+def _of_module(module: torch.nn.Module, wants: Callable[[str], bool]) -> Callable[[Groups], set[int] | None]:
+    ref = weakref.ref(module)
+
+    def find(_: Groups) -> set[int] | None:
+        alive = ref()
+        if alive is None:
+            return None
+        return {id(param) for name, param in alive.named_parameters(remove_duplicate=False) if wants(name)}
+
+    return find
+
+
+def _of_names(pattern: str) -> Callable[[Groups], set[int] | None]:
+    def find(groups: Groups) -> set[int] | None:
+        named = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"])]
+        return {id(param) for name, param in named if fnmatchcase(name, pattern)}
+
+    return find
+
+
+@dataclass
+class Resolved:
+    """Which parameters of an optimizer are overridden, and how.
+
+    lists: for each group, its list of parameters and a copy.
+    by_id: the changed options of a parameter, by its id.
+    parts: for each group, its parameters split by options: (changed options, list as long as the group's, in which
+        a placeholder without gradient stands for the parameters of other parts). Empty where nothing is overridden.
+    """
+
+    generation: int
+    lists: list[tuple[list[torch.Tensor], list[torch.Tensor]]]
+    by_id: dict[int, dict[str, Any]] = field(default_factory=dict)
+    parts: list[list[tuple[dict[str, Any], list[torch.Tensor]]]] = field(default_factory=list)
+
+    def holds(self, groups: Groups) -> bool:
+        """Whether overrides and parameters are what they were."""
+        if self.generation != _generation or len(groups) != len(self.lists):
+            return False
+        for group, (seen, copy) in zip(groups, self.lists, strict=True):
+            if group["params"] is not seen or len(seen) != len(copy):
+                return False
+            if self.by_id and not all(map(operator.is_, seen, copy)):
+                return False
+        return True
+
+
+def none_made() -> bool:
+    """Whether nothing was ever overridden in this process."""
+    return _generation == 0
+
+
+def resolve(owner: str, groups: Groups) -> Resolved:
+    """Look up the overrides of these groups.
+
+    Raises:
+        ValueError: a pattern matches no name of any optimizer, or an option is not one of this optimizer.
+    """
+    by_id: dict[int, dict[str, Any]] = {}
+    present = {id(param): group for group in groups for param in group["params"]}
+    for made in list(_made):
+        ids = made.find(groups)
+        if ids is None:  # its target is gone
+            _made.remove(made)
+            continue
+        if made.glob and not ids:
+            _check_glob(owner, made, groups)
+        if made.glob and ids:
+            made.glob = ""
+        for i in ids & present.keys():
+            for name in made.options:
+                if name not in present[i]:
+                    raise ValueError(f"{owner}: an override sets {name}, which is no option of this optimizer.")
+            by_id[i] = {**by_id.get(i, {}), **made.options}
+    resolved = Resolved(_generation, [(g["params"], list(g["params"])) for g in groups], by_id)
+    if by_id:
+        resolved.parts = [_split(group["params"], by_id) for group in groups]
+    return resolved
+
+
+def _check_glob(owner: str, made: _Override, groups: Groups) -> None:
+    if any(made.find(other.param_groups) for other in _optimizers):
+        made.glob = ""
+        return
+    names = [name for group in groups for name in group.get("param_names", ())]
+    if not names:
+        raise ValueError(
+            f"{owner}: the override of {made.glob!r} matches parameter names, and this optimizer knows none. "
+            "Make it from model.named_parameters(), or pass module=model to override."
+        )
+    raise ValueError(
+        f"{owner}: the override of {made.glob!r} matches no parameter name; there are {', '.join(names)}. "
+        "Correct the pattern, or end it with handle.remove()."
+    )
+
+
+def _split(
+    params: list[torch.Tensor], by_id: dict[int, dict[str, Any]]
+) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
+    nothing = torch.empty(0)
+    parts: list[tuple[dict[str, Any], list[torch.Tensor]]] = []
+    for at, param in enumerate(params):
+        changes = by_id.get(id(param), {})
+        part = next((list_ for options_, list_ in parts if _same(options_, changes)), None)
+        if part is None:
+            part = [nothing] * len(params)
+            parts.append((changes, part))
+        part[at] = param
+    return parts
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    # A tensor (lr) is itself only: it may be changed in place.
+    return a.keys() == b.keys() and all(a[k] is b[k] or (_plain(a[k]) and a[k] == b[k]) for k in a)
+
+
+def _plain(value: Any) -> bool:
+    parts: Iterable[Any] = value if isinstance(value, tuple) else (value,)
+    return not any(isinstance(part, torch.Tensor) for part in parts)

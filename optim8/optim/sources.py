@@ -1,0 +1,111 @@
+"""Moments as checkpoints hold them, ours or others', and their way into the state of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from optim8 import _native
+from optim8.optim import report, states
+from optim8.optim.states import Moment
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized moment. Blocks run in memory order of `codes`, which is dense; the last may be shorter.
+
+    codes: uint8, of the parameter's shape.
+    absmax: float32, one for each block.
+    table: float32 [256], the value of each code; None is the dynamic code of the moment's sign.
+    blocksize: values of one absmax.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    table: torch.Tensor | None = None
+    blocksize: int = states.BLOCK
+
+
+# A float moment is a tensor of any float dtype. An entry has `step`, a number, and one source for each moment.
+Source: TypeAlias = torch.Tensor | Codes
+Entry: TypeAlias = dict[str, Any]
+
+
+def is_quantized(entry: Entry, moments: Sequence[Moment]) -> bool:
+    return isinstance(entry[moments[0].name], Codes)
+
+
+def same_table(moment: Moment, table: torch.Tensor) -> bool:
+    """Whether a table is the dynamic code of the moment's sign, up to the rounding of those who computed it."""
+    ours = torch.tensor(_native.cpu().dynamic_map(moment.signed), dtype=torch.float32)
+    # Each value takes some float32 operations; 8 units in the last place are far below the spacing of the table.
+    return bool(torch.allclose(table.cpu(), ours, rtol=8 * 2.0**-24, atol=0))
+
+
+def values(moment: Moment, source: Source, device: torch.device) -> torch.Tensor:
+    """A moment in float32 on `device`, of the shape of its source."""
+    if isinstance(source, torch.Tensor):
+        return source.to(device, torch.float32)
+    codes, absmax = source.codes.to(device), source.absmax.to(device).contiguous()
+    return states.dequantize(moment, codes, absmax, source.table, source.blocksize)
+
+
+def check_values(where: str, moments: Sequence[Moment], entry: Entry, in_8_bits: bool) -> None:
+    """Raise ValueError where values of another library's state would be lost on the way into ours."""
+    for moment in moments:
+        source = entry[moment.name]
+        # A table speaks for all values, since scales are not negative.
+        values_ = source if isinstance(source, torch.Tensor) else source.table
+        if values_ is not None and not moment.signed and bool((values_ < 0).any()):
+            raise ValueError(f"{where}[{moment.name!r}] must not be negative. The checkpoint is damaged.")
+        if in_8_bits and isinstance(source, torch.Tensor) and not bool(source.isfinite().all()):
+            raise ValueError(
+                f"{where}[{moment.name!r}] must be finite to be quantized. Repair the checkpoint, or load it with "
+                "optim_bits=32."
+            )
+
+
+def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
+    """Bring a moment into an allocated state, in the precision and the strides of that.
+
+    Args:
+        moment: which.
+        source: of the shape of the target.
+        target: the state of a parameter, as states.allocate gives it.
+        name: for a report; "" for none.
+    """
+    goal = target[moment.name]
+    if isinstance(source, Codes):
+        if not source.codes.is_contiguous():
+            # Keeps the strides of a dense tensor, and closes the gaps of others.
+            source = Codes(source.codes.clone(), source.absmax, source.table, source.blocksize)
+        codes = source.codes
+        same_order = codes.is_contiguous() if goal.is_contiguous() else codes.stride() == goal.stride()
+        if moment.absmax in target and same_order and source.table is None and source.blocksize == states.BLOCK:
+            goal.copy_(codes)
+            target[moment.absmax].copy_(source.absmax)
+            _report(moment, source, target, name, "copied")
+            return
+    # Blocks run in memory order, so other strides mean other blocks: quantized anew.
+    floats = values(moment, source, goal.device)
+    if moment.absmax not in target:
+        goal.copy_(floats)
+        _report(moment, source, target, name, "widened" if isinstance(source, Codes) else "copied")
+        return
+    relaid = torch.empty_strided(tuple(goal.shape), goal.stride(), dtype=torch.float32, device=goal.device)
+    states.quantize(moment, relaid.copy_(floats), goal, target[moment.absmax])
+    _report(moment, source, target, name, "requantized" if isinstance(source, Codes) else "quantized")
+
+
+def _report(moment: Moment, source: Source, target: Entry, name: str, how: str) -> None:
+    asked = report.current()
+    if asked is None or not name:
+        return
+    goal = target[moment.name]
+    written: Source = Codes(goal, target[moment.absmax]) if moment.absmax in target else goal
+    asked.add(
+        f"{name}[{moment.name!r}]", how, values(moment, source, goal.device), values(moment, written, goal.device)
+    )
