@@ -1,4 +1,5 @@
-"""`python -m optim8`: what is installed, what of it runs on this machine, and what to do about what is missing."""
+"""`python -m optim8`: what is installed, what of it runs on this machine, and what to do about what is missing; and
+`python -m optim8 plan`: the memory that a training needs."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import sys
 import torch
 
 from optim8 import __version__, _native
+from optim8.memory import command
 
 ROW = "{:<14}{}"
 
@@ -67,8 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m optim8", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("info", help="what is installed and what runs here (the default)")
-    parser.parse_args(arguments)
-    return show_info()
+    command.add_arguments(
+        commands.add_parser("plan", help="the memory that a training needs", description=command.__doc__)
+    )
+    parsed = parser.parse_args(arguments)
+    return command.run(parsed) if parsed.command == "plan" else show_info()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""What fits a budget, and which change of the plan makes it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optim8.memory.planner import OURS, plan
+from optim8.memory.plans import Plan
+from optim8.memory.text import binary, parse_bytes, table
+
+_MOST_DEVICES = 4096
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to plan the training: the arguments that change, what then is planned, and whether its device part fits."""
+
+    change: dict[str, Any]
+    plan: Plan
+    fits: bool
+
+    @property
+    def name(self) -> str:
+        """The changed arguments as text."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.change.items()) or "as planned"
+
+
+def options(planned: Plan, budget: int | str) -> list[Option]:
+    """The plan itself, then ways to need less of the device: each change alone, then the smallest number of devices
+    over which shards fit.
+
+    Args:
+        planned: what `plan` gave.
+        budget: of one device: bytes, or a text such as "24GiB".
+    """
+    limit = parse_bytes(budget)
+    found = [_option(planned, {}, limit)]
+    found += [_option(planned, change, limit) for change in _changes(planned)]
+    found += [option for option in [_sharded(planned, limit)] if option is not None]
+    return found
+
+
+def describe(found: Sequence[Option], budget: int | str) -> str:
+    """A table of the options that `options` found, and a sentence on what makes the plan fit."""
+    limit = parse_bytes(budget)
+    rows = []
+    for option in found:
+        need = option.plan.tiers["device"]
+        spare = f"yes, {binary(limit - need)} to spare" if option.fits else f"no, {binary(need - limit)} too much"
+        rows.append([option.name, binary(need), spare])
+    fitting = [option.name for option in found if option.fits]
+    if found[0].fits:
+        verdict = "It fits as planned."
+    elif fitting:
+        verdict = f"What makes it fit: {'; or '.join(fitting)}."
+    else:
+        verdict = "None of these fits. Combine them, or take a smaller model."
+    return f"{table([f'budget {binary(limit)} a device', 'needed', 'fits'], rows)}\n\n{verdict}"
+
+
+def _option(planned: Plan, change: dict[str, Any], limit: int) -> Option:
+    changed = plan(**{**planned.request, **change}, beside=False) if change else planned
+    return Option(change, changed, changed.tiers["device"] <= limit)
+
+
+def _changes(planned: Plan) -> Iterator[dict[str, Any]]:
+    request = planned.request
+    name = request["optimizer"]
+    ours = isinstance(name, str) and name.lower() in OURS
+    if not ours:
+        yield {"optimizer": "adamw8bit"}
+    elif request["optim_bits"] == 32:
+        yield {"optim_bits": 8}
+    if not ours or OURS[name.lower()] is not OURS["lion8bit"]:
+        yield {"optimizer": "lion8bit"}
+    if any(dtype not in ("bfloat16", "float16") for dtype in planned.dtypes):
+        yield {"dtype": "bfloat16"}
+
+
+def _sharded(planned: Plan, limit: int) -> Option | None:
+    """The smallest power of two of devices over which it fits; None where no number does."""
+    count = 2 * planned.world_size if planned.sharding == "fsdp" else max(2, planned.world_size)
+    while count <= _MOST_DEVICES:
+        option = _option(planned, {"sharding": "fsdp", "world_size": count}, limit)
+        if option.fits:
+            return option
+        count *= 2
+    return None

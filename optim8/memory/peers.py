@@ -1,0 +1,65 @@
+"""What other libraries' optimizers keep for a parameter, in bytes. The tests hold it against the libraries themselves.
+
+torch.optim.AdamW keeps two moments in the parameter's dtype. bitsandbytes (0.50.2) keeps codes and a scale for each 256
+values from 4096 values on, and float32 below; its two tables are shared. torchao (0.18.0) keeps codes and scales where
+the number of values is a multiple of 256 as well, else the parameter's dtype, and a table with every 8-bit tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_BLOCK = 256  # values of a scale, of both libraries
+_LEAST = 4096  # values from which both keep 8-bit state
+_TABLE = 256 * 4  # bytes of a table of codes
+_COUNT = 4  # bytes of a count of steps, where it is a tensor
+
+Bytes = dict[str, int]
+
+
+def _torch(size: int, dtype: torch.dtype, moments: int) -> Bytes:
+    return {"32-bit state": moments * size * dtype.itemsize, "step counts": _COUNT}
+
+
+def _bitsandbytes(size: int, dtype: torch.dtype, moments: int) -> Bytes:
+    if size < _LEAST:
+        return {"32-bit state": moments * size * 4}
+    return {"codes": moments * size, "absmax": moments * 4 * -(-size // _BLOCK)}
+
+
+def _torchao(size: int, dtype: torch.dtype, moments: int) -> Bytes:
+    if size < _LEAST or size % _BLOCK:
+        return _torch(size, dtype, moments)
+    scales = moments * 4 * (size // _BLOCK)
+    return {"codes": moments * size, "absmax": scales, "tables": moments * _TABLE, "step counts": _COUNT}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer of another library: how it is called, and what it keeps."""
+
+    label: str
+    moments: int
+    of_parameter: Callable[[int, torch.dtype, int], Bytes]
+    shared: int = 0  # bytes kept once, as soon as one parameter has codes
+
+    def state(self, parameters: Sequence[tuple[int, torch.dtype]]) -> Bytes:
+        """Bytes by kind for parameters of these sizes and dtypes."""
+        total: Bytes = {}
+        for size, dtype in parameters:
+            for kind, count in self.of_parameter(size, dtype, self.moments).items():
+                total[kind] = total.get(kind, 0) + count
+        if self.shared and total.get("codes"):
+            total["tables"] = self.shared
+        return total
+
+
+PEERS = {
+    "torch-adamw": Peer("torch AdamW", 2, _torch),
+    "bitsandbytes-adamw8bit": Peer("bitsandbytes AdamW8bit", 2, _bitsandbytes, 2 * _TABLE),
+    "bitsandbytes-lion8bit": Peer("bitsandbytes Lion8bit", 1, _bitsandbytes, _TABLE),
+    "torchao-adamw8bit": Peer("torchao AdamW8bit", 2, _torchao),
+}

@@ -1,0 +1,200 @@
+"""How much memory a training needs for parameters, gradients and optimizer state, told before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from optim8 import optim
+from optim8.memory import sizes
+from optim8.memory.peers import PEERS
+from optim8.memory.plans import Plan, Row
+from optim8.memory.sizes import Parameter
+from optim8.optim import states
+from optim8.optim.base import BlockwiseOptimizer, _wants_8bit
+
+SHARDINGS = ("ddp", "fsdp")
+OURS: dict[str, type[BlockwiseOptimizer]] = {
+    "adam8bit": optim.Adam8bit,
+    "adamw8bit": optim.AdamW8bit,
+    "lion8bit": optim.Lion8bit,
+}
+
+
+def plan(
+    model_or_config: Any,
+    optimizer: Any = "adamw8bit",
+    *,
+    dtype: torch.dtype | str | None = None,
+    grad_dtype: torch.dtype | str | None = None,
+    master_copies: bool = False,
+    world_size: int = 1,
+    sharding: str = "ddp",
+    min_8bit_size: int | None = None,
+    optim_bits: int | None = None,
+    device: str | None = None,
+    beside: bool = True,
+) -> Plan:
+    """Bytes for parameters, gradients and optimizer state of a training, from sizes alone.
+
+    Nothing is allocated: state is laid out on the meta device by the code that lays it out in training, so the bytes
+    are those of the training. Activations and buffers for communication are not in it.
+
+    Args:
+        model_or_config: a module, on any device; a Hugging Face style config of a llama, mistral, qwen2, gpt2 or bert,
+            as a dict, an object with `to_dict` or the path of its JSON; `{"parameters": {name: shape}}`; or the path
+            (or paths) of a safetensors file, whose header is read. Parameters that are used twice count once.
+        optimizer: "adam8bit", "adamw8bit", "lion8bit", or a class of optim8; an optimizer of optim8 that holds the
+            module's parameters, whose groups and options then count; or another library's: "torch-adamw",
+            "bitsandbytes-adamw8bit", "bitsandbytes-lion8bit", "torchao-adamw8bit".
+        dtype: of the parameters; None for what the model, config or file says, float32 where it says nothing.
+        grad_dtype: of the gradients; None for the parameters'.
+        master_copies: count a float32 copy of every narrower parameter, which the optimizer then steps.
+        world_size: number of devices.
+        sharding: "ddp", each device holds everything; "fsdp", each holds a part of every parameter, cut along the
+            first dimension as `torch.distributed.fsdp.fully_shard` does. What is 8-bit depends on the whole parameter.
+        min_8bit_size, optim_bits: as for the optimizer; None for its defaults.
+        device: "cuda" or "cpu", where the parameters are; None for where the module is, "cuda" for sizes alone.
+        beside: plan torch's, bitsandbytes' and torchao's optimizer as well, for the printed table.
+
+    Returns:
+        The plan of one device; of the fullest one where they differ.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: an argument cannot be honoured; names it.
+
+    Example:
+        >>> import torch, optim8
+        >>> plan = optim8.memory.plan(torch.nn.Linear(256, 256), "adamw8bit")
+        >>> plan.bytes["codes"], plan.bytes["absmax"], plan.bytes["state32"]
+        (131072, 2048, 2056)
+    """
+    request = {name: value for name, value in locals().items() if name != "beside"}
+    model = sizes.read(model_or_config, None if dtype is None else sizes.dtype_of(dtype))
+    device = device or model.device or "cuda"
+    _check(model, world_size, sharding, device)
+    held = [shard(parameter, world_size if sharding == "fsdp" else 1) for parameter in model.parameters]
+    trained = [parameter for parameter in held if parameter.trainable]
+    stepped = [torch.float32 if master_copies and p.dtype.itemsize < 4 else p.dtype for p in trained]
+    grads = None if grad_dtype is None else sizes.dtype_of(grad_dtype)
+    rows = {
+        ("parameters", "device"): sum(p.nbytes for p in held),
+        ("master copies", "device"): sum(
+            p.size * wide.itemsize for p, wide in zip(trained, stepped) if wide != p.dtype
+        ),
+        ("gradients", "device"): sum(p.size * (grads or p.dtype).itemsize for p in trained),
+        ("model's buffers", "device"): model.buffer_bytes,
+    }
+    options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
+    given = {name: value for name, value in options.items() if value is not None}
+    label, moments, state = _state(optimizer, trained, stepped, given)
+    for kind, count in state.items():
+        rows[kind, "host" if kind == "step counts" and device == "cuda" else "device"] = count
+    return Plan(
+        model.title,
+        label,
+        tuple(Row(kind, tier, count) for (kind, tier), count in rows.items() if count),
+        world_size,
+        sharding,
+        sum(p.whole.numel() for p in model.parameters),
+        len(model.parameters),
+        tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters})),
+        _beside({**request, **dict.fromkeys(options)}, moments) if beside else (),
+        request,
+    )
+
+
+def shard(parameter: Parameter, count: int) -> Parameter:
+    """The largest of `count` parts of a parameter: rows of the first dimension, rounded up."""
+    if count == 1 or not parameter.local:
+        return parameter
+    local = (-(-parameter.local[0] // count), *parameter.local[1:])
+    return Parameter(parameter.name, parameter.whole, local, parameter.dtype, parameter.trainable)
+
+
+def _check(model: sizes.Model, world_size: Any, sharding: str, device: str) -> None:
+    if sharding not in SHARDINGS:
+        raise ValueError(f"optim8.memory.plan: sharding must be one of {', '.join(SHARDINGS)}, got {sharding!r}.")
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"optim8.memory.plan: world_size must be a whole number of at least 1, got {world_size!r}.")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"optim8.memory.plan: device must be 'cpu' or 'cuda', got {device!r}.")
+    if model.sharded and world_size > 1 and sharding == "fsdp":
+        raise ValueError(
+            "optim8.memory.plan: the model's parameters are sharded already (DTensor), and planned as they are. "
+            "Leave world_size and sharding out."
+        )
+
+
+def _beside(request: dict[str, Any], moments: int) -> tuple[Plan, ...]:
+    names = [name for name, peer in PEERS.items() if peer.moments == moments or name == "torch-adamw"]
+    return tuple(plan(**{**request, "optimizer": name}, beside=False) for name in names)
+
+
+def _state(
+    optimizer: Any, trained: Sequence[Parameter], stepped: Sequence[torch.dtype], options: dict[str, Any]
+) -> tuple[str, int, dict[str, int]]:
+    """The optimizer's label, its number of moments, and bytes by kind of what it will hold."""
+    if isinstance(optimizer, str) and optimizer.lower() in PEERS:
+        if options:
+            raise ValueError(
+                f"optim8.memory.plan: {', '.join(options)} belong to optim8's optimizers, not {optimizer}."
+            )
+        peer = PEERS[optimizer.lower()]
+        return peer.label, peer.moments, peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
+    cls = OURS.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
+    parts = {id(p.whole): p.local for p in trained}
+    if isinstance(cls, BlockwiseOptimizer):
+        if options:
+            raise ValueError(
+                f"optim8.memory.plan: {', '.join(options)} are the optimizer's own already. Leave them out."
+            )
+        made = cls
+    elif isinstance(cls, type) and issubclass(cls, BlockwiseOptimizer):
+        whole = [_in_dtype(p.whole, dtype) for p, dtype in zip(trained, stepped)]
+        parts = {id(param): p.local for param, p in zip(whole, trained)}
+        made = cls([{"params": whole}], **options)  # allocates nothing
+    else:
+        raise ValueError(
+            f"optim8.memory.plan: optimizer must be one of {', '.join([*OURS, *PEERS])}, or an optimizer of optim8 or "
+            f"its class, got {optimizer!r}."
+        )
+    return f"optim8 {type(made).__name__}", len(made.moments), _laid_out(made, parts)
+
+
+def _in_dtype(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return param if param.dtype == dtype else torch.empty(param.shape, dtype=dtype, device="meta")
+
+
+def _laid_out(made: BlockwiseOptimizer, parts: dict[int, tuple[int, ...]]) -> dict[str, int]:
+    """Bytes by kind of the state of the optimizer's parameters, laid out by the optimizer's own code on the meta
+    device, so that sizes and alignment are those of the training. `parts`: by parameter, the shape that is held."""
+    wanted = []
+    for index, group in enumerate(made.param_groups):
+        for position, param in enumerate(group["params"]):
+            if id(param) not in parts:
+                raise ValueError(
+                    f"optim8.memory.plan: parameter {position} of group {index} of the optimizer must be a trainable "
+                    "parameter of the model. Pass the module that the optimizer was made for."
+                )
+            wanted.append((torch.empty(parts[id(param)], device="meta"), _wants_8bit(group, param)))
+    found: dict[str, int] = {}
+    arenas: dict[int, int] = {}
+    for entry in states.allocate(made.moments, wanted):
+        for name, value in entry.items():
+            kind = _kind(name, value)
+            found[kind] = found.get(kind, 0) + value.nbytes
+            storage = value.untyped_storage()
+            arenas[storage._cdata] = storage.nbytes()
+    found["alignment"] = sum(arenas.values()) - sum(found.values())
+    return found
+
+
+def _kind(name: str, value: torch.Tensor) -> str:
+    if name == "step":
+        return "step counts"
+    if value.dtype == torch.uint8:
+        return "codes"
+    return "absmax" if name.endswith("_absmax") else "32-bit state"

@@ -1,0 +1,127 @@
+"""What a plan is: bytes by kind and tier, what fits a budget, and the printed table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optim8.memory.text import binary, parse_bytes, table
+
+# What a row of a plan is about, in the order of the printed table, and the entry of `Plan.bytes` that it counts in.
+KINDS = {
+    "parameters": "parameters",
+    "master copies": "parameters",
+    "gradients": "gradients",
+    "codes": "codes",
+    "absmax": "absmax",
+    "32-bit state": "state32",
+    "step counts": "state32",
+    "tables": "buffers",
+    "alignment": "buffers",
+    "paging buffers": "buffers",
+    "model's buffers": "buffers",
+}
+STATE = ("codes", "absmax", "32-bit state", "step counts", "tables")
+TIERS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes of one kind in one tier: "device" (where the parameters are), "host" (RAM beside a GPU) or "disk"."""
+
+    kind: str
+    tier: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one device holds, the fullest where they differ. `print(plan)` shows it beside other optimizers.
+
+    Attributes:
+        title, optimizer: the names of the model and of the optimizer.
+        rows: bytes by kind and tier.
+        world_size, sharding: over how many devices, and how.
+        size, tensors: numbers of values and of tensors of the whole model.
+        dtypes: of the parameters.
+        beside: plans of the same training with other libraries' optimizers.
+        request: the arguments that it was planned with.
+    """
+
+    title: str
+    optimizer: str
+    rows: tuple[Row, ...]
+    world_size: int
+    sharding: str
+    size: int
+    tensors: int
+    dtypes: tuple[str, ...]
+    beside: tuple[Plan, ...] = ()
+    request: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes on one device, in all tiers, by kind: `parameters` (with master copies), `gradients`, `codes`,
+        `absmax`, `state32` (32-bit state and counts of steps) and `buffers` (for paging, the model's own, tables of
+        codes, and alignment between tensors of state)."""
+        found = dict.fromkeys(("parameters", "gradients", "codes", "absmax", "state32", "buffers"), 0)
+        for row in self.rows:
+            found[KINDS[row.kind]] += row.nbytes
+        return found
+
+    @property
+    def total(self) -> int:
+        """The sum of `bytes`."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Bytes by tier: "device", "host" and "disk"."""
+        return {tier: sum(row.nbytes for row in self.rows if row.tier == tier) for tier in TIERS}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the tensors in `optimizer.state`, without the alignment between them."""
+        return sum(row.nbytes for row in self.rows if row.kind in STATE)
+
+    def fits(self, budget: int | str) -> bool:
+        """Whether the device's part is at most `budget`: bytes, or a text such as "24GiB"."""
+        return self.tiers["device"] <= parse_bytes(budget)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan in plain numbers and texts, as JSON can hold it."""
+        return {
+            "model": self.title,
+            "optimizer": self.optimizer,
+            "parameters": self.size,
+            "tensors": self.tensors,
+            "dtypes": list(self.dtypes),
+            "world_size": self.world_size,
+            "sharding": self.sharding,
+            "bytes": self.bytes,
+            "total": self.total,
+            "tiers": self.tiers,
+            "state_bytes": self.state_bytes,
+            "rows": [vars(row) for row in self.rows],
+            "beside": [plan.as_dict() for plan in self.beside],
+        }
+
+    def __str__(self) -> str:
+        plans = [self, *self.beside]
+        present = {(row.kind, row.tier) for plan in plans for row in plan.rows}
+        keys = [(kind, tier) for kind in KINDS for tier in TIERS if (kind, tier) in present]
+        rows = [[f"{kind} ({tier})", *(_cell(plan, kind, tier) for plan in plans)] for kind, tier in keys]
+        for tier in TIERS:
+            if any(plan.tiers[tier] for plan in plans):
+                rows.append([f"total ({tier})", *(binary(plan.tiers[tier]) for plan in plans)])
+        over = "one device"
+        if self.world_size > 1:
+            over = f"{self.sharding} over {self.world_size} devices, bytes of the fullest one"
+        head = f"{self.title}: {self.size:,} parameters in {self.tensors} tensors, {' and '.join(self.dtypes)}; {over}"
+        return f"{head}\n\n{table(['', *(plan.optimizer for plan in plans)], rows)}\n\nWithout activations."
+
+
+def _cell(plan: Plan, kind: str, tier: str) -> str:
+    count = sum(row.nbytes for row in plan.rows if (row.kind, row.tier) == (kind, tier))
+    return binary(count) if count else "-"

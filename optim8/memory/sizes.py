@@ -1,0 +1,159 @@
+"""What is planned: names, shapes and dtypes of a model's parameters, from a module, a config or a file's header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optim8.memory import configs
+
+# safetensors' names of dtypes. What is not a float of at least 16 bits takes memory, but is not trained.
+_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SAFETENSORS_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
+_LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """One parameter: its name, its whole size, and the part of it that one device holds."""
+
+    name: str
+    whole: torch.Tensor  # of a module: the parameter itself; else a tensor on the meta device
+    local: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool = True
+
+    @property
+    def size(self) -> int:
+        """Values of the local part."""
+        return prod(self.local)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the local part."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Model:
+    """All parameters of a model, each once however often it is used, and the bytes of its other tensors."""
+
+    title: str
+    parameters: tuple[Parameter, ...]
+    buffer_bytes: int = 0
+    device: str | None = None  # "cpu" or "cuda"; None where the source does not say
+    sharded: bool = False  # its parameters are DTensors
+
+
+def read(source: Any, dtype: torch.dtype | None) -> Model:
+    """The model behind `source`.
+
+    Args:
+        source: a module; a config, as a dict or an object with `to_dict`; the path of a JSON config or of a safetensors
+            file (or a list of such files); or a mapping of names to shapes.
+        dtype: of every parameter; None for what the source says, float32 where it says nothing.
+
+    Raises:
+        TypeError, ValueError: the source is nothing of that, or its content makes no sense; names what is wrong.
+    """
+    if isinstance(source, torch.nn.Module):
+        return _of_module(source, dtype)
+    if isinstance(source, (str, Path)):
+        return _of_file(Path(source), dtype)
+    if isinstance(source, (list, tuple)) and source and all(isinstance(part, (str, Path)) for part in source):
+        parts = [_of_file(Path(part), dtype) for part in source]
+        title = f"{parts[0].title} and {len(parts) - 1} more" if len(parts) > 1 else parts[0].title
+        return Model(title, sum((part.parameters for part in parts), ()), sum(part.buffer_bytes for part in parts))
+    if hasattr(source, "to_dict"):
+        source = source.to_dict()
+    if isinstance(source, Mapping):
+        return _of_config(source, dtype)
+    raise TypeError(
+        "optim8.memory.plan: the model must be a torch.nn.Module, a config (dict, or an object with to_dict), a path "
+        f"of a JSON config or a safetensors file, or a dict of shapes, got {type(source).__name__}."
+    )
+
+
+def dtype_of(value: Any) -> torch.dtype:
+    """The dtype of a name such as "bfloat16" or "torch.bfloat16", or `value` itself."""
+    if isinstance(value, torch.dtype):
+        return value
+    found = DTYPES.get(str(value).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"optim8.memory.plan: dtype must be one of {', '.join(DTYPES)}, got {value!r}.")
+    return found
+
+
+def _meta(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def _parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:
+    return Parameter(name, _meta(shape, dtype), shape, dtype)
+
+
+def _of_module(module: torch.nn.Module, dtype: torch.dtype | None) -> Model:
+    parameters = []
+    for name, param in module.named_parameters():
+        local = param.to_local() if hasattr(param, "to_local") else param
+        shape = tuple(local.shape)
+        parameters.append(Parameter(name, param, shape, dtype or param.dtype, param.requires_grad))
+    buffers = sum(buffer.nbytes for buffer in module.buffers() if not hasattr(buffer, "to_local"))
+    devices = {param.device.type for param in module.parameters()} - {"meta"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"optim8.memory.plan: parameters must be on one device, got {', '.join(sorted(devices))}. Plan the parts "
+            "on their own, or move the model to the meta device."
+        )
+    sharded = any(hasattr(param, "to_local") for param in module.parameters())
+    return Model(type(module).__name__, tuple(parameters), buffers, next(iter(devices), None), sharded)
+
+
+def _of_file(path: Path, dtype: torch.dtype | None) -> Model:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"optim8.memory.plan: {path} must be a JSON config or a safetensors file; no such file."
+        )
+    if path.suffix == ".safetensors":
+        return _of_safetensors(path, dtype)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"optim8.memory.plan: {path.name} must be JSON or end in .safetensors: {error}.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"optim8.memory.plan: {path.name} must hold a JSON object, got {type(config).__name__}.")
+    return _of_config(config, dtype)
+
+
+def _of_safetensors(path: Path, dtype: torch.dtype | None) -> Model:
+    """The header alone is read: 8 bytes with its length, then JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= _LONGEST_HEADER else b""
+    try:
+        header = json.loads(text)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        parameters, others = [], 0
+        for name, entry in entries.items():
+            kind, shape = entry["dtype"], tuple(int(size) for size in entry["shape"])
+            if kind in _SAFETENSORS:
+                parameters.append(_parameter(name, shape, dtype or _SAFETENSORS[kind]))
+            else:
+                others += prod(shape) * _SAFETENSORS_BITS.get(kind, 8) // 8
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"optim8.memory.plan: {path.name} has no header of a safetensors file: {error}.") from None
+    return Model(path.name, tuple(parameters), others)
+
+
+def _of_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:
+    title, shapes, stated = configs.shapes(config)
+    dtype = dtype or (dtype_of(stated) if stated is not None else torch.float32)
+    return Model(title, tuple(_parameter(name, shape, dtype) for name, shape in shapes.items()))

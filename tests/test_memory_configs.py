@@ -1,0 +1,224 @@
+"""Configs, files and the command line of the planner: sizes as published, errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import optim8
+from optim8.__main__ import main
+from optim8.memory import budget, configs
+from optim8.memory.text import binary, parse_bytes
+
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
+LLAMA_7B = {**LLAMA, "intermediate_size": 11008, "vocab_size": 32000}
+LLAMA_8B = {**LLAMA, "intermediate_size": 14336, "vocab_size": 128256, "num_key_value_heads": 8}
+LLAMA_70B = {
+    **LLAMA_8B,
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "intermediate_size": 28672,
+    "torch_dtype": "bfloat16",
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 30522,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+}
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+# Numbers of parameters as published with the weights of these models.
+PUBLISHED: list[tuple[dict[str, Any], int]] = [
+    (LLAMA_7B, 6_738_415_616),
+    (LLAMA_8B, 8_030_261_248),
+    (LLAMA_70B, 70_553_706_496),
+    ({**LLAMA_8B, "model_type": "mistral", "vocab_size": 32000}, 7_241_732_096),
+    (QWEN2, 494_032_768),
+    (GPT2, 124_439_808),
+    ({**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+    (BERT, 109_482_240),
+    ({**BERT, "architectures": ["BertForPreTraining"]}, 110_106_428),
+]
+
+# What a config may say about how parts are joined, each far from the default.
+VARIANTS: list[dict[str, Any]] = [
+    {**LLAMA_7B, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    {**LLAMA_7B, "head_dim": 96, "num_key_value_heads": 4, "architectures": ["LlamaModel"]},
+    {**QWEN2, "tie_word_embeddings": False},
+    {**GPT2, "n_inner": 100, "tie_word_embeddings": False},
+    {**GPT2, "architectures": ["GPT2Model"]},
+    *[{**BERT, "architectures": [name], "num_labels": 5} for name in configs._BERT_HEADS],
+    {**BERT, "architectures": ["BertForMaskedLM"], "tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("config, count", PUBLISHED, ids=lambda value: str(value)[:40])
+def test_sizes_are_those_published(config: dict[str, Any], count: int) -> None:
+    assert optim8.memory.plan(config, beside=False).size == count
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("config", [row for row, _ in PUBLISHED] + VARIANTS, ids=lambda value: str(value)[:40])
+def test_shapes_are_those_of_transformers(config: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {**config, **({"n_layer": 2} if config["model_type"] == "gpt2" else {"num_hidden_layers": 2})}
+    title, shapes, _ = configs.shapes(config)
+    with torch.device("meta"):
+        model = getattr(transformers, title)(transformers.AutoConfig.for_model(**config))
+    expected = sorted(tuple(p.shape) for p in model.parameters())
+    assert sorted(shapes.values()) == expected
+
+
+def test_70b_needs_no_memory() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    planned = optim8.memory.plan(LLAMA_70B)
+    assert planned.dtypes == ("bfloat16",)
+    assert planned.bytes["parameters"] == 2 * 70_553_706_496
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+def test_a_config_of_another_library_is_read_as_its_dict() -> None:
+    class Config:
+        def to_dict(self) -> dict[str, Any]:
+            return GPT2
+
+    assert optim8.memory.plan(Config()).bytes == optim8.memory.plan(GPT2).bytes
+
+
+def header(entries: dict[str, Any]) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def test_a_safetensors_file_is_planned_by_its_header(tmp_path: Path) -> None:
+    parts = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    parts[0].write_bytes(header({"__metadata__": {"format": "pt"}, "a": {"dtype": "BF16", "shape": [64, 100]}}))
+    parts[1].write_bytes(header({"b": {"dtype": "F32", "shape": []}, "ids": {"dtype": "I64", "shape": [7]}}))
+    planned = optim8.memory.plan(parts)
+    assert planned.bytes["parameters"] == 64 * 100 * 2 + 4
+    assert planned.bytes["codes"] == 2 * 6400
+    assert planned.bytes["buffers"] == 56 + (64 - 4) * 2  # the integers, and two single values in 64 bytes each
+    assert planned.dtypes == ("bfloat16", "float32")
+    assert optim8.memory.plan(parts, dtype="float16").bytes["parameters"] == 64 * 100 * 2 + 2
+
+
+ERRORS: list[tuple[Any, dict[str, Any], str]] = [
+    (7, {}, "the model must be"),
+    ({"model_type": "t5"}, {}, "model_type must be one of llama"),
+    ({**LLAMA_7B, "vocab_size": None}, {}, "'vocab_size'.*got nothing"),
+    ({**GPT2, "n_layer": True}, {}, "'n_layer'.*got True"),
+    ({**BERT, "architectures": ["BertForQuestionAnswering"]}, {}, "architectures of a bert"),
+    ({**LLAMA_7B, "architectures": ["LlamaForSequenceClassification"]}, {}, "architectures of a llama"),
+    ({}, {}, "needs 'model_type', or sizes"),
+    ({"w": [3, "x"]}, {}, "shape of 'w'"),
+    ({"w": [3]}, {"optimizer": "sgd"}, "optimizer must be one of adam8bit"),
+    ({"w": [3]}, {"optimizer": torch.optim.AdamW}, "optimizer must be one of adam8bit"),
+    ({"w": [3]}, {"optimizer": "torch-adamw", "optim_bits": 8}, "optim_bits belong to optim8"),
+    ({"w": [3]}, {"sharding": "zero"}, "sharding must be one of ddp, fsdp"),
+    ({"w": [3]}, {"world_size": 0}, "world_size must be"),
+    ({"w": [3]}, {"device": "tpu"}, "device must be"),
+    ({"w": [3]}, {"dtype": "int8"}, "dtype must be one of"),
+    ({"w": [3]}, {"dtype": "float64"}, "must be dense and float32, bfloat16 or float16"),
+    ({"w": [3]}, {"optim_bits": 4}, "optim_bits must be 8 or 32"),
+    (torch.nn.Linear(2, 2), {"optimizer": optim8.AdamW8bit(torch.nn.Linear(2, 2).parameters())}, "trainable parameter"),
+]
+
+
+@pytest.mark.parametrize("source, options, message", ERRORS, ids=[row[2][:30] for row in ERRORS])
+def test_what_cannot_be_planned_is_refused(source: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        optim8.memory.plan(source, **options)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.json", None, "no such file"),
+        ("list.json", b"[1]", "must hold a JSON object"),
+        ("text.json", b"{", "must be JSON"),
+        ("empty.safetensors", b"", "has no header"),
+        ("cut.safetensors", struct.pack("<Q", 100) + b"{", "has no header"),
+        ("huge.safetensors", struct.pack("<Q", 2**63), "has no header"),
+        ("odd.safetensors", header({"a": {"shape": [1]}}), "has no header"),
+    ],
+)
+def test_what_is_no_model_is_refused(
+    name: str, content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["plan", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
+
+
+def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_8B))
+    arguments = ["plan", str(path), "--dtype=bfloat16", "--budget=24GiB"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for word in ("8,030,261,248 parameters", "torch AdamW", "bitsandbytes AdamW8bit", "torchao AdamW8bit", "absmax"):
+        assert word in printed
+    assert "What makes it fit: sharding='fsdp', world_size=2." in printed
+    assert main([*arguments, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["bytes"] == optim8.memory.plan(LLAMA_8B, dtype="bfloat16").bytes
+    assert content["options"]["as planned"]["fits"] is False
+
+
+def test_what_fits_a_budget() -> None:
+    planned = optim8.memory.plan(LLAMA_7B, "torch-adamw")
+    need = planned.tiers["device"]
+    assert planned.fits(need)
+    assert not planned.fits(need - 1)
+    found = {option.name: option for option in budget.options(planned, "80GiB")}
+    assert [name for name, option in found.items() if option.fits] == [
+        "optimizer='adamw8bit'",
+        "optimizer='lion8bit'",
+        "dtype='bfloat16'",
+        "sharding='fsdp', world_size=2",
+    ]
+    assert found["dtype='bfloat16'"].plan.bytes == optim8.memory.plan(LLAMA_7B, "torch-adamw", dtype="bfloat16").bytes
+    assert "It fits as planned." in budget.describe(budget.options(planned, "1TiB"), "1TiB")
+    assert "None of these fits" in budget.describe(budget.options(planned, 1), 1)
+
+
+@pytest.mark.parametrize(
+    "text, size", [("24GiB", 24 * 2**30), ("1.5 KiB", 1536), ("80GB", 80 * 10**9), ("7", 7), (7, 7), ("3kB", 3000)]
+)
+def test_sizes_as_text(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24Gib", "-1", "nan", "inf", "1e400", -1, True, None, "24 GiB extra"])
+def test_sizes_that_are_none(text: Any) -> None:
+    with pytest.raises(ValueError, match="a size must be"):
+        parse_bytes(text)
+
+
+def test_bytes_are_printed_in_binary_units() -> None:
+    assert [binary(n) for n in (0, 999, 1000, 2**20, 5 * 2**40)] == ["0 B", "999 B", "0.98 KiB", "1.00 MiB", "5.00 TiB"]

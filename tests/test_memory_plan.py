@@ -1,0 +1,130 @@
+"""What is planned is what is measured, to the byte, for several architectures, optimizers and dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from memory_models import MODELS, measured, plain, train
+from torch import nn
+
+import optim8
+from optim8.memory.peers import PEERS
+
+OPTIMIZERS = {"adam8bit": optim8.Adam8bit, "adamw8bit": optim8.AdamW8bit, "lion8bit": optim8.Lion8bit}
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {"min_8bit_size": 0}, {"min_8bit_size": 2000}, {"optim_bits": 32})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_bytes_are_measured_bytes(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    make, data = MODELS[name]
+    for kind, cls in OPTIMIZERS.items():
+        for options in OPTIONS:
+            model = make().to(device, dtype)
+            planned = optim8.memory.plan(model, kind, **options)
+            optimizer = cls(model.parameters(), **options)
+            train(model, optimizer, tuple(tensor.to(device) for tensor in data(dtype)))
+            actual = measured(model, optimizer)
+            assert planned.bytes == actual
+            assert planned.total == sum(actual.values())
+            assert planned.state_bytes == sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+            assert sum(planned.tiers.values()) == planned.total
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sources_of_the_same_sizes_give_the_same_plan(name: str, tmp_path: Any) -> None:
+    model = MODELS[name][0]()
+    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    planned = optim8.memory.plan({key: tuple(p.shape) for key, p in trainable.items()}, "lion8bit", device="cpu")
+    from safetensors.torch import save_file
+
+    save_file({key: p.detach().clone() for key, p in trainable.items()}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        meta = MODELS[name][0]()
+    expected = optim8.memory.plan(meta, "lion8bit", device="cpu").bytes
+    expected["buffers"] -= sum(buffer.nbytes for buffer in meta.buffers())
+    expected["parameters"] -= sum(p.nbytes for p in meta.parameters() if not p.requires_grad)
+    assert planned.bytes == expected
+    assert optim8.memory.plan(tmp_path / "model.safetensors", "lion8bit", device="cpu").bytes == expected
+
+
+def test_an_optimizer_is_planned_with_its_own_groups() -> None:
+    model = MODELS["transformer"][0]()
+    wide = [p for p in model.parameters() if p.dim() > 1]
+    narrow = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = optim8.Adam8bit(
+        [{"params": narrow, "min_8bit_size": 0}, {"params": wide[1:], "optim_bits": 32}, {"params": wide[:1]}]
+    )
+    planned = optim8.memory.plan(model, optimizer)
+    train(model, optimizer, MODELS["transformer"][1](torch.float32))
+    assert planned.bytes == measured(model, optimizer)
+
+
+def test_dtypes_of_gradients_and_master_copies() -> None:
+    config = {"parameters": {"w": [100, 70], "b": [70]}}
+    plain_plan = optim8.memory.plan(config, dtype="bfloat16")
+    assert plain_plan.bytes["parameters"] == plain_plan.bytes["gradients"] == 7070 * 2
+    wide = optim8.memory.plan(config, dtype="bfloat16", grad_dtype=torch.float32, master_copies=True)
+    assert wide.bytes["parameters"] == 7070 * 6
+    assert wide.bytes["gradients"] == 7070 * 4
+    assert wide.bytes["codes"] == plain_plan.bytes["codes"] == 14000
+    torch_adamw = optim8.memory.plan(config, "torch-adamw", dtype="bfloat16", master_copies=True)
+    assert torch_adamw.bytes["state32"] == 2 * 7070 * 4 + 2 * 4
+    assert optim8.memory.plan(config, master_copies=True).bytes["parameters"] == 7070 * 4  # float32 needs no copy
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("peer", PEERS)
+def test_bytes_of_other_libraries(peer: str, dtype: torch.dtype) -> None:
+    make = {
+        "torch-adamw": lambda params: torch.optim.AdamW(params),
+        "bitsandbytes-adamw8bit": lambda p: pytest.importorskip("bitsandbytes").optim.AdamW8bit(p),
+        "bitsandbytes-lion8bit": lambda p: pytest.importorskip("bitsandbytes").optim.Lion8bit(p),
+        "torchao-adamw8bit": lambda p: pytest.importorskip("torchao.optim").AdamW8bit(p),
+    }[peer]
+    sizes = (1, 255, 4095, 4096, 4097, 4352, 70_000)
+    model = nn.ParameterList([nn.Parameter(torch.ones(size, dtype=dtype)) for size in sizes])
+    for p in model:
+        p.grad = torch.ones_like(p)
+    optimizer = make(model.parameters())
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step, which takes minutes
+    try:
+        optimizer.step()
+    finally:
+        torch.compiler.set_stance("default")
+    tensors = [t for state in optimizer.state.values() for value in state.values() for t in plain(value)]
+    planned = optim8.memory.plan(model, peer)
+    assert planned.state_bytes == sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
+    assert planned.bytes["codes"] == sum(t.nbytes for t in tensors if t.dtype == torch.uint8)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_shards_are_those_of_fully_shard(world_size: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        model = MODELS["transformer"][0]()
+        whole = {name: p.numel() for name, p in model.named_parameters()}
+        planned = optim8.memory.plan(model, world_size=world_size, sharding="fsdp")
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+        local = {name: p.to_local().numel() for name, p in model.named_parameters()}
+        sharded = optim8.memory.plan(model)
+        with pytest.raises(ValueError, match="sharded already"):
+            optim8.memory.plan(model, world_size=2, sharding="fsdp")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert planned.bytes["parameters"] == planned.bytes["gradients"] == 4 * sum(local.values())
+    assert planned.bytes["codes"] == 2 * sum(local[name] for name, size in whole.items() if size >= 4096)
+    assert sharded.bytes == planned.bytes
+    assert any(local[name] < 4096 <= size for name, size in whole.items())  # 8-bit by the whole size
+
+
+def test_ddp_holds_everything_on_each_device() -> None:
+    model = MODELS["cnn"][0]()
+    assert optim8.memory.plan(model, world_size=4).bytes == optim8.memory.plan(model).bytes
