@@ -62,6 +62,21 @@ def test_an_optimizer_is_planned_with_its_own_groups() -> None:
     assert planned.bytes == measured(model, optimizer)
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_overrides_are_planned(dtype: str | None) -> None:
+    model = MODELS["transformer"][0]()
+    first, last = model.encoder.layers[0], model.decoder.layers[1]
+    with optim8.override(first, optim_bits=32), optim8.override("*norm*", module=last, min_8bit_size=0):
+        planned = optim8.memory.plan(model, dtype=dtype)
+        model.to(torch.bfloat16 if dtype else torch.float32)
+        optimizer = optim8.AdamW8bit(model.parameters())
+        train(model, optimizer, MODELS["transformer"][1](next(model.parameters()).dtype))
+        assert planned.bytes == measured(model, optimizer)
+        assert planned.bytes == optim8.memory.plan(model, optimizer).bytes
+        without = optim8.memory.plan({name: tuple(p.shape) for name, p in model.named_parameters()}, dtype=dtype)
+        assert without.bytes != planned.bytes
+
+
 def test_dtypes_of_gradients_and_master_copies() -> None:
     config = {"parameters": {"w": [100, 70], "b": [70]}}
     plain_plan = optim8.memory.plan(config, dtype="bfloat16")

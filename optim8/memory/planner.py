@@ -12,8 +12,9 @@ from optim8.memory import sizes
 from optim8.memory.peers import PEERS
 from optim8.memory.plans import Plan, Row
 from optim8.memory.sizes import Parameter
-from optim8.optim import states
-from optim8.optim.base import BlockwiseOptimizer, _wants_8bit
+from optim8.optim import overrides, states
+from optim8.optim.base import BlockwiseOptimizer
+from optim8.optim.base import _wants_8bit as wants_8bit
 
 SHARDINGS = ("ddp", "fsdp")
 OURS: dict[str, type[BlockwiseOptimizer]] = {
@@ -145,41 +146,49 @@ def _state(
         peer = PEERS[optimizer.lower()]
         return peer.label, peer.moments, peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
     cls = OURS.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
-    parts = {id(p.whole): p.local for p in trained}
     if isinstance(cls, BlockwiseOptimizer):
         if options:
             raise ValueError(
                 f"optim8.memory.plan: {', '.join(options)} are the optimizer's own already. Leave them out."
             )
-        made = cls
+        made, groups = cls, cls.param_groups
     elif isinstance(cls, type) and issubclass(cls, BlockwiseOptimizer):
-        whole = [_in_dtype(p.whole, dtype) for p, dtype in zip(trained, stepped)]
-        parts = {id(param): p.local for param, p in zip(whole, trained)}
-        made = cls([{"params": whole}], **options)  # allocates nothing
+        meta = [torch.empty(p.whole.shape, dtype=dtype, device="meta") for p, dtype in zip(trained, stepped)]
+        made = cls([{"params": meta}], **options)  # refuses what training would refuse
+        names = {"params": [p.whole for p in trained], "param_names": [p.name for p in trained]}
+        groups = [{**made.param_groups[0], **names}]
     else:
         raise ValueError(
             f"optim8.memory.plan: optimizer must be one of {', '.join([*OURS, *PEERS])}, or an optimizer of optim8 or "
             f"its class, got {optimizer!r}."
         )
-    return f"optim8 {type(made).__name__}", len(made.moments), _laid_out(made, parts)
+    wanted = _wanted(made, groups, {id(p.whole): p.local for p in trained})
+    return f"optim8 {type(made).__name__}", len(made.moments), _laid_out(made, wanted)
 
 
-def _in_dtype(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return param if param.dtype == dtype else torch.empty(param.shape, dtype=dtype, device="meta")
-
-
-def _laid_out(made: BlockwiseOptimizer, parts: dict[int, tuple[int, ...]]) -> dict[str, int]:
-    """Bytes by kind of the state of the optimizer's parameters, laid out by the optimizer's own code on the meta
-    device, so that sizes and alignment are those of the training. `parts`: by parameter, the shape that is held."""
+def _wanted(
+    made: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[int, tuple[int, ...]]
+) -> list[tuple[torch.Tensor, bool]]:
+    """What a device holds of every parameter, on the meta device, and whether its state is 8-bit. `parts`: the shapes
+    held, by identity of the parameter."""
+    resolved = None if overrides.none_made() else overrides.resolve("optim8.memory.plan", groups)
     wanted = []
-    for index, group in enumerate(made.param_groups):
+    for index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
             if id(param) not in parts:
                 raise ValueError(
                     f"optim8.memory.plan: parameter {position} of group {index} of the optimizer must be a trainable "
                     "parameter of the model. Pass the module that the optimizer was made for."
                 )
-            wanted.append((torch.empty(parts[id(param)], device="meta"), _wants_8bit(group, param)))
+            changes = {} if resolved is None else resolved.by_id.get(id(param), {})
+            entry = made.state.get(param)
+            in_8_bits = made.moments[0].absmax in entry if entry else wants_8bit({**group, **changes}, param)
+            wanted.append((torch.empty(parts[id(param)], device="meta"), in_8_bits))
+    return wanted
+
+
+def _laid_out(made: BlockwiseOptimizer, wanted: Sequence[tuple[torch.Tensor, bool]]) -> dict[str, int]:
+    """Bytes by kind of state that the optimizer's own code lays out, so sizes and alignment are those of training."""
     found: dict[str, int] = {}
     arenas: dict[int, int] = {}
     for entry in states.allocate(made.moments, wanted):
