@@ -161,6 +161,11 @@ def origin(result: Mapping[str, Any]) -> str:
     )
 
 
+def not_measured(result: Mapping[str, Any]) -> str:
+    """Whom a result says nothing of, and why; nothing where there is nobody."""
+    return " ".join(f"Not measured: {name} ({reason})." for name, reason in result["not_measured"].items())
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 

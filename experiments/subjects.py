@@ -4,7 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,22 @@ def peer_subjects() -> dict[str, Make]:
         for library in PEERS
         if importlib.util.find_spec(library)
     }
+
+
+def missing_peers(asked: bool = True) -> dict[str, str]:
+    """The peers that are not measured on a CPU, and why; all of them where nobody `asked` for peers."""
+    reasons = {
+        library: "not installed" if asked else "left out of this run"
+        for library in PEERS
+        if not (asked and importlib.util.find_spec(library))
+    }
+    return {**reasons, "flashoptim": "needs a GPU"}
+
+
+def with_version(subject: str, versions: Mapping[str, str]) -> str:
+    """A peer's name with its version: "torchao AdamW8bit" is "torchao 0.18.0 AdamW8bit"."""
+    library, _, rest = subject.partition(" ")
+    return f"{library} {versions[library]} {rest}".rstrip() if library in versions else subject
 
 
 def peer_versions() -> dict[str, str]:

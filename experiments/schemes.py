@@ -1,0 +1,78 @@
+"""Ways to keep Adam's moments in 8 bits, to be compared: a code, and how many values share an absmax."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+CODES = ("linear", "quantile", "dynamic")
+OURS = "optim8 AdamW8bit"  # dynamic, blocks of 256, and a positive second moment never becomes 0
+
+Moments = dict[str, Tensor]
+
+
+def _fixed_code(name: str, signed: bool) -> Tensor:
+    from optim8 import functional
+
+    return functional.create_linear_map(signed) if name == "linear" else functional.create_dynamic_map(signed)
+
+
+def quantile_code(x: Tensor, blocksize: int | None) -> Tensor:
+    """The code whose values are equally often the nearest: midpoints of 257 quantiles of the normalized `x`.
+
+    Estimated from the tensor itself, as nothing that is known before can be; blocks share the code of their tensor.
+    """
+    rows = _rows(x, blocksize)
+    scales = rows.abs().amax(1, keepdim=True)
+    normalized = torch.where(scales > 0, rows / scales, rows).flatten()[: x.numel()].sort().values
+    at = torch.linspace(0, 1, 257, dtype=torch.float64) * (x.numel() - 1)
+    quantiles = normalized[at.round().long()]
+    return (quantiles[1:] + quantiles[:-1]) / 2
+
+
+def _rows(x: Tensor, blocksize: int | None) -> Tensor:
+    """The values of `x`, a row for each block, the last one filled up with zeros."""
+    if blocksize is None:
+        return x.reshape(1, -1)
+    return torch.nn.functional.pad(x.flatten(), (0, -x.numel() % blocksize)).view(-1, blocksize)
+
+
+def decoded(x: Tensor, code: Tensor, blocksize: int | None) -> Tensor:
+    """`x`, float32, after quantization with this code; without a block size the whole tensor has one absmax."""
+    from optim8 import functional
+
+    if blocksize is not None:
+        return functional.dequantize_blockwise(*functional.quantize_blockwise(x, code=code, blocksize=blocksize))
+    # Blocks of 63 values and the tensor's largest magnitude: then every block has the tensor's absmax.
+    rows = _rows(x, 63)
+    rows = torch.cat([rows, x.abs().max().expand(len(rows), 1)], dim=1)
+    back = functional.dequantize_blockwise(*functional.quantize_blockwise(rows, code=code, blocksize=64))
+    return back[:, :-1].flatten()[: x.numel()].view_as(x)
+
+
+def decoded_state(moments: Moments) -> Moments:
+    """The moments after quantization as optim8's optimizers store them."""
+    from optim8.optim import states
+
+    found = {}
+    for moment in (states.EXP_AVG, states.EXP_AVG_SQ):
+        values = moments[moment.name].contiguous()
+        codes = torch.empty_like(values, dtype=torch.uint8)
+        absmax = torch.empty(states.blocks(values.numel()))
+        states.quantize(moment, values, codes, absmax)
+        found[moment.name] = states.dequantize(moment, codes, absmax)
+    return found
+
+
+def schemes(moments: Moments) -> Iterator[tuple[str, int | None, Moments]]:
+    """Code, block size (None: tensor-wise) and what becomes of the moments, for every scheme."""
+    for name in CODES:
+        for blocksize in (None, *BLOCKSIZES):
+            found = {}
+            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                x = moments[key]
+                code = quantile_code(x, blocksize) if name == "quantile" else _fixed_code(name, signed)
+                found[key] = decoded(x, code, blocksize)
+            yield name, blocksize, found
+    yield OURS, 256, decoded_state(moments)
