@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 
 from optim8 import _native
-from optim8.optim import checkpoint, formats, options, overrides, states
+from optim8.optim import checkpoint, formats, options, overrides, sharded, states
+from optim8.optim.sharded import Part
 from optim8.optim.states import Moment
-
-# Parameters that are stepped with the same scalars: index of their group, list as long as the group's (placeholders
-# without gradient keep the others' places), native Hyper.
-Part: TypeAlias = tuple[int, list[torch.Tensor], Any]
 
 
 class BlockwiseOptimizer(torch.optim.Optimizer):
@@ -104,19 +101,21 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return loss
         parts = self._parts(scale, found_inf)
-        table, wanted = self._gather(parts, relaid)
-        if any(w.state or w.layout or w.moved or w.step for w in wanted):
-            for (at, params, _), missing in zip(parts, wanted, strict=True):
-                relaid[at].update({i: _in_layout_of(params[i]) for i in missing.layout})
-            for (at, params, _), missing in zip(parts, self._gather(parts, relaid)[1], strict=True):
-                self._allocate(self.param_groups[at], [params[i] for i in missing.state])
-                self._convert([("", params[i], self._is_8bit(params[i])) for i in missing.moved])
-            for (_, params, _), missing in zip(parts, self._gather(parts, relaid)[1], strict=True):
-                states.move_steps([(params[i], self.state[params[i]]) for i in missing.step])
-            table, _ = self._gather(parts, relaid)
-        _native.run_step(table, type(self).__name__, scale, found_inf)
-        # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.
-        torch.autograd.graph.increment_version(table.params)
+        with sharded.LocalStep(type(self).__name__, parts, self.state) as local:
+            table, wanted = self._gather(local, relaid)
+            if any(w.state or w.layout or w.moved or w.step for w in wanted):
+                for (at, params, _), missing in zip(local.parts, wanted, strict=True):
+                    relaid[at].update({i: _in_layout_of(params[i]) for i in missing.layout})
+                for (at, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
+                    self._allocate(self.param_groups[at], [params[i] for i in missing.state])
+                    self._convert([("", params[i], self._is_8bit(params[i])) for i in missing.moved])
+                local.refresh()
+                for (_, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
+                    states.move_steps([(params[i], self.state[params[i]]) for i in missing.step])
+                table, _ = self._gather(local, relaid)
+            _native.run_step(table, type(self).__name__, scale, found_inf)
+            # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.
+            torch.autograd.graph.increment_version(table.params)
         return loss
 
     def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:
@@ -162,12 +161,15 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             for changes, params in split
         ]
 
-    def _gather(self, parts: Sequence[Part], relaid: Sequence[dict[int, torch.Tensor]]) -> tuple[Any, list[Any]]:
+    def _gather(self, local: sharded.LocalStep, relaid: Sequence[dict[int, torch.Tensor]]) -> tuple[Any, list[Any]]:
         """All tensors of a step as one native table, and for each part what is still missing."""
         table = self._table
         table.clear()
         owner = type(self).__name__
-        wanted = [table.add(params, self.state, self.rule, hyper, owner, at, relaid[at]) for at, params, hyper in parts]
+        wanted = [
+            table.add(params, state, self.rule, hyper, owner, at, relaid[at])
+            for (at, params, hyper), state in zip(local.parts, local.states, strict=True)
+        ]
         return table, wanted
 
     def _allocate(self, group: dict[str, Any], wanted: Sequence[torch.Tensor]) -> None:
@@ -176,7 +178,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for param in wanted:
             by_device.setdefault(param.device, []).append(param)
         for params in by_device.values():
-            entries = states.allocate(self.moments, [(param, self._wants_8bit(group, param)) for param in params])
+            # What is 8-bit depends on the whole parameter; its state is that of the local shard.
+            shards = [(sharded.local(param), self._wants_8bit(group, param)) for param in params]
+            entries = states.allocate(self.moments, shards)
             for param, entry in zip(params, entries, strict=True):
                 self.state[param] = entry
 
@@ -186,7 +190,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for name, param, in_8_bits in wanted:
             by_device.setdefault(param.device, []).append((name, param, self.state[param], in_8_bits))
         for of_device in by_device.values():
-            for (_, param, _, _), entry in zip(of_device, checkpoint.converted(self.moments, of_device), strict=True):
+            shards = [(name, sharded.local(param), entry, in_8_bits) for name, param, entry, in_8_bits in of_device]
+            for (_, param, _, _), entry in zip(of_device, checkpoint.converted(self.moments, shards), strict=True):
                 self.state[param] = entry
 
     def _is_8bit(self, param: torch.Tensor) -> bool:
@@ -219,9 +224,14 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         return _wants_8bit({**group, **changes} if changes else group, param)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's: groups, and state by the position of its parameter. Overrides are not in it."""
+        """As torch.optim's: groups, and state by the position of its parameter. Overrides are not in it.
+
+        State of DTensors is given as DTensors that torch.distributed.checkpoint can reshard; their scales are then in
+        the form of tiles (docs/distributed.md), which load_state_dict understands with or without DTensors.
+        """
         self._resolved()
-        return super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        return sharded.saved_state_dict(self.moments, params, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optim8.optim import states
+from optim8.optim import sharded, states
 from optim8.optim.formats import Format, own
 from optim8.optim.sources import Entry, check_values, fill, is_quantized
 from optim8.optim.states import Moment
@@ -45,7 +45,7 @@ def loaded_state(
     pairs = [(id_, param, group) for group in groups for id_, param in zip(group.pop("saved_ids"), group["params"])]
     by_id = {id_: (param, group) for id_, param, group in pairs}
     state: defaultdict[Any, Any] = defaultdict(dict)
-    present: dict[torch.device, list[tuple[str, torch.Tensor, Entry, bool]]] = {}
+    present: dict[torch.device, list[tuple[str, torch.Tensor, torch.Tensor, Entry, bool]]] = {}
     for key, entry in state_dict["state"].items():
         if key not in by_id:
             if isinstance(key, int):
@@ -56,14 +56,15 @@ def loaded_state(
         elif entry:
             param, group = by_id[key]
             where = f"{owner}: state[{key!r}]"
-            read = known.read_entry(where, moments, param, entry)
+            read = sharded.of_shard(where, moments, param, known.read_entry(where, moments, param, entry))
             in_8_bits = is_quantized(read, moments) if known.keeps_precision else wants_8bit(group, param)
             if not known.keeps_precision:
                 check_values(where, moments, read, in_8_bits)
-            present.setdefault(param.device, []).append((f"state[{key!r}]", param, read, in_8_bits))
+            shard = sharded.local(param)
+            present.setdefault(shard.device, []).append((f"state[{key!r}]", param, shard, read, in_8_bits))
     for of_device in present.values():
-        fresh = states.allocate(moments, [(param, in_8_bits) for _, param, _, in_8_bits in of_device])
-        for (name, param, read, _), target in zip(of_device, fresh, strict=True):
+        fresh = states.allocate(moments, [(shard, in_8_bits) for _, _, shard, _, in_8_bits in of_device])
+        for (name, param, _, read, _), target in zip(of_device, fresh, strict=True):
             _fill_entry(moments, read, target, name)
             state[param] = target
     return state

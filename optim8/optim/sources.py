@@ -29,6 +29,18 @@ class Codes:
     blocksize: int = states.BLOCK
 
 
+@dataclass(frozen=True)
+class Tiled:
+    """A quantized moment as sharded state is saved: tiles.py. Becomes Codes before it is read.
+
+    codes: uint8, of the parameter's shape.
+    tiles: float32 [..., 2].
+    """
+
+    codes: torch.Tensor
+    tiles: torch.Tensor
+
+
 # A float moment is a tensor of any float dtype. An entry has `step`, a number, and one source for each moment.
 Source: TypeAlias = torch.Tensor | Codes
 Entry: TypeAlias = dict[str, Any]

@@ -9,7 +9,7 @@ import torch
 
 from optim8.optim import states
 from optim8.optim.formats import common
-from optim8.optim.sources import Codes, Entry
+from optim8.optim.sources import Codes, Entry, Tiled
 from optim8.optim.states import Moment
 
 
@@ -33,6 +33,10 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
         read[moment.name] = values = common.tensor(where, entry, moment.name, (kind,), param.shape)
         if in_8_bits:
             known.append(moment.absmax)
+            scales = entry.get(moment.absmax)
+            if isinstance(scales, torch.Tensor) and scales.dim() > 1:
+                read[moment.name] = Tiled(values, scales)
+                continue
             scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (states.blocks(param.numel()),))
             read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales))
     common.no_other_keys(where, entry, known)

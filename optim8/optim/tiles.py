@@ -1,0 +1,125 @@
+"""The scales of 8-bit state in a form that can be cut wherever a parameter can be sharded.
+
+A shard has blocks of its own: 256 consecutive values of the shard. Where one begins depends on how many ranks there
+are, so `absmax` cannot be cut and joined as the parameter is. A checkpoint of sharded state holds tiles instead. A
+tile is a run of T consecutive values, T a power of two and at most 256, that no sharding cuts and that lies in one
+block of any shard. Its entry is the pair (absmax of its block, -T). So saving loses nothing; and at loading, a block
+all of whose tiles agree is taken as it is, and only a block put together from several old ones is quantized anew.
+
+-T says that these are tiles: no scale is negative, so scales that were copied into the place of tiles are noticed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from optim8 import _native
+from optim8.optim import states
+from optim8.optim.states import BLOCK, Moment
+
+
+def tiling(shape: Sequence[int], ways: Mapping[int, int], contiguous: bool) -> tuple[int, int]:
+    """How the tiles of a parameter lie.
+
+    Args:
+        shape: of the whole parameter.
+        ways: for each dimension that is sharded, over how many ranks.
+        contiguous: whether the parameter and its shards are.
+
+    Returns:
+        (lead, T): the dimensions before `lead` are kept, those from there on are one row, cut into tiles of T values.
+        With only the first dimension sharded they do not depend on `ways`, so any number of ranks can load.
+    """
+    last = len(shape) - 1
+    if last < 1 or not contiguous:
+        return max(last, 0), 1
+    innermost = max(ways, default=0)
+    if innermost == last:
+        local, rest = divmod(shape[last], ways[last])
+        return last, 1 if rest else math.gcd(local, BLOCK)
+    # The fewest dimensions whose product has the largest power of two.
+    candidates = range(last, innermost, -1)
+    sizes = {lead: math.gcd(math.prod(shape[lead:]), BLOCK) for lead in candidates}
+    return max(candidates, key=lambda lead: (sizes[lead], lead)), max(sizes.values())
+
+
+def tiled_shape(shape: Sequence[int], lead: int, size: int) -> tuple[int, ...]:
+    """The shape of the tiles of a tensor, or of the shard of one."""
+    return (*shape[:lead], math.prod(shape[lead:]) // size, 2)
+
+
+def from_absmax(
+    shape: Sequence[int], stride: Sequence[int], absmax: torch.Tensor, lead: int, size: int
+) -> torch.Tensor:
+    """The tiles of a dense tensor of this shape and these strides; exact. Only tiles of 1 serve all strides."""
+    count = math.prod(shape)
+    if size == 1:
+        each = absmax.repeat_interleave(BLOCK)[:count].as_strided(tuple(shape), tuple(stride)).reshape(-1)
+    else:
+        each = absmax.repeat_interleave(BLOCK // size)[: count // size]
+    return torch.stack((each, torch.full_like(each, -size)), dim=-1).view(tiled_shape(shape, lead, size))
+
+
+def to_absmax(
+    where: str, moment: Moment, codes: torch.Tensor, tiles: torch.Tensor, stride: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and absmax of a dense tensor, from codes and tiles.
+
+    Args:
+        where: names the state, for messages.
+        moment: which state it is.
+        codes: uint8, any strides.
+        tiles: as from_absmax makes them, for the same values.
+        stride: of the result, dense.
+
+    Returns:
+        Codes with these strides and float32 [ceil(n / 256)]. Blocks with one scale are as they were; those with
+        several are quantized anew.
+
+    Raises:
+        ValueError: these are not the tiles of so many values, or not finite.
+    """
+    count = codes.numel()
+    pairs = tiles.to(codes.device)
+    if tiles.dtype != torch.float32 or tiles.dim() < 2 or tiles.shape[-1] != 2:
+        pairs = torch.empty((0, 2))
+    scales, marks = pairs.reshape(-1, 2).unbind(1)
+    size = count // max(scales.numel(), 1)
+    if scales.numel() * size != count or bool((marks != -size).any()) or (count and BLOCK % size):
+        raise ValueError(
+            f"{where}[{moment.absmax!r}] must be the tiles of {count} values, each an absmax and the negative number "
+            "of its values, got something else. Scales of unsharded state do not go through broadcast_from_rank0: "
+            "call optimizer.load_state_dict with the whole state dict on every rank."
+        )
+    if not bool(((scales >= 0) & scales.isfinite()).all()):
+        raise ValueError(f"{where}[{moment.absmax!r}] must be finite and not negative. The checkpoint is damaged.")
+    out = torch.empty_strided(tuple(codes.shape), tuple(stride), dtype=torch.uint8, device=codes.device).copy_(codes)
+    if count == 0:
+        return out, scales.new_empty(0)
+    if not out.is_contiguous():  # blocks run in memory order
+        each = torch.empty_strided(tuple(codes.shape), tuple(stride), dtype=torch.float32, device=codes.device)
+        scales, size = states.flat(each.copy_(scales.repeat_interleave(size).view(codes.shape))), 1
+    missing = -scales.numel() % (BLOCK // size)
+    of_block = torch.cat((scales, scales[-1:].expand(missing))).view(-1, BLOCK // size)
+    absmax = of_block[:, 0].clone()
+    joined = (of_block != absmax[:, None]).any(dim=1).nonzero()[:, 0]
+    if joined.numel():
+        _requantize(moment, states.flat(out), absmax, joined, of_block[joined].repeat_interleave(size, dim=1))
+    return out, absmax
+
+
+def _requantize(
+    moment: Moment, codes: torch.Tensor, absmax: torch.Tensor, joined: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Quantize the blocks `joined` anew; `scales` has one for each of their values."""
+    index = joined[:, None] * BLOCK + torch.arange(BLOCK, device=codes.device)
+    inside = index < codes.numel()  # the last block may be shorter
+    table = torch.tensor(_native.module_for(codes.device, "optim8").dynamic_map(moment.signed), device=codes.device)
+    values = table[codes[index.clamp(max=codes.numel() - 1)].int()] * scales * inside
+    new_codes, new_absmax = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(absmax[joined])
+    states.quantize(moment, values, new_codes, new_absmax)
+    codes[index[inside]] = new_codes[inside]
+    absmax[joined] = new_absmax

@@ -1,0 +1,76 @@
+"""Processes that run the scenarios of test_distributed.py, one after the other, each with a group of its own size."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+HERE = Path(__file__).resolve().parent
+
+
+class Place:
+    """Where a scenario runs: its rank, the number of ranks, their device, and a folder that all stages share."""
+
+    def __init__(self, rank: int, world: int, device: torch.device, folder: Path) -> None:
+        self.rank, self.world, self.device, self.folder = rank, world, device, folder
+
+    def mesh(self, *shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+        return init_device_mesh(self.device.type, shape or (self.world,), mesh_dim_names=names)
+
+    def same_everywhere(self, value: Any) -> bool:
+        """Whether all ranks pass an equal value."""
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, value)
+        return all(other == gathered[0] for other in gathered)
+
+
+Scenario = Callable[[Place], None]
+
+
+def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[str, int, str]]) -> None:
+    sys.path.insert(0, str(HERE))  # the scenarios import the tests' own modules
+    torch.set_num_threads(1)
+    scenarios = __import__("distributed_scenarios").SCENARIOS
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
+    for name, world, scenario in stages:
+        if rank >= world:
+            continue
+        said = ""
+        try:
+            dist.init_process_group(
+                "nccl" if device_type == "cuda" else "gloo",
+                init_method=f"file://{folder}/{name}.store",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=60),
+            )
+            if device_type == "cuda":
+                torch.cuda.set_device(device)
+            torch.manual_seed(20240229)
+            scenarios[scenario](Place(rank, world, device, Path(folder)))
+        except BaseException:
+            said = traceback.format_exc()
+        finally:
+            Path(folder, f"{name}.{rank}.json").write_text(json.dumps(said))
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def run(stages: Sequence[tuple[str, int, str]], device_type: str, folder: Path) -> dict[str, list[str]]:
+    """Run (name, number of processes, scenario) in order; gives for each name what every rank reported, "" for good."""
+    count = max(world for _, world, _ in stages)
+    mp.start_processes(_process, (device_type, str(folder), list(stages)), nprocs=count, start_method="spawn")
+    return {
+        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world)]
+        for name, world, _ in stages
+    }

@@ -1,0 +1,47 @@
+"""PyTorch's own engines of distribution, with processes on this machine: gloo on CPU, NCCL with --device cuda.
+
+All stages run in one set of processes, which takes most of its time to start; each stage is a test.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import torch
+
+# (scenario of distributed_scenarios.py, number of processes), in the order in which they run.
+STAGES = [
+    ("ddp", 2),
+    ("ddp", 3),
+    ("fsdp2", 2),
+    ("fsdp2", 3),
+    ("cpu_offload", 2),
+    ("tensor_parallel", 2),
+    ("fsdp2_and_tensor_parallel", 2),
+    ("gradients", 2),
+    ("gradient_scaler", 2),
+    ("clipping", 3),
+]
+NAMES = [f"{scenario}-{world}" for scenario, world in STAGES]
+
+
+@pytest.fixture(scope="module")
+def reports(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What the ranks of each stage reported. On GPUs, those stages for which there is a GPU for each process."""
+    most = 3 if device.type == "cpu" else torch.cuda.device_count()
+    stages = [(name, world, scenario) for name, (scenario, world) in zip(NAMES, STAGES, strict=True) if world <= most]
+    if not stages:
+        return {}
+    folder: Path = tmp_path_factory.mktemp("distributed")
+    return distributed_worker.run(stages, device.type, folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scenario(name: str, reports: dict[str, list[str]], device: torch.device) -> None:
+    if name not in reports:
+        assert device.type == "cuda"
+        pytest.skip(f"{name}: needs a GPU for each process, here {torch.cuda.device_count()}")
+    for rank, report in enumerate(reports[name]):
+        assert not report, f"rank {rank}:\n{report}"
