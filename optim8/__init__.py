@@ -13,6 +13,7 @@ Example:
 from importlib.metadata import PackageNotFoundError, version
 
 from optim8 import convert, functional, memory, optim
+from optim8.health import monitor
 from optim8.optim import Adam8bit, AdamW8bit, Lion8bit, override
 
 try:
@@ -20,4 +21,4 @@ try:
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "convert", "functional", "memory", "optim", "override"]
+__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "convert", "functional", "memory", "monitor", "optim", "override"]

@@ -21,6 +21,7 @@ PYTHON_LAYERS = [
     "convert",
     "nn",
     "memory",
+    "health",
     "__init__",
     "__main__",
 ]

@@ -174,7 +174,7 @@ def _bert(config: Mapping[str, Any], architecture: str) -> Shapes:
         found |= _norm("cls.predictions.transform.LayerNorm", width)
         found["cls.predictions.bias"] = (vocabulary,)
         if not config.get("tie_word_embeddings", True):
-            found["cls.predictions.decoder.weight"] = (vocabulary, width)
+            found |= _linear("cls.predictions.decoder", vocabulary, width)
     if pair:
         found |= _linear("cls.seq_relationship", 2, width)
     if labels:

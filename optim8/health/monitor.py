@@ -1,0 +1,161 @@
+"""Writes the health of an optimizer's state to TensorBoard, and warns where a moment does not survive 8 bits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from optim8.health import measures
+from optim8.health.measures import ParameterHealth
+from optim8.optim.base import BlockwiseOptimizer
+
+ERROR_LIMIT = 0.2
+_SAMPLE = 65_536  # values of a parameter, 256 blocks: the mean error is then known to about 1 % of itself
+_EDGES = list(range(257))  # one bin for each code
+
+
+class Monitor:
+    """What `monitor` returns: `latest` has the last result by parameter, `remove()` ends it, as does the end of a
+    `with` block."""
+
+    def __init__(
+        self, optimizer: BlockwiseOptimizer, writer: Any, every: int, limit: float, sample: int, names: dict[int, str]
+    ) -> None:
+        self.optimizer, self.writer, self.every, self.limit, self.sample = optimizer, writer, every, limit, sample
+        self.latest: dict[str, ParameterHealth] = {}
+        self._names = names
+        self._steps = 0
+        self._warned: set[tuple[str, str]] = set()
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Stop watching. The writer stays open."""
+        self._handle.remove()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._steps += 1
+        if self._steps % self.every:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._look()
+            return None
+
+        def with_look() -> Any:  # the gradients of this step are there only after the closure
+            loss = closure()
+            self._look()
+            return loss
+
+        others = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args[0], with_look), others
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        skipped = found_inf is not None and bool(found_inf.item())
+        self.latest = {}
+        for index, position, group, param in measures.trained(self.optimizer):
+            name, target = self._called(group, index, position, param)
+            grad = measures.local(param.grad)
+            entry = self.optimizer.state.get(param) or {}
+            in_8_bits = self.optimizer.moments[0].absmax in entry
+            seen = (0, {}) if skipped or not in_8_bits else measures.moments(self.optimizer, group, param, self.sample)
+            step = int(entry["step"]) + 1 if entry else 1
+            health = ParameterHealth(name, measures.nonfinite(grad), grad.numel(), *seen)
+            self.latest[name] = health
+            self._write(health, step)
+            self._warn(health, step, target)
+
+    def _called(self, group: dict[str, Any], index: int, position: int, param: torch.Tensor) -> tuple[str, str]:
+        """The name of a parameter, and how an override names it."""
+        known = self._names.get(id(param))
+        if known is not None:
+            return known, f"{known!r}, module=model"
+        if group.get("param_names"):
+            return group["param_names"][position], repr(group["param_names"][position])
+        return f"group {index} parameter {position}", f"optimizer.param_groups[{index}]['params'][{position}]"
+
+    def _write(self, health: ParameterHealth, step: int) -> None:
+        name, scalar = health.name, self.writer.add_scalar
+        scalar(f"gradient_nonfinite/{name}", health.nonfinite, step)
+        for moment, of in health.moments.items():
+            scalar(f"{moment}_error/{name}", of.error, step)
+            scalar(f"{moment}_saturated/{name}", of.saturated, step)
+            if of.smallest is not None:
+                scalar(f"{moment}_at_smallest_code/{name}", of.smallest, step)
+            self.writer.add_histogram(f"{moment}_codes/{name}", of.codes, step, bins=_EDGES)
+
+    def _warn(self, health: ParameterHealth, step: int, target: str) -> None:
+        for moment, of in health.moments.items():
+            if of.error <= self.limit or (health.name, moment) in self._warned:
+                continue
+            self._warned.add((health.name, moment))
+            warnings.warn(
+                f"optim8.monitor: {moment} of {health.name!r} has a relative quantization error of {of.error:.1%} at "
+                f"step {step}, limit {self.limit:.1%}. To keep its state in 32 bits: "
+                f"optim8.override({target}, optim_bits=32).",
+                stacklevel=2,
+            )
+
+
+def monitor(
+    optimizer: torch.optim.Optimizer,
+    writer: Any,
+    every: int = 100,
+    *,
+    model: torch.nn.Module | None = None,
+    limit: float = ERROR_LIMIT,
+    sample: int = _SAMPLE,
+) -> Monitor:
+    """Watch what 8 bits do to an optimizer's state, and write it to TensorBoard.
+
+    At every `every`-th step, before it, for each parameter with 8-bit state: the relative quantization error of its
+    moments, the share of positive `exp_avg_sq` at the smallest code, the share of codes at the ends of the table, and
+    a histogram of the codes; for every parameter: the number of gradient elements that are NaN or infinite. The
+    moments are computed on a copy; training does not change. Waits for a GPU at those steps only.
+
+    Args:
+        optimizer: one of optim8's.
+        writer: a torch.utils.tensorboard.SummaryWriter, or anything with its `add_scalar` and `add_histogram`.
+        every: steps between two looks, at least 1.
+        model: gives the names; else those of an optimizer made from `named_parameters()`, else places in its groups.
+        limit: of the relative error, in (0, 1]; a moment above it is reported once, by a warning that names the
+            parameter and the override to use.
+        sample: of a larger parameter this many values are looked at, in blocks spread evenly; at least 256.
+
+    Returns:
+        a handle: `.latest`, `.remove()`; usable in a `with` statement.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be honoured.
+
+    Example:
+        >>> import torch, optim8
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = optim8.AdamW8bit(model.parameters())
+        >>> watch = optim8.monitor(optimizer, SummaryWriter("runs/health"), every=100, model=model)
+    """
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        raise TypeError(f"optim8.monitor: optimizer must be one of optim8's, got {type(optimizer).__name__}.")
+    for method in ("add_scalar", "add_histogram"):
+        if not callable(getattr(writer, method, None)):
+            raise TypeError(
+                f"optim8.monitor: writer must have {method}, as torch.utils.tensorboard.SummaryWriter has, got "
+                f"{type(writer).__name__}."
+            )
+    for name, value, least in (("every", every, 1), ("sample", sample, 256)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"optim8.monitor: {name} must be a whole number of at least {least}, got {value!r}.")
+    if not 0 < limit <= 1:
+        raise ValueError(f"optim8.monitor: limit must be in (0, 1], got {limit!r}.")
+    names = {} if model is None else {id(param): name for name, param in model.named_parameters()}
+    return Monitor(optimizer, writer, every, limit, sample, names)
