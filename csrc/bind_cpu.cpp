@@ -15,6 +15,7 @@ namespace optim8 {
 
 void bind_step(py::module_& m);
 void bind_functional(py::module_& m);
+void bind_paging(py::module_& m);
 
 namespace {
 
@@ -182,4 +183,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("threads"), "Codes of float32 quotients in [-1, 1], for checking the codec.");
     bind_step(m);
     bind_functional(m);
+    bind_paging(m);
 }

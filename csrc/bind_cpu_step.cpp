@@ -278,15 +278,26 @@ Wanted StepTable::add(py::list params, py::dict state, RuleId rule, const Hyper&
     return wanted;
 }
 
+DeviceRows* StepTable::on_cpu() {
+    const auto found = std::find_if(devices_.begin(), devices_.end(), [](const DeviceRows& d) { return d.on_cpu; });
+    return found == devices_.end() || found->rows.empty() ? nullptr : &*found;
+}
+
 void StepTable::run_cpu(int threads) {
-    const auto on_cpu = std::find_if(devices_.begin(), devices_.end(), [](const DeviceRows& d) { return d.on_cpu; });
-    if (on_cpu == devices_.end() || on_cpu->rows.empty()) return;
-    const std::vector<Row>& rows = on_cpu->rows;
+    DeviceRows* rows = on_cpu();
+    if (rows == nullptr) return;
+    {
+        const py::gil_scoped_release release;
+        step_rows(rows->rows, threads);
+    }
+    rows->count();
+}
+
+void step_rows(const std::vector<Row>& rows, int threads) {
     // Work is split by blocks, not by tensors: chunk c covers the same run of blocks whatever tensors they are of.
     std::vector<int64_t> first(rows.size() + 1, 0);
     for (size_t r = 0; r < rows.size(); ++r) first[r + 1] = first[r] + blocks_of(rows[r].size, step_block);
     const Kernels& use = kernels();
-    const py::gil_scoped_release release;
     parallel_for(first.back(), chunk_size(first.back(), threads, 1024), threads, [&](int64_t begin, int64_t end) {
         size_t r = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
         for (; begin < end; ++r) {
@@ -295,7 +306,6 @@ void StepTable::run_cpu(int threads) {
             begin = std::max(begin, stop);
         }
     });
-    on_cpu->count();
 }
 
 void bind_step(py::module_& m) {
@@ -320,7 +330,7 @@ void bind_step(py::module_& m) {
         .def_readonly("layout", &Wanted::layout)
         .def_readonly("moved", &Wanted::moved)
         .def_readonly("step", &Wanted::step);
-    py::class_<DeviceRows>(m, "DeviceRows", "The rows of one device other than the CPU.")
+    py::class_<DeviceRows>(m, "DeviceRows", "The rows of one device.")
         .def_readonly("device", &DeviceRows::device)
         .def_readonly("count_on_device", &DeviceRows::count_on_device)
         .def_property_readonly("address",
@@ -342,6 +352,7 @@ void bind_step(py::module_& m) {
             py::arg("relaid"))
         .def("clear", &StepTable::clear)
         .def("run_cpu", &StepTable::run_cpu, py::arg("threads"))
+        .def("on_cpu", &StepTable::on_cpu, py::return_value_policy::reference_internal)
         .def_property_readonly("params", &StepTable::params)
         .def("elsewhere", &StepTable::elsewhere, py::return_value_policy::reference_internal)
         .def("__len__", &StepTable::size);

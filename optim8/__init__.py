@@ -12,13 +12,35 @@ Example:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from optim8 import convert, functional, memory, optim
+from optim8 import convert, functional, memory, optim, paging
 from optim8.health import monitor
-from optim8.optim import Adam8bit, AdamW8bit, Lion8bit, override
+from optim8.optim import (
+    Adam8bit,
+    AdamW8bit,
+    Lion8bit,
+    PagedAdam8bit,
+    PagedAdamW8bit,
+    PagedLion8bit,
+    override,
+)
 
 try:
     __version__ = version("optim8")
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "convert", "functional", "memory", "monitor", "optim", "override"]
+__all__ = [
+    "Adam8bit",
+    "AdamW8bit",
+    "Lion8bit",
+    "PagedAdam8bit",
+    "PagedAdamW8bit",
+    "PagedLion8bit",
+    "convert",
+    "functional",
+    "memory",
+    "monitor",
+    "optim",
+    "override",
+    "paging",
+]

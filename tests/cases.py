@@ -85,8 +85,10 @@ EVERY = list(CASES.values())
 
 
 def found() -> set[str]:
-    """The optimizers that the library exports."""
+    """The optimizers that the library exports; those that are paged by name have tests/test_paging_*.py."""
     public = {name: getattr(optim8, name) for name in dir(optim8) if not name.startswith("_")}
     return {
-        name for name, thing in public.items() if isinstance(thing, type) and issubclass(thing, torch.optim.Optimizer)
+        name
+        for name, thing in public.items()
+        if isinstance(thing, type) and issubclass(thing, torch.optim.Optimizer) and not thing.always_paged
     }

@@ -70,6 +70,9 @@ class StepTable {
     // Steps every row on the CPU and counts the step.
     void run_cpu(int threads);
 
+    // The rows of the CPU, or null where there are none.
+    DeviceRows* on_cpu();
+
     // The rows of the other devices, for the module of their kernels.
     std::vector<DeviceRows*> elsewhere();
 
@@ -86,5 +89,8 @@ class StepTable {
     std::vector<Hint> hints_;  // by order of asking
     size_t asked_ = 0;
 };
+
+// Steps rows whose tensors are on the CPU. Needs no GIL; does not count the step.
+void step_rows(const std::vector<Row>& rows, int threads);
 
 }  // namespace optim8

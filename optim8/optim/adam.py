@@ -7,6 +7,7 @@ from typing import Any
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.options import MIN_8BIT_SIZE
 from optim8.optim.states import EXP_AVG, EXP_AVG_SQ
+from optim8.paging import Pager
 
 _ARGS = """
 
@@ -22,11 +23,12 @@ _ARGS = """
         capturable: for CUDA parameters only.
         min_8bit_size: tensors of fewer values keep 32-bit state.
         optim_bits: 8, or 32 for state in float32.
+        paged: True keeps state in a memory-mapped file; an optim8.paging.Pager says where it lives, under which budget.
         **kwargs: what bitsandbytes' optimizers also take: `args`, `is_paged`; `percentile_clipping`, `block_wise`,
             `max_unorm` and `skip_zeros` with the values that change nothing.
 
-    Each can be set by parameter group. State: `step`, and `exp_avg`, `exp_avg_sq` as uint8 codes with one float32
-    `_absmax` for each 256 values, or as float32.
+    Each but `paged` can be set by parameter group. State: `step`, and `exp_avg`, `exp_avg_sq` as uint8 codes with one
+    float32 `_absmax` for each 256 values, or as float32.
 
     Raises:
         ValueError: an argument cannot be honoured.
@@ -60,6 +62,7 @@ class Adam8bit(_AdamFamily):
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: int = 8,
+        paged: bool | Pager | None = None,
         **kwargs: Any,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
@@ -89,7 +92,20 @@ class AdamW8bit(_AdamFamily):
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: int = 8,
+        paged: bool | Pager | None = None,
         **kwargs: Any,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
+
+
+class PagedAdam8bit(Adam8bit):
+    """Adam8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a memory-mapped file."""
+
+    always_paged = True
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """AdamW8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a memory-mapped file."""
+
+    always_paged = True

@@ -13,6 +13,10 @@ from optim8 import _native
 from optim8.optim import checkpoint, formats, options, overrides, sharded, states
 from optim8.optim.sharded import Part
 from optim8.optim.states import Moment
+from optim8.paging import Place, Placement
+from optim8.paging.options import pager_of
+from optim8.paging.segments import tensors_of
+from optim8.paging.store import Store, placed
 
 
 class BlockwiseOptimizer(torch.optim.Optimizer):
@@ -26,13 +30,20 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
     moments: ClassVar[tuple[Moment, ...]]
+    always_paged: ClassVar[bool] = False
     _known_overrides: overrides.Resolved | None = None
 
+    _store: Store | None = None  # where state lives that is paged
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        owner = type(self).__name__
         _native.cpu()  # a missing build is an error here, not at the first step
-        defaults = options.completed(type(self).__name__, defaults)
-        options.check_group(type(self).__name__, defaults)
+        defaults = options.completed(owner, defaults)
+        pager = pager_of(owner, defaults.pop("paged", None), self.always_paged)
+        options.check_group(owner, defaults)
         super().__init__(params, defaults)
+        if pager is not None:
+            self._store = Store(owner, pager)
         overrides.register(self)
 
     @cached_property
@@ -79,6 +90,25 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 return "8bit" if self._wants_8bit(group, param) else "32bit"
         raise ValueError(f"{type(self).__name__}.precision: the tensor must be a parameter of this optimizer.")
 
+    def placement(self) -> Placement:
+        """Where the state of each parameter is: in memory of its device, in memory of the host, or on the disk.
+
+        Returns:
+            One optim8.paging.Place for each parameter, in order; printed, a table.
+        """
+        store, places = self._store, []
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names", [""] * len(group["params"]))
+            for index, (param, name) in enumerate(zip(group["params"], names, strict=True)):
+                entry = self.state.get(param)
+                tensors = tensors_of(entry or {})
+                # An empty tensor has no address; the count of steps has.
+                tier, where = placed(store, max(tensors, key=lambda t: t.nbytes)) if tensors else ("none", "")
+                size = sum(tensor.nbytes for tensor in tensors)
+                shape, precision = tuple(param.shape), self.precision(param)
+                places.append(Place(number, index, name, shape, precision, tier, where, size))
+        return Placement(places)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -113,7 +143,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 for (_, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
                     states.move_steps([(params[i], self.state[params[i]]) for i in missing.step])
                 table, _ = self._gather(local, relaid)
-            _native.run_step(table, type(self).__name__, scale, found_inf)
+            run = _native.run_step if self._store is None else self._store.run_step
+            run(table, type(self).__name__, scale, found_inf)
             # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.
             torch.autograd.graph.increment_version(table.params)
         return loss
@@ -180,7 +211,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for params in by_device.values():
             # What is 8-bit depends on the whole parameter; its state is that of the local shard.
             shards = [(sharded.local(param), self._wants_8bit(group, param)) for param in params]
-            entries = states.allocate(self.moments, shards)
+            entries = states.allocate(self.moments, shards, self._store)
             for param, entry in zip(params, entries, strict=True):
                 self.state[param] = entry
 
@@ -191,7 +222,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             by_device.setdefault(param.device, []).append((name, param, self.state[param], in_8_bits))
         for of_device in by_device.values():
             shards = [(name, sharded.local(param), entry, in_8_bits) for name, param, entry, in_8_bits in of_device]
-            for (_, param, _, _), entry in zip(of_device, checkpoint.converted(self.moments, shards), strict=True):
+            fresh = checkpoint.converted(self.moments, shards, self._store)
+            for (_, param, _, _), entry in zip(of_device, fresh, strict=True):
                 self.state[param] = entry
 
     def _is_8bit(self, param: torch.Tensor) -> bool:
@@ -261,9 +293,11 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for group in groups:
             options.check_group(owner, {**options.EXTRA_DEFAULTS, **group})
         self._resolved()
-        state = checkpoint.loaded_state(owner, self.moments, known, state_dict, groups, self._wants_8bit)
+        state = checkpoint.loaded_state(owner, self.moments, known, state_dict, groups, self._wants_8bit, self._store)
         self.__setstate__({"state": state, "param_groups": groups})
         self._known_overrides = None
+        if self._store is not None:
+            self._store.keep_only(self.state.values())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -12,6 +12,7 @@ from optim8.optim import sharded, states
 from optim8.optim.formats import Format, own
 from optim8.optim.sources import Entry, check_values, fill, is_quantized
 from optim8.optim.states import Moment
+from optim8.paging.store import Store
 
 
 def merged_groups(owner: str, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -40,8 +41,10 @@ def loaded_state(
     state_dict: dict[str, Any],
     groups: list[dict[str, Any]],
     wants_8bit: Callable[[dict[str, Any], torch.Tensor], bool],
+    store: Store | None,
 ) -> defaultdict[Any, Any]:
-    """State for the optimizer's own parameters, copied from a saved one. Takes `saved_ids` out of the groups."""
+    """State for the optimizer's own parameters, copied from a saved one. Takes `saved_ids` out of the groups. `store`:
+    where it is to live; None: beside the parameters."""
     pairs = [(id_, param, group) for group in groups for id_, param in zip(group.pop("saved_ids"), group["params"])]
     by_id = {id_: (param, group) for id_, param, group in pairs}
     state: defaultdict[Any, Any] = defaultdict(dict)
@@ -63,7 +66,7 @@ def loaded_state(
             shard = sharded.local(param)
             present.setdefault(shard.device, []).append((f"state[{key!r}]", param, shard, read, in_8_bits))
     for of_device in present.values():
-        fresh = states.allocate(moments, [(shard, in_8_bits) for _, _, shard, _, in_8_bits in of_device])
+        fresh = states.allocate(moments, [(shard, in_8_bits) for _, _, shard, _, in_8_bits in of_device], store)
         for (name, param, _, read, _), target in zip(of_device, fresh, strict=True):
             _fill_entry(moments, read, target, name)
             state[param] = target
@@ -71,15 +74,18 @@ def loaded_state(
 
 
 def converted(
-    moments: Sequence[Moment], wanted: Sequence[tuple[str, torch.Tensor, dict[str, Any], bool]]
+    moments: Sequence[Moment],
+    wanted: Sequence[tuple[str, torch.Tensor, dict[str, Any], bool]],
+    store: Store | None,
 ) -> list[dict[str, Any]]:
     """States of an optimizer, laid out anew for the parameters as they are now.
 
     Args:
         moments: the states of the rule.
         wanted: (name for a report, or ""; parameter; its state; whether the new one is 8-bit), all on one device.
+        store: where the optimizer's state lives; None: beside the parameters.
     """
-    fresh = states.allocate(moments, [(param, in_8_bits) for _, param, _, in_8_bits in wanted])
+    fresh = states.allocate(moments, [(param, in_8_bits) for _, param, _, in_8_bits in wanted], store)
     for (name, _, entry, _), target in zip(wanted, fresh, strict=True):
         _fill_entry(moments, own.as_sources(moments, entry), target, name)
     return fresh

@@ -7,6 +7,7 @@ from typing import Any
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.options import MIN_8BIT_SIZE
 from optim8.optim.states import EXP_AVG
+from optim8.paging import Pager
 
 
 class Lion8bit(BlockwiseOptimizer):
@@ -23,11 +24,12 @@ class Lion8bit(BlockwiseOptimizer):
         differentiable: must be False.
         min_8bit_size: tensors of fewer values keep 32-bit state.
         optim_bits: 8, or 32 for state in float32.
+        paged: True keeps state in a memory-mapped file; an optim8.paging.Pager says where it lives, under which budget.
         **kwargs: what bitsandbytes' optimizers also take: `args`, `is_paged`; `percentile_clipping`, `block_wise`,
             `max_unorm` and `skip_zeros` with the values that change nothing.
 
-    Each can be set by parameter group. State: `step`, and `exp_avg` as uint8 codes with one float32 `_absmax` for
-    each 256 values, or as float32.
+    Each but `paged` can be set by parameter group. State: `step`, and `exp_avg` as uint8 codes with one float32
+    `_absmax` for each 256 values, or as float32.
 
     Raises:
         ValueError: an argument cannot be honoured.
@@ -50,7 +52,14 @@ class Lion8bit(BlockwiseOptimizer):
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: int = 8,
+        paged: bool | Pager | None = None,
         **kwargs: Any,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
+
+
+class PagedLion8bit(Lion8bit):
+    """Lion8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a memory-mapped file."""
+
+    always_paged = True

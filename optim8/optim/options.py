@@ -62,10 +62,10 @@ def completed(owner: str, defaults: dict[str, Any]) -> dict[str, Any]:
         if name not in EXTRA_DEFAULTS:
             raise TypeError(f"{owner}: {name!r} is no argument of this optimizer.")
         defaults[name] = value
-    if is_paged:
-        if "paged" not in defaults:
-            raise ValueError(f"{owner}: is_paged must be False, got {is_paged!r}.")
+    if is_paged and defaults.get("paged") is None:
         defaults["paged"] = True
+    elif is_paged and not defaults["paged"]:
+        raise ValueError(f"{owner}: is_paged=True contradicts paged=False. Leave one out.")
     return with_betas(owner, defaults)
 
 

@@ -8,13 +8,16 @@ views of a few flat arenas.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from optim8 import _native
+from optim8.paging.segments import DEVICE, TIERS
+from optim8.paging.store import Store
 
 BLOCK = 256  # values of one absmax; csrc/core/codec.h, step_block
 _ALIGN = 64  # bytes; a cache line, and the width of the widest vector
@@ -58,22 +61,54 @@ class _Arena:
         self.size += -(-math.prod(shape) // self.step) * self.step
         return at
 
-    def allocate(self) -> None:
-        self.flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
+
+def _beside(arenas: Sequence[_Arena]) -> None:
+    """Memory for arenas where they say."""
+    for arena in arenas:
+        arena.flat = torch.full((arena.size,), arena.fill, dtype=arena.dtype, device=arena.device)
 
 
-def allocate(moments: Sequence[Moment], wanted: Sequence[tuple[torch.Tensor, bool]]) -> list[dict[str, Any]]:
+def state_bytes(moments: Sequence[Moment], size: int, in_8_bits: bool) -> int:
+    """Bytes of the state of a parameter of `size` values."""
+    return 4 + len(moments) * (size + 4 * blocks(size) if in_8_bits else 4 * size)
+
+
+def allocate(
+    moments: Sequence[Moment], wanted: Sequence[tuple[torch.Tensor, bool]], store: Store | None = None
+) -> list[dict[str, Any]]:
     """Zero state for parameters of one device, in order.
 
     Args:
         moments: the states of the rule.
         wanted: (parameter, whether its state is 8-bit).
+        store: decides where the state lives; None: beside its parameter.
 
     Returns:
         For each parameter its state: `step` (float32, 0-dim, on the CPU) and the tensors of every moment.
+
+    Raises:
+        OSError: there is no room on the disk; nothing was allocated.
     """
     if not wanted:
         return []
+    if store is None:
+        return _allocate(moments, wanted, _beside)
+    device = wanted[0][0].device
+    tiers = store.assign([state_bytes(moments, param.numel(), in_8_bits) for param, in_8_bits in wanted], device)
+    entries: list[dict[str, Any]] = [{}] * len(wanted)
+    for tier in sorted(set(tiers), key=TIERS.index, reverse=True):  # the disk first, which may be full
+        indices = [i for i, of_state in enumerate(tiers) if of_state == tier]
+        make = _beside if tier == DEVICE else partial(store.allocate, tier, device)
+        for i, entry in zip(indices, _allocate(moments, [wanted[i] for i in indices], make), strict=True):
+            entries[i] = entry
+    return entries
+
+
+def _allocate(
+    moments: Sequence[Moment],
+    wanted: Sequence[tuple[torch.Tensor, bool]],
+    make: Callable[[Sequence[_Arena]], None],
+) -> list[dict[str, Any]]:
     device = wanted[0][0].device
     steps = _Arena(torch.float32, torch.device("cpu"), align=1)
     scales = _Arena(torch.float32, device, align=1)
@@ -92,10 +127,15 @@ def allocate(moments: Sequence[Moment], wanted: Sequence[tuple[torch.Tensor, boo
             else:
                 cut.append((moment.name, floats, shape, stride, floats.place(shape)))
         cuts.append(cut)
-    for arena in (steps, scales, *codes.values(), floats):
-        arena.allocate()
+    make((steps, scales, *codes.values(), floats))
     # Parameter by parameter, so that the small objects a step must look at lie together.
-    return [{name: arena.flat.as_strided(shape, stride, at) for name, arena, shape, stride, at in cut} for cut in cuts]
+    return [
+        {
+            name: arena.flat.as_strided(shape, stride, arena.flat.storage_offset() + at)
+            for name, arena, shape, stride, at in cut
+        }
+        for cut in cuts
+    ]
 
 
 def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:

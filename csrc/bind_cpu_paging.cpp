@@ -1,0 +1,64 @@
+// Paged state: a step in buckets, and the pages of memory-mapped files. What is paged is decided in optim8.paging.
+#include "bind/buckets.h"
+#include "cpu/pages.h"
+
+PYBIND11_MAKE_OPAQUE(optim8::Buckets)
+
+namespace optim8 {
+namespace {
+
+bool release_all(const std::vector<Span>& spans) {
+    bool taken = true;
+    for (const Span& span : spans) taken = release_pages(span.first, span.second) && taken;
+    return taken;
+}
+
+// One call for the whole step: a signal handler of Python that raises must not end it in the middle.
+void run_cpu(const Buckets& buckets, int threads, int64_t ahead, bool release) {
+    const py::gil_scoped_release no_gil;
+    size_t fetched = 0;
+    int64_t waiting = 0;  // bytes that were fetched and not yet stepped
+    for (size_t b = 0; b < buckets.size(); ++b) {
+        for (; fetched < buckets.size() && (fetched <= b || waiting < ahead); ++fetched) {
+            for (const Span& span : buckets[fetched].spans) fetch_pages(span.first, span.second);
+            waiting += buckets[fetched].bytes;
+        }
+        step_rows(buckets[b].rows, threads);
+        waiting -= buckets[b].bytes;
+        if (release) release_all(buckets[b].spans);
+    }
+}
+
+}  // namespace
+
+void bind_paging(py::module_& m) {
+    py::class_<Bucket>(m, "Bucket", "A run of blocks of a step, and the paged memory that it uses.")
+        .def_readonly("spans", &Bucket::spans, "Addresses [begin, end) in whole pages.")
+        .def_readonly("bytes", &Bucket::bytes, "Bytes of paged state.")
+        .def("__len__", [](const Bucket& b) { return b.rows.size(); });
+    py::class_<Buckets>(m, "Buckets", "A step, cut so that it can stream its state.")
+        .def(py::init([](const DeviceRows& rows, const std::vector<Span>& paged, int64_t bytes) {
+                 return cut_buckets(rows.rows, paged, bytes);
+             }),
+             py::arg("rows"), py::arg("paged"), py::arg("bytes"))
+        .def("__len__", [](const Buckets& b) { return b.size(); })
+        .def(
+            "__getitem__",
+            [](const Buckets& b, size_t i) -> const Bucket& {
+                if (i >= b.size()) throw py::index_error();
+                return b[i];
+            },
+            py::return_value_policy::reference_internal)
+        .def("run_cpu", &run_cpu, py::arg("threads"), py::arg("ahead"), py::arg("release"),
+             "Steps all rows on the CPU, without counting the step. `ahead`: bytes to have fetched before they are "
+             "stepped; `release`: let go of each bucket's pages behind the step.");
+    m.def(
+        "release_pages",
+        [](const std::vector<Span>& spans) {
+            const py::gil_scoped_release no_gil;
+            return release_all(spans);
+        },
+        py::arg("spans"), "Takes pages of shared file mappings out of this process; False where they are locked.");
+}
+
+}  // namespace optim8

@@ -1,0 +1,123 @@
+"""What a user says about where optimizer state may live."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+SMALLEST_BUCKET = 64 * 2**10  # below, the cost of a bucket outweighs its work
+
+
+def as_bytes(name: str, value: int | str) -> int:
+    """A size in bytes from a number, or from a text such as "2GiB", "500 MB" or "1.5GiB".
+
+    Raises:
+        ValueError, TypeError: it is neither; the message calls it `name`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"Pager: {name} must be bytes or a text such as '2GiB', got {value!r}.")
+    if isinstance(value, str):
+        found = _SIZE.fullmatch(value)
+        if found is None or found[2].lower() not in _UNITS:
+            raise ValueError(
+                f"Pager: {name} must be a number and a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB), got {value!r}."
+            )
+        return int(float(found[1]) * _UNITS[found[2].lower()])
+    if value < 0:
+        raise ValueError(f"Pager: {name} must be 0 bytes or more, got {value}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Pager:
+    """Where the state of an optimizer may live. `paged=True` is `paged=Pager()`.
+
+    State fills the fastest tier first, parameter by parameter: memory of the parameter's device, memory of the host
+    (pinned for CUDA parameters), a memory-mapped file. On a machine's CPU the first two are one. A step streams what
+    is not beside its parameter in buckets and gives the bits that it would give otherwise.
+
+    Args:
+        device_budget: bytes of state on a CUDA device, a number or a text such as "2GiB". None: what is free when
+            state is made, less `device_reserve`.
+        host_budget: bytes of host memory. None: for CUDA parameters no limit; for parameters on the CPU all state is
+            in the file, and as much of it is in memory as the system's page cache holds. A limit covers the bucket
+            that is being stepped too; where state is in the file, pages are let go of behind the step.
+        directory: folder of the file. None: that of temporary files, which TMPDIR names; mind that some systems have
+            that in memory. It must be there, except with `keep`.
+        keep: keep the file. All state is in `directory` then, which is a checkpoint of its own. It belongs to one
+            optimizer at a time.
+        resume: go on with the state that an earlier optimizer kept in `directory`; needs `keep`.
+        bucket: bytes of state that are stepped at a time.
+        device_reserve: bytes to leave free on a CUDA device where `device_budget` is None.
+
+    Raises:
+        ValueError, TypeError: an option cannot be honoured.
+    """
+
+    device_budget: int | str | None = None
+    host_budget: int | str | None = None
+    directory: str | os.PathLike[str] | None = None
+    keep: bool = False
+    resume: bool = False
+    bucket: int | str = "16MiB"
+    device_reserve: int | str = "1GiB"
+
+    def __post_init__(self) -> None:
+        for name in ("device_budget", "host_budget", "bucket", "device_reserve"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, as_bytes(name, value))
+        if self.bucket_bytes < SMALLEST_BUCKET:
+            raise ValueError(f"Pager: bucket must be {SMALLEST_BUCKET} bytes or more, got {self.bucket_bytes}.")
+        if self.host_bytes is not None and self.host_bytes < self.bucket_bytes:
+            raise ValueError(
+                f"Pager: host_budget must have room for one bucket of {self.bucket_bytes} bytes, got "
+                f"{self.host_bytes}. Raise host_budget, or pass a smaller bucket."
+            )
+        if self.keep and self.directory is None:
+            raise ValueError("Pager: keep=True needs a directory to keep the state in. Pass directory=.")
+        if self.resume and not self.keep:
+            raise ValueError("Pager: resume=True goes on in a directory that is kept. Pass keep=True too.")
+        if self.directory is not None:
+            object.__setattr__(self, "directory", Path(self.directory))
+
+    @property
+    def bucket_bytes(self) -> int:
+        """`bucket` in bytes."""
+        return as_bytes("bucket", self.bucket)
+
+    @property
+    def host_bytes(self) -> int | None:
+        """`host_budget` in bytes."""
+        return None if self.host_budget is None else as_bytes("host_budget", self.host_budget)
+
+    @property
+    def reserve_bytes(self) -> int:
+        """`device_reserve` in bytes."""
+        return as_bytes("device_reserve", self.device_reserve)
+
+    @property
+    def device_bytes(self) -> int | None:
+        """`device_budget` in bytes."""
+        return None if self.device_budget is None else as_bytes("device_budget", self.device_budget)
+
+
+def pager_of(owner: str, paged: bool | Pager | None, default: bool) -> Pager | None:
+    """What the argument `paged` of an optimizer asks for; `default`: whether its class is paged by name.
+
+    Raises:
+        ValueError, TypeError: it cannot be honoured.
+    """
+    if isinstance(paged, Pager):
+        return paged
+    if paged is not None and not isinstance(paged, bool):
+        raise TypeError(f"{owner}: paged must be True, False or an optim8.paging.Pager, got {paged!r}.")
+    if default and paged is False:
+        raise ValueError(f"{owner} is always paged, got paged=False. Use {owner.removeprefix('Paged')}.")
+    return Pager() if (default if paged is None else paged) else None

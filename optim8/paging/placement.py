@@ -1,0 +1,68 @@
+"""Where the state of each parameter is, as a list and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the state of one parameter is."""
+
+    group: int
+    index: int  # in the group
+    name: str  # "" where the optimizer was given no names
+    shape: tuple[int, ...]
+    precision: str  # "8bit" or "32bit"
+    tier: str  # "device", "host" or "disk"; "none" before the first gradient
+    where: str  # the device, the kind of memory, or the file's directory
+    bytes: int  # of state
+
+
+class Placement(Sequence[Place]):
+    """One Place for each parameter, in the order of the groups; `print` shows a table."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = tuple(places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._places)
+
+    def __getitem__(self, index: int) -> Place:  # type: ignore[override]
+        return self._places[index]
+
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes of state in each tier that holds any."""
+        totals: dict[str, int] = {}
+        for place in self._places:
+            if place.bytes:
+                totals[place.tier] = totals.get(place.tier, 0) + place.bytes
+        return totals
+
+    def __str__(self) -> str:
+        heads = ("parameter", "shape", "state", "tier", "where", "MiB")
+        rows = [
+            (
+                place.name or f"{place.group}.{place.index}",
+                "x".join(map(str, place.shape)) or "()",
+                place.precision,
+                place.tier,
+                place.where,
+                f"{place.bytes / 2**20:.2f}",
+            )
+            for place in self._places
+        ]
+        totals = [("total", "", "", tier, "", f"{n / 2**20:.2f}") for tier, n in self.bytes_by_tier().items()]
+        widths = [max(len(row[i]) for row in [heads, *rows, *totals]) for i in range(len(heads))]
+
+        def line(row: Sequence[str]) -> str:
+            cells = [
+                cell.rjust(width) if i == 5 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            ]
+            return "  ".join(cells).rstrip()
+
+        return "\n".join([line(heads), line(["-" * width for width in widths]), *map(line, [*rows, *totals])])

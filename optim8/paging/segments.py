@@ -1,0 +1,162 @@
+"""Memory that state is cut from: of the host, or a memory-mapped file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # fastest first
+PAGE = 4096
+_CHUNK = 2**20  # bytes written at a time to fill a file
+
+
+class Arena(Protocol):
+    """Elements of one dtype that start as `fill`; `flat` is what gets their memory."""
+
+    dtype: torch.dtype
+    fill: int
+    size: int
+    flat: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One allocation. A mapped file stays mapped as long as the segment or any tensor in it lives."""
+
+    tier: str
+    memory: torch.Tensor  # uint8, flat
+    path: Path | None  # of a kept file; one that is not kept has no name
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Its addresses: first, one past the last."""
+        begin = self.memory.data_ptr()
+        return begin, begin + self.memory.numel()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's values lie in it."""
+        begin, end = self.span
+        return begin <= tensor.data_ptr() < end
+
+
+def offsets(arenas: Sequence[Arena]) -> tuple[list[int], int]:
+    """Where each arena begins in a segment, in bytes, and the size of all, in whole pages."""
+    begins, at = [], 0
+    for arena in arenas:
+        begins.append(at)
+        at += -(-arena.size * arena.dtype.itemsize // PAGE) * PAGE
+    return begins, at
+
+
+def cut(memory: torch.Tensor, arenas: Sequence[Arena]) -> None:
+    """Give every arena its part of `memory`."""
+    for arena, begin in zip(arenas, offsets(arenas)[0], strict=True):
+        arena.flat = memory[begin : begin + arena.size * arena.dtype.itemsize].view(arena.dtype)
+
+
+def in_memory(arenas: Sequence[Arena], pinned: bool) -> Segment:
+    """A segment in memory of the host, filled."""
+    memory = torch.empty(offsets(arenas)[1], dtype=torch.uint8, pin_memory=pinned)
+    cut(memory, arenas)
+    for arena in arenas:
+        arena.flat.fill_(arena.fill)
+    return Segment(HOST, memory, None)
+
+
+def in_file(arenas: Sequence[Arena], directory: Path, keep_as: str | None) -> Segment:
+    """A segment in a file of `directory`, filled; named `keep_as`, or without a name and gone with its mapping.
+
+    Raises:
+        OSError: the file cannot be made or filled, for one because the disk is full. Nothing is left behind.
+    """
+    begins, size = offsets(arenas)
+    try:
+        if keep_as is None:
+            handle, name = tempfile.mkstemp(prefix="optim8-", suffix=".paged", dir=directory)
+            path = Path(name)
+        else:
+            path = directory / keep_as
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"paged state needs a directory that can be written to, got {directory}: {error.strerror}"
+        ) from error
+    kept = False
+    try:
+        if size:
+            _reserve(handle, size, directory)
+            for arena, begin in zip(arenas, begins, strict=True):
+                if arena.fill:
+                    _fill(handle, begin, arena)
+        memory = mapped(path, size)
+        kept = keep_as is not None
+    finally:
+        os.close(handle)
+        if not kept:
+            path.unlink()
+    cut(memory, arenas)
+    return Segment(DISK, memory, path if kept else None)
+
+
+def mapped(path: Path, size: int) -> torch.Tensor:
+    """The first `size` bytes of a file, mapped so that writing to them writes to the file."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+
+
+def _reserve(handle: int, size: int, directory: Path) -> None:
+    """Blocks on the disk for the whole file. Without them a full disk would kill the process (SIGBUS) in a step."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        free = ""
+        with contextlib.suppress(OSError):
+            at = os.fstatvfs(handle)
+            free = f", which has {at.f_bavail * at.f_frsize / 2**20:.1f} MiB free"
+        advice = {
+            errno.ENOSPC: "Make room, or pass a Pager with another directory.",
+            errno.EDQUOT: "Ask for more quota, or pass a Pager with another directory.",
+            errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or pass a Pager with another directory.",
+        }.get(error.errno or 0, "Pass a Pager with another directory.")
+        raise OSError(
+            error.errno,
+            f"paged state needs {size / 2**20:.1f} MiB in {directory}{free}: {error.strerror}. {advice}",
+        ) from error
+
+
+def _fill(handle: int, begin: int, arena: Arena) -> None:
+    """Through the file and not through its mapping, so that nothing of it becomes memory of this process."""
+    if arena.dtype is not torch.uint8:
+        raise ValueError(f"paged state of {arena.dtype} can only start as 0, got {arena.fill}.")
+    chunk = bytes([arena.fill]) * min(_CHUNK, arena.size)
+    at, end = begin, begin + arena.size
+    while at < end:
+        at += os.pwrite(handle, chunk[: end - at], at)
+
+
+def check_directory(directory: Path) -> None:
+    """Raise OSError where files cannot be made in `directory`."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="optim8-", suffix=".paged", dir=directory)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"paged state needs a directory that is there and can be written to, got {directory}: {error.strerror}. "
+            "Make it, or pass a Pager with another directory.",
+        ) from error
+    os.close(handle)
+    Path(name).unlink()
+
+
+def tensors_of(entry: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors of one parameter's state."""
+    return [value for value in entry.values() if isinstance(value, torch.Tensor)]

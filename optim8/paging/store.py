@@ -1,0 +1,89 @@
+"""The paged memory of one optimizer: which tier state goes to, and a step that streams it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optim8 import _native
+from optim8.paging import segments
+from optim8.paging.options import Pager
+from optim8.paging.plan import plan
+from optim8.paging.segments import DEVICE, DISK, HOST, Arena, Segment
+
+# Buckets that are read ahead of the step. One would do for a disk that never pauses.
+_AHEAD = 4
+
+
+class Store:
+    """Made by an optimizer from its Pager.
+
+    Raises:
+        OSError: the directory is not there or cannot be written to.
+    """
+
+    def __init__(self, owner: str, pager: Pager) -> None:
+        self.owner, self.pager = owner, pager
+        self.directory = Path(tempfile.gettempdir()) if pager.directory is None else Path(pager.directory)
+        segments.check_directory(self.directory)
+        self.segments: list[Segment] = []
+        self._process = os.getpid()
+
+    def assign(self, sizes: Sequence[int], device: torch.device) -> tuple[str, ...]:
+        """The tier of each new state of `sizes` bytes of parameters on `device`: the first that has room for it."""
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        host_taken = sum(segment.memory.numel() for segment in self.segments if segment.tier == HOST)
+        return plan(self.pager, sizes, device.type, device_free=free, host_taken=host_taken).tiers
+
+    def allocate(self, tier: str, device: torch.device, arenas: Sequence[Arena]) -> None:
+        """Memory of a tier other than the device for all arenas, filled.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be made.
+        """
+        if tier == HOST:
+            segment = segments.in_memory(arenas, pinned=device.type == "cuda")
+        else:
+            segment = segments.in_file(arenas, self.directory, keep_as=None)
+        self.segments.append(segment)
+
+    def keep_only(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Let go of the segments in which none of these states lies."""
+        tensors = [tensor for entry in entries for tensor in segments.tensors_of(entry)]
+        self.segments = [segment for segment in self.segments if any(map(segment.holds, tensors))]
+
+    def run_step(
+        self, table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
+    ) -> None:
+        """What _native.run_step does, with the same bits, streaming what is paged.
+
+        Raises:
+            RuntimeError: this process is a fork of the one that owns the state.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{who}: paged state belongs to process {self._process}, which this one ({os.getpid()}) was forked "
+                "from. Make an optimizer here and load the other's state dict."
+            )
+        rows = table.on_cpu()
+        if rows is not None:
+            on_disk = [segment.span for segment in self.segments if segment.tier == DISK]
+            buckets = _native.cpu().Buckets(rows, on_disk, self.pager.bucket_bytes)
+            ahead = _AHEAD * self.pager.bucket_bytes
+            buckets.run_cpu(_native.threads(), ahead=ahead, release=self.pager.host_bytes is not None)
+            rows.count()
+
+
+def placed(store: Store | None, tensor: torch.Tensor) -> tuple[str, str]:
+    """The tier of a state tensor, and in words where that is; `store` of its optimizer."""
+    for segment in () if store is None else store.segments:
+        if store is not None and segment.tier == DISK and segment.holds(tensor):
+            return DISK, str(store.directory)
+    if tensor.is_cuda:
+        return DEVICE, str(tensor.device)
+    return HOST, "pinned memory" if torch.cuda.is_available() and tensor.is_pinned() else "memory"

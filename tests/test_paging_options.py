@@ -1,0 +1,70 @@
+"""What a user may say about paging, what is refused, and which tier state goes to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import parameter
+
+import optim8
+from optim8.paging import Pager, as_bytes, plan
+
+KIB = 2**10
+SIZES = {0: 0, 17: 17, "17": 17, "2GiB": 2**31, "1.5 MiB": 3 * 2**19, " 3kB ": 3000, "5b": 5, "1TB": 10**12}
+
+
+def test_sizes() -> None:
+    assert {given: as_bytes("x", given) for given in SIZES} == SIZES
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a unit that is none": ({"host_budget": "2 giga"}, r"host_budget must be a number and a unit .* got '2 giga'"),
+    "no number": ({"bucket": "GiB"}, "bucket must be a number and a unit"),
+    "below 0": ({"device_budget": -1}, "device_budget must be 0 bytes or more, got -1"),
+    "below 0 in words": ({"device_budget": "-1GiB"}, "device_budget must be a number and a unit"),
+    "a float": ({"host_budget": 2e9}, "host_budget must be bytes or a text such as '2GiB', got 2000000000.0"),
+    "a bool": ({"host_budget": True}, "host_budget must be bytes or a text"),
+    "no room for a bucket": ({"host_budget": "1MiB"}, "room for one bucket of 16777216 bytes, got 1048576. Raise"),
+    "a tiny bucket": ({"bucket": 4096}, "bucket must be 65536 bytes or more, got 4096"),
+    "keep nowhere": ({"keep": True}, "keep=True needs a directory"),
+    "resume what is not kept": ({"resume": True, "directory": "x"}, "Pass keep=True too"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_options_that_cannot_be_honoured_are_refused(what: str) -> None:
+    options, message = REFUSED[what]
+    with pytest.raises((ValueError, TypeError), match=message):
+        Pager(**options)
+
+
+def test_paged_must_be_a_bool_or_a_pager() -> None:
+    with pytest.raises(
+        TypeError, match=r"AdamW8bit: paged must be True, False or an optim8\.paging\.Pager, got '2GiB'"
+    ):
+        optim8.AdamW8bit([parameter(torch.ones(3))], paged="2GiB")
+
+
+PLANS: tuple[tuple[dict[str, Any], str, dict[str, int], list[str]], ...] = (
+    ({}, "cpu", {}, ["disk"] * 4),
+    ({"host_budget": 400 * KIB}, "cpu", {}, ["host", "host", "disk", "host"]),
+    ({"host_budget": 400 * KIB}, "cpu", {"host_taken": 300 * KIB}, ["disk", "disk", "disk", "host"]),
+    ({"host_budget": 400 * KIB, "keep": True, "directory": "x"}, "cpu", {}, ["disk"] * 4),
+    ({"host_budget": 64 * KIB}, "cpu", {}, ["disk"] * 4),
+    ({}, "cuda", {"device_free": 2**30 + 199 * KIB}, ["device", "host", "host", "device"]),
+    ({"device_budget": 0}, "cuda", {"device_free": 2**40}, ["host"] * 4),
+    ({"device_budget": 200 * KIB}, "cuda", {"device_taken": 150 * KIB}, ["host", "host", "host", "device"]),
+    ({"device_budget": 100 * KIB, "host_budget": 164 * KIB}, "cuda", {}, ["device", "host", "disk", "disk"]),
+    ({"keep": True, "directory": "x"}, "cuda", {"device_free": 2**40}, ["disk"] * 4),
+)
+
+
+@pytest.mark.parametrize("options, device, given, expected", PLANS)
+def test_plan(options: dict[str, Any], device: str, given: dict[str, int], expected: list[str]) -> None:
+    """The fastest tier that has room, in order; one bucket of a host budget is for streaming."""
+    made = plan(Pager(**options, bucket="64KiB"), [100 * KIB, 100 * KIB, 200 * KIB, 10 * KIB], device, **given)
+    assert list(made.tiers) == expected
+    assert sum(made.bytes_by_tier().values()) == 410 * KIB
+    assert made.streaming_bytes == (64 * KIB if "host_budget" in options and "disk" in expected else 0)
