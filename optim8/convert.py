@@ -1,5 +1,123 @@
-"""Checkpoints for other libraries. Theirs are read by every optimizer's `load_state_dict`."""
+"""Checkpoints for other libraries. Theirs are read by every optimizer's `load_state_dict` (docs/migrate.md).
 
+`report()` asks what a conversion cost, in either direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from optim8.optim import BlockwiseOptimizer, options
+from optim8.optim import report as reports
+from optim8.optim.formats import bitsandbytes, own, torch_optim
 from optim8.optim.report import Report, Row, report
+from optim8.optim.sources import Entry, Source, values
+from optim8.optim.states import Moment
 
-__all__ = ["Report", "Row", "report"]
+__all__ = ["Report", "Row", "report", "to_bitsandbytes", "to_torch"]
+
+
+def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
+    """The state as a dict that `torch.optim.Adam` or `AdamW` loads; for Lion, that `lion_pytorch.Lion` loads.
+
+    Codes become float32, exactly (torch's `load_state_dict` then rounds to the dtype of the parameter). Groups keep
+    their hyper-parameters and options; those that exist only here are left out. The optimizer is not changed, and the
+    dict shares no memory with it.
+
+    Raises:
+        TypeError: no optimizer of this library.
+        ValueError: a parameter's hyper-parameters are overridden, which torch.optim cannot say; or a group maximizes
+            and the dict is for lion-pytorch.
+
+    Example:
+        >>> import torch, optim8
+        >>> p = torch.nn.Parameter(torch.ones(4096))
+        >>> ours, theirs = optim8.AdamW8bit([p]), torch.optim.AdamW([p])
+        >>> p.grad = torch.ones_like(p)
+        >>> ours.step()
+        >>> theirs.load_state_dict(optim8.convert.to_torch(ours))
+        >>> theirs.step()
+    """
+    who = "to_torch"
+    _check(who, optimizer)
+    for index, group in enumerate(optimizer.param_groups):
+        for at, param in enumerate(group["params"]):
+            changed = sorted(optimizer.overridden(param).keys() - options.EXTRA_DEFAULTS)
+            if changed:
+                raise ValueError(
+                    f"{who}: parameter {at} of group {index} has an override of {', '.join(changed)}, and torch.optim "
+                    "has none. Make it a group of its own, or remove the override."
+                )
+    return _written(who, optimizer, torch_optim.write_group, torch_optim.write_entry, _torch_values)
+
+
+def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
+    """The state as a dict that the optimizer of the same name in `bitsandbytes.optim` loads.
+
+    Codes are taken over as they are; where a parameter does not lie row after row (channels last), they are quantized
+    anew, since blocks run row after row there. The layout is the flat one, which every version reads. The optimizer is
+    not changed, and the dict shares no memory with it. Overrides are in no state dict, there as here: repeat them.
+
+    Raises:
+        TypeError: no optimizer of this library.
+        ValueError: a group maximizes, or is Adam's with a weight decay (bitsandbytes' Adam decouples it).
+    """
+    who = "to_bitsandbytes"
+    _check(who, optimizer)
+    return _written(who, optimizer, bitsandbytes.write_group, bitsandbytes.write_entry, bitsandbytes.as_source)
+
+
+def _check(who: str, optimizer: Any) -> None:
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        raise TypeError(f"{who}: optimizer must be one of optim8, got {type(optimizer).__name__}.")
+
+
+def _torch_values(moments: Sequence[Moment], number: int, written: dict[str, Any]) -> Source:
+    source: Source = written[moments[number].name]
+    return source
+
+
+def _written(
+    who: str,
+    optimizer: BlockwiseOptimizer,
+    write_group: Callable[[str, str, dict[str, Any]], dict[str, Any]],
+    write_entry: Callable[[Sequence[Moment], Entry], dict[str, Any]],
+    read_back: Callable[[Sequence[Moment], int, dict[str, Any]], Source],
+) -> dict[str, Any]:
+    saved = optimizer.state_dict()
+    groups = [
+        write_group(
+            f"{who}: param_groups[{index}]",
+            optimizer.rule,
+            {name: value for name, value in group.items() if name not in options.EXTRA_DEFAULTS},
+        )
+        for index, group in enumerate(saved["param_groups"])
+    ]
+    ids = {id_ for group in groups for id_ in group["params"]}
+    state: dict[Any, Any] = {}
+    for key, entry in saved["state"].items():
+        if key not in ids:
+            state[key] = entry  # not of a parameter
+            continue
+        sources = own.as_sources(optimizer.moments, entry)
+        state[key] = written = write_entry(optimizer.moments, sources)
+        asked = reports.current()
+        if asked is not None:
+            for number, moment in enumerate(optimizer.moments):
+                old, new = sources[moment.name], read_back(optimizer.moments, number, written)
+                _add(asked, f"state[{key!r}][{moment.name!r}]", moment, old, new)
+    return {**saved, "state": state, "param_groups": groups}
+
+
+def _add(asked: Report, name: str, moment: Moment, old: Source, new: Source) -> None:
+    if isinstance(old, torch.Tensor):
+        how = "copied"
+    elif isinstance(new, torch.Tensor):
+        how = "widened"
+    else:
+        how = "copied" if old.codes.is_contiguous() else "requantized"
+    device = old.device if isinstance(old, torch.Tensor) else old.codes.device
+    asked.add(name, how, values(moment, old, device), values(moment, new, device))

@@ -250,6 +250,11 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._convert(wrong)
         return resolved
 
+    def overridden(self, param: torch.Tensor) -> dict[str, Any]:
+        """The options that `param` has otherwise than its group (optim8.override)."""
+        resolved = self._resolved()
+        return {} if resolved is None else dict(resolved.by_id.get(id(param), {}))
+
     def _wants_8bit(self, group: dict[str, Any], param: torch.Tensor) -> bool:
         known = self._known_overrides
         changes = known.by_id.get(id(param), {}) if known is not None else {}

@@ -10,7 +10,7 @@ import torch
 from optim8 import _native
 from optim8.optim import states
 from optim8.optim.formats import common, torch_optim
-from optim8.optim.sources import Codes, Entry, same_table, values
+from optim8.optim.sources import Codes, Entry, Source, same_table, values
 from optim8.optim.states import Moment
 
 # Around the tensors that FSDP must not gather, since version 0.46.
@@ -133,3 +133,9 @@ def write_entry(moments: Sequence[Moment], entry: Entry) -> dict[str, Any]:
         table = torch.tensor(_native.cpu().dynamic_map(moment.signed), dtype=torch.float32, device=codes.device)
         written.update({f"state{number}": codes, f"absmax{number}": scales, f"qmap{number}": table})
     return written
+
+
+def as_source(moments: Sequence[Moment], number: int, written: dict[str, Any]) -> Source:
+    """A moment of what `write_entry` gave."""
+    state: torch.Tensor = written[f"state{number + 1}"]
+    return Codes(state, written[f"absmax{number + 1}"]) if state.dtype == torch.uint8 else state
