@@ -1,24 +1,37 @@
-"""Renders the tables of the documents from the result files.
+"""Renders the tables and the figures of the documents from the result files.
 
 A document holds pairs of `<!-- table:NAME -->` and `<!-- /table -->`; what stands between them is made from
-experiments/results/NAME.json. `--check` changes nothing and fails where a document says something else.
+experiments/results/NAME.json. A picture figures/NAME.png that a document shows is drawn from the result that FIGURES
+names, unless it shows that already. `--check` changes nothing and fails where a document or a picture says something
+else.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common import RESULTS, ROOT, origin, table
-from lm.report import describe, results_table
-from roofline import rows_table
-from subjects import REFERENCE
+import parity
+import quantization_error
+import roofline
+import small_gradients
+from common import RESULTS, ROOT, origin, plural, table
+from lm.report import describe, draw_loss, draw_memory, results_table
+from plotting import is_current, save
+from subjects import PEERS, REFERENCE, with_version
 
-Result = dict[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
+Result = Mapping[str, Any]
+
+FOLDER = ROOT / "docs" / "figures"
+SHOWN = re.compile(r"!\[[^\]]*\]\((?:docs/)?figures/(?P<name>[^)]+)\.png\)")
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -50,8 +63,15 @@ def bench_step(result: Result) -> str:
         else:
             row[subject] = f"{timing['speed_ratio']:.2f} ({gigabytes})"
         subjects[subject] = None
-    cells = [[*key, *(row.get(subject, "") for subject in subjects)] for key, row in rows.items()]
-    return f"{table(['case', 'dtype', 'threads', *subjects], cells)}\n\n{origin(result)}"
+    cells = [[*key, *(row.get(subject, "not measured") for subject in subjects)] for key, row in rows.items()]
+    headers = ["case", "dtype", "threads", *(with_version(subject, result["peers"]) for subject in subjects)]
+    return "\n\n".join(
+        [
+            table(headers, cells),
+            f"{REFERENCE} in milliseconds, the others as how many times as fast. {absent(result)}".rstrip(),
+            origin(result),
+        ]
+    )
 
 
 def bench_functional(result: Result) -> str:
@@ -61,7 +81,7 @@ def bench_functional(result: Result) -> str:
             str(timing["threads"]),
             f"{timing['optim8_timing']['median_ms']:.2f} ms",
             f"{timing['peer_timing']['median_ms']:.2f} ms",
-            timing["peer"],
+            with_version(timing["peer"], result["peers"]),
             f"{timing['speed_ratio']:.2f}",
         ]
         for timing in result["timings"]
@@ -69,37 +89,92 @@ def bench_functional(result: Result) -> str:
     return f"{table(['function', 'threads', 'optim8', 'peer', 'which', 'ratio'], rows)}\n\n{origin(result)}"
 
 
-def roofline(result: Result) -> str:
+def absent(result: Result) -> str:
+    """The peers that a result of `bench_step.py` says nothing of, and why."""
+    reasons = {library: "left out, or not installed" for library in PEERS if library not in result["peers"]}
+    return " ".join(f"Not measured: {name} ({why})." for name, why in {**reasons, **result["failed"]}.items())
+
+
+def kernels(result: Result) -> str:
     parts = []
     for measured in result["measured"]:
         limits = ", ".join(f"{name} {limit / 1e9:.1f} GB/s" for name, limit in measured["limits"].items())
         parts += [
-            f"{measured['threads']} thread{'s'[: measured['threads'] > 1]}: {limits}.",
-            rows_table(measured, result["instructions_per_value"]),
+            f"{plural(measured['threads'], 'thread')}: {limits}.",
+            roofline.rows_table(measured, result["instructions_per_value"]),
         ]
     return "\n\n".join([*parts, origin(result)])
 
 
-RENDERERS: dict[str, Callable[[Result], str]] = {
+TABLES: dict[str, Callable[[Result], str]] = {
     "train_lm": train_lm,
     "bench_step": bench_step,
     "bench_functional": bench_functional,
-    "roofline": roofline,
+    "roofline": kernels,
+    "parity": parity.rendered,
+    "quantization_error": quantization_error.rendered,
+    "small_gradients": small_gradients.rendered,
+}
+
+# The picture's name: the result it is drawn from, and by what.
+FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
+    "train_lm-loss": ("train_lm", draw_loss),
+    "train_lm-memory": ("train_lm", draw_memory),
+    "roofline": ("roofline", roofline.draw),
+    "small_gradients": ("small_gradients", small_gradients.draw),
 }
 
 
 def render(name: str, results: Path) -> str:
-    """What stands between the marks of table `name`, nothing without a result; `bench_step-avx2` is a `bench_step`."""
-    renderer = RENDERERS.get(name.partition("-")[0])
+    """What stands between the marks of table `name`; `bench_step-avx2` is a `bench_step`."""
+    renderer = TABLES.get(name.partition("-")[0])
     if renderer is None:
-        raise ValueError(f"report: a table must be one of {', '.join(RENDERERS)}, got {name}. Mend the mark.")
+        raise ValueError(f"report: a table must be one of {', '.join(TABLES)}, got {name}. Mend the mark.")
     path = results / f"{name}.json"
-    return renderer(json.loads(path.read_text(encoding="utf-8"))) + "\n" if path.exists() else ""
+    return (renderer(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not measured yet.") + "\n"
 
 
 def rendered(document: str, results: Path) -> str:
     """`document` with the text between all marks renewed."""
     return MARKED.sub(lambda found: f"{found[1]}{render(found['name'], results)}{found[3]}", document)
+
+
+def figure(name: str, results: Path) -> Figure:
+    """The figure `name`, drawn from its result."""
+    if name not in FIGURES:
+        raise ValueError(f"report: a figure must be one of {', '.join(FIGURES)}, got {name}. Mend the link.")
+    result, draw = FIGURES[name]
+    path = results / f"{result}.json"
+    if not path.exists():
+        raise ValueError(f"report: figure {name} needs {path.name}, which is not there. Run its script first.")
+    return draw(json.loads(path.read_text(encoding="utf-8")))
+
+
+def renew_documents(paths: Iterable[Path], results: Path, check: bool) -> list[str]:
+    """Names of the documents that were out of date; renewed unless `check`."""
+    stale = []
+    for path in paths:
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before, results)
+        if after != before:
+            stale.append(path.name)
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    return stale
+
+
+def renew_figures(paths: Iterable[Path], results: Path, folder: Path, check: bool) -> list[str]:
+    """Names of the pictures in these documents that were out of date or missing; renewed unless `check`."""
+    stale = []
+    names = {found["name"] for path in paths for found in SHOWN.finditer(path.read_text(encoding="utf-8"))}
+    for name in sorted(names):
+        drawn = figure(name, results)
+        picture = folder / f"{name}.png"
+        if not is_current(drawn, picture):
+            stale.append(picture.name)
+            if not check:
+                save(drawn, picture)
+    return stale
 
 
 def documents() -> list[Path]:
@@ -108,18 +183,18 @@ def documents() -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only tell whether every table is up to date")
+    parser.add_argument("--check", action="store_true", help="only tell whether every table and picture is up to date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--figures", type=Path, default=FOLDER, help="folder of the pictures")
     parser.add_argument("documents", nargs="*", type=Path, help="by default README.md and docs/*.md")
     arguments = parser.parse_args()
-    stale = []
-    for path in arguments.documents or documents():
-        before = path.read_text(encoding="utf-8")
-        after = rendered(before, arguments.results)
-        if after != before:
-            stale.append(path.name)
-            if not arguments.check:
-                path.write_text(after, encoding="utf-8")
+    paths = arguments.documents or documents()
+    try:
+        stale = renew_documents(paths, arguments.results, arguments.check)
+        stale += renew_figures(paths, arguments.results, arguments.figures, arguments.check)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if stale:
         what = "differs from the result files, run experiments/report.py" if arguments.check else "renewed"
         print(f"{', '.join(stale)}: {what}", file=sys.stderr if arguments.check else sys.stdout)

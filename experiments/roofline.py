@@ -5,28 +5,30 @@ optim8 reaches of the larger of the two, all in turn in one process. Counts inst
 installed. A kernel well under the limit is held back by its instructions, one near it by the memory.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from common import RESULTS, RUNS, atomic_path, provenance, table, time_interleaved, write_json
+from common import add_outputs, default_json, plural, provenance, table, time_interleaved, write_json
 from instructions import count_instructions
 from measured import Kernel, kernels
+from plotting import STYLES, new_figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NEAR = 0.8  # share of the limit from which a kernel counts as bound by memory
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small tensors: shows that it runs, says nothing of speed")
+    add_outputs(parser, "roofline")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-instructions", action="store_true", help="do not count instructions")
-    parser.add_argument("--json", type=Path, help="result file; by default in experiments/results, or runs if --quick")
-    parser.add_argument("--png", type=Path, default=RUNS / "roofline.png", help="picture")
     return parser.parse_args()
 
 
@@ -93,31 +95,24 @@ def rows_table(measured: dict[str, Any], instructions: dict[str, dict[str, float
     return table([*headers, *(f"instructions/value, {isa}" for isa in instructions)], rows)
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: Mapping[str, Any]) -> Figure:
     """Bars of bytes per second against the two limits, one panel per number of threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update({"font.size": 12, "figure.dpi": 120})
     panels: Sequence[dict[str, Any]] = result["measured"]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(8 * len(panels), 7), sharey=True, layout="constrained")
-    for axis, measured in zip(np.atleast_1d(axes), panels):
-        rows = measured["kernels"][::-1]
-        labels = [f"{row['kernel']}, {row['dtype']}" for row in rows]
-        colours = ["#0072b2" if row["kernel"].startswith("optim8") else "#bbbbbb" for row in rows]
-        bars = axis.barh(labels, [row["bytes_per_second"] / 1e9 for row in rows], color=colours)
-        axis.bar_label(bars, [f"{row['share_of_limit']:.0%}" for row in rows], padding=3)
+    figure, axes = new_figure(columns=len(panels), width=8, height=7, sharey=True)
+    ours, others = STYLES[2].bar(), STYLES[5].bar()
+    for axis, measured in zip(axes, panels):
+        for row in measured["kernels"][::-1]:
+            style = ours if row["kernel"].startswith("optim8") else others
+            bars = axis.barh([f"{row['kernel']}, {row['dtype']}"], [row["bytes_per_second"] / 1e9], **style)
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # no line crosses the number
+            axis.bar_label(bars, [f"{row['share_of_limit']:.0%}"], padding=5, bbox=paper)
         for (name, limit), dashes in zip(measured["limits"].items(), ("--", "-.")):
             axis.axvline(limit / 1e9, color="black", linestyle=dashes, label=f"{name}: {limit / 1e9:.0f} GB/s")
         axis.set_xlabel("memory traffic, the least possible (GB/s)")
-        axis.set_title(f"{measured['threads']} thread{'s'[: measured['threads'] > 1]}")
+        axis.set_title(plural(measured["threads"], "thread"))
         axis.set_xlim(0, 1.25 * max(measured["limits"].values()) / 1e9)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-    pyplot.close(figure)
+    return figure
 
 
 def main() -> int:
@@ -133,13 +128,13 @@ def main() -> int:
     result = {**head, "isa": isa, "measured": measured, "instructions_per_value": instructions}
     for part in measured:
         limits = ", ".join(f"{name} {limit / 1e9:.1f} GB/s" for name, limit in part["limits"].items())
-        print(f"\n{part['threads']} thread{'s'[: part['threads'] > 1]}: {limits}\n")
+        print(f"\n{plural(part['threads'], 'thread')}: {limits}\n")
         print(rows_table(part, instructions))
     if not instructions:
         print("\nInstructions were not counted (asked not to, or valgrind is not installed).")
-    path = arguments.json or (RUNS / "roofline-quick.json" if arguments.quick else RESULTS / "roofline.json")
+    path = default_json(arguments, "roofline")
     write_json(path, result)
-    draw(result, arguments.png)
+    save(draw(result), arguments.png)
     print(f"\noptim8 used {isa}. Written: {path}, {arguments.png}")
     return 0
 

@@ -163,20 +163,22 @@ def draw(result: Result) -> Figure:
         for at, (style, subject) in enumerate(zip(STYLES, SUBJECTS)):
             rows = [row for row in subjects.get(subject, []) if row["norm_ratio"] is not None]
             shift = 10 ** (0.12 * (at - 1.5))  # beside each other, not over each other
-            x, y = [row["scale"] * shift for row in rows], [row["norm_ratio"] for row in rows]
+            x = [row["scale"] * shift for row in rows]
+            medians = [row["median"] for row in rows]
             lengths = [
-                [max(0.0, row["norm_ratio"] - row["lower"]) for row in rows],
-                [max(0.0, row["upper"] - row["norm_ratio"]) for row in rows],
+                [row["median"] - row["lower"] for row in rows],
+                [row["upper"] - row["median"] for row in rows],
             ]
             label = with_version(subject, result["peers"]) + ("" if rows else ": not measured")
-            panel.errorbar(x, y, yerr=lengths, capsize=3, label=label, **style.line(linewidth=1.5, markersize=6))
+            panel.errorbar(x, medians, yerr=lengths, fmt="none", capsize=3, ecolor=style.colour)
+            panel.plot(x, [row["norm_ratio"] for row in rows], label=label, **style.line(linewidth=1.5, markersize=6))
         panel.set_xscale("log")
         panel.invert_xaxis()
         panel.set_yscale("log")
         panel.set_xlabel("standard deviation of the gradients")
         panel.set_title(case)
     panels[0].set_ylabel("update / exact update (ratio of norms;\nbars: 5 % to 95 % of the elements)")
-    panels[0].legend()
+    panels[-1].legend(loc="upper center")
     return figure
 
 

@@ -16,8 +16,9 @@ from common import RUNS, provenance, write_json
 from lm import memory
 from lm.data import Text, load_text
 from lm.optimizers import RECIPES
-from lm.report import checks, describe, draw, results_table
+from lm.report import checks, describe, draw_loss, draw_memory, results_table
 from lm.train import Run, Settings, checkpoint_path, require_same_settings
+from plotting import save
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,7 +96,9 @@ def compare(arguments: argparse.Namespace, text: Text) -> bool:
     written = [arguments.out / "result.json", *([arguments.json] if arguments.json else [])]
     for path in written:
         write_json(path, result)
-    pictures = draw(result, arguments.out)
+    pictures = [arguments.out / "loss.png", arguments.out / "memory.png"]
+    for picture, draw in zip(pictures, (draw_loss, draw_memory)):
+        save(draw(result), picture)
     print(f"\n{first['parameters']:,} parameters, {arguments.dtype}, {arguments.steps} steps, text {text.name}\n")
     print(results_table(runs))
     print(f"\nLosses in nats per byte. Peak memory: {result['memory']}.")

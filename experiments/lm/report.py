@@ -1,25 +1,21 @@
 """Turns the figures of the runs into checks, a table and two pictures."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from common import atomic_path, table
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from common import table
+from plotting import STYLES, new_figure
 
 from lm.optimizers import COUNTERPART
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LOSS_LIMIT = 0.01
 STATE_LIMIT = 0.26
 MIB = 2**20
-
-# Dark, middle, light: told apart in greyscale too, and each with its own dashes and marker.
-STYLES = [
-    ("#000000", "-", "o"),
-    ("#0072b2", "--", "s"),
-    ("#e69f00", "-.", "^"),
-    ("#7b3294", ":", "D"),
-    ("#999999", "-", "v"),
-]
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -88,54 +84,36 @@ def results_table(runs: Runs) -> str:
     return table(headers, rows)
 
 
-def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
-    """Writes `loss.png` and `memory.png` into the folder `out`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"font.size": 13, "figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
-    )
-    return [_draw_loss(result, out / "loss.png"), _draw_memory(result, out / "memory.png")]
-
-
-def _draw_loss(result: Mapping[str, Any], path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    for (colour, dashes, marker), run in zip(STYLES, result["runs"].values()):
-        for axis, curve, mark in ((axes[0], "training_curve", ""), (axes[1], "validation_curve", marker)):
+def draw_loss(result: Mapping[str, Any]) -> Figure:
+    """Training and validation loss of every run, over the steps."""
+    figure, axes = new_figure(columns=2, width=6.5)
+    for style, run in zip(STYLES, result["runs"].values()):
+        for axis, curve, mark in ((axes[0], "training_curve", ""), (axes[1], "validation_curve", style.marker)):
             steps, losses = zip(*run[curve])
-            axis.plot(steps, losses, color=colour, linestyle=dashes, marker=mark, linewidth=2, label=run["label"])
+            axis.plot(steps, losses, label=run["label"], **style.line(marker=mark))
     for axis, name in zip(axes, ("training", "validation")):
         axis.set_xlabel("optimizer step")
         axis.set_ylabel(f"{name} loss (nats per byte)")
         axis.legend()
     model, text = result["model"], result["text"]
     figure.suptitle(f"GPT, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}, on {text['name']}")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-    pyplot.close(figure)
-    return path
+    return figure
 
 
-def _draw_memory(result: Mapping[str, Any], path: Path) -> Path:
-    from matplotlib import pyplot
-
+def draw_memory(result: Mapping[str, Any]) -> Figure:
+    """Bytes of state and peak memory of every run, as bars."""
     runs = list(result["runs"].values())
     labels = [run["label"].replace(" ", "\n", 1) for run in runs]
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure, axes = new_figure(columns=2, width=6.5)
     bars = (
         (axes[0], "optimizer state (MiB)", "state_bytes", "{:.1f}"),
         (axes[1], "peak memory of the process (MiB)", "peak_memory_bytes", "{:.0f}"),
     )
     for axis, title, key, form in bars:
-        drawn = axis.bar(labels, [run[key] / MIB for run in runs], color=[style[0] for style in STYLES[: len(runs)]])
-        axis.bar_label(drawn, [form.format(run[key] / MIB) for run in runs], padding=3)
+        for label, style, run in zip(labels, STYLES, runs):
+            drawn = axis.bar([label], [run[key] / MIB], **style.bar())
+            axis.bar_label(drawn, [form.format(run[key] / MIB)], padding=3)
         axis.set_ylabel(title)
         axis.margins(y=0.12)
         axis.grid(visible=False, axis="x")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-    pyplot.close(figure)
-    return path
+    return figure
