@@ -12,7 +12,7 @@ Example:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from optim8 import convert, functional, memory, optim, paging
+from optim8 import convert, functional, memory, nn, optim, paging
 from optim8.health import monitor
 from optim8.optim import (
     Adam8bit,
@@ -40,6 +40,7 @@ __all__ = [
     "functional",
     "memory",
     "monitor",
+    "nn",
     "optim",
     "override",
     "paging",

@@ -3,15 +3,43 @@
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.lion import Lion8bit, PagedLion8bit
+from optim8.optim.manager import GlobalOptimManager
+from optim8.optim.names import (
+    Adam,
+    Adam32bit,
+    AdamW,
+    AdamW32bit,
+    Lion,
+    Lion32bit,
+    PagedAdam,
+    PagedAdam32bit,
+    PagedAdamW,
+    PagedAdamW32bit,
+    PagedLion,
+    PagedLion32bit,
+)
 from optim8.optim.overrides import override
 
 __all__ = [
+    "Adam",
     "Adam8bit",
+    "Adam32bit",
+    "AdamW",
     "AdamW8bit",
+    "AdamW32bit",
     "BlockwiseOptimizer",
+    "GlobalOptimManager",
+    "Lion",
     "Lion8bit",
+    "Lion32bit",
+    "PagedAdam",
     "PagedAdam8bit",
+    "PagedAdam32bit",
+    "PagedAdamW",
     "PagedAdamW8bit",
+    "PagedAdamW32bit",
+    "PagedLion",
     "PagedLion8bit",
+    "PagedLion32bit",
     "override",
 ]

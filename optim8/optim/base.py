@@ -32,7 +32,6 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     moments: ClassVar[tuple[Moment, ...]]
     always_paged: ClassVar[bool] = False
     _known_overrides: overrides.Resolved | None = None
-
     _store: Store | None = None  # where state lives that is paged
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:

@@ -12,14 +12,15 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.weak import TensorWeakRef
 
 from optim8.optim import options
 
-Groups = list[dict[str, Any]]
+Groups: TypeAlias = list[dict[str, Any]]
+Find: TypeAlias = Callable[[Groups], set[int] | None]
 
 
 @dataclass(eq=False)
@@ -31,7 +32,7 @@ class _Override:
     """
 
     options: dict[str, Any]
-    find: Callable[[Groups], set[int] | None]
+    find: Find
     glob: str = ""
 
 
@@ -106,26 +107,26 @@ def override(
     if module is not None and not isinstance(target, str):
         raise TypeError(f"{who}: module= belongs to a pattern, got a {type(target).__name__} as target. Leave it out.")
     if isinstance(target, torch.Tensor):
-        return add(_Override(changes, _of_tensor(who, target)))
+        return add(changes, of_tensor(who, target))
     if isinstance(target, torch.nn.Module):
         if next(target.parameters(), None) is None:
             raise ValueError(f"{who}: the module has no parameters: {type(target).__name__}. Name one that has some.")
-        return add(_Override(changes, _of_module(target, lambda _: True)))
+        return add(changes, _of_module(target, lambda _: True))
     if not isinstance(target, str):
         raise TypeError(f"{who}: target must be a parameter, a module or a pattern, got {type(target).__name__}.")
     if module is None:
-        return add(_Override(changes, _of_names(target), glob=target))
+        return add(changes, _of_names(target), target)
     if not any(fnmatchcase(name, target) for name, _ in module.named_parameters(remove_duplicate=False)):
         names = ", ".join(name for name, _ in module.named_parameters())
         raise ValueError(f"{who}: {target!r} matches no parameter of the module, which has: {names or 'none'}.")
-    return add(_Override(changes, _of_module(module, lambda name: fnmatchcase(name, target))))
+    return add(changes, _of_module(module, lambda name: fnmatchcase(name, target)))
 
 
 def override_module_parameter(who: str, module: torch.nn.Module, name: str, changes: dict[str, Any]) -> OverrideHandle:
     """Override the parameter that a module has under a name, whatever tensor that is by then."""
     if not isinstance(module, torch.nn.Module) or not isinstance(getattr(module, name, None), torch.Tensor):
         raise ValueError(f"{who}: a {type(module).__name__} has no parameter {name!r}.")
-    return add(_Override(checked(who, changes), _of_module(module, lambda found: found == name)))
+    return add(checked(who, changes), _of_module(module, lambda found: found == name))
 
 
 def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -142,13 +143,20 @@ def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def add(made: _Override) -> OverrideHandle:
+def add(changes: dict[str, Any], find: Find, glob: str = "") -> OverrideHandle:
+    """Make an override from its parts."""
+    made = _Override(changes, find, glob)
     _made.append(made)
     _changed()
     return OverrideHandle(made)
 
 
-def _of_tensor(who: str, param: torch.Tensor) -> Callable[[Groups], set[int] | None]:
+def of_tensor(who: str, param: torch.Tensor) -> Find:
+    """Find one parameter, as long as it is there.
+
+    Raises:
+        ValueError: it is no parameter.
+    """
     if not isinstance(param, torch.nn.Parameter) and not (param.is_leaf and param.requires_grad):
         raise ValueError(
             f"{who}: the tensor must be a parameter, got {tuple(param.shape)} that no optimizer can have (such as "
@@ -163,7 +171,7 @@ def _of_tensor(who: str, param: torch.Tensor) -> Callable[[Groups], set[int] | N
     return find
 
 
-def _of_module(module: torch.nn.Module, wants: Callable[[str], bool]) -> Callable[[Groups], set[int] | None]:
+def _of_module(module: torch.nn.Module, wants: Callable[[str], bool]) -> Find:
     ref = weakref.ref(module)
 
     def find(_: Groups) -> set[int] | None:
@@ -175,7 +183,7 @@ def _of_module(module: torch.nn.Module, wants: Callable[[str], bool]) -> Callabl
     return find
 
 
-def _of_names(pattern: str) -> Callable[[Groups], set[int] | None]:
+def _of_names(pattern: str) -> Find:
     def find(groups: Groups) -> set[int] | None:
         named = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"])]
         return {id(param) for name, param in named if fnmatchcase(name, pattern)}

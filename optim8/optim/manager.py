@@ -1,0 +1,86 @@
+"""bitsandbytes' way to spell overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from optim8.optim import overrides
+
+
+class GlobalOptimManager:
+    """Overrides by the calls of `bitsandbytes.optim.GlobalOptimManager`; `optim8.override` does the same and more.
+
+    Example:
+        >>> import torch, optim8 as bnb
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
+        >>> manager = bnb.optim.GlobalOptimManager.get_instance()
+        >>> manager.register_parameters(model.parameters())
+        >>> manager.override_config(model[0].weight, "optim_bits", 32)
+        >>> optimizer = bnb.optim.Adam8bit(model.parameters())
+        >>> [optimizer.precision(p) for p in model.parameters()]
+        ['32bit', '8bit', '32bit']
+    """
+
+    _instance: GlobalOptimManager | None = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("GlobalOptimManager: there is one for the process. Call GlobalOptimManager.get_instance().")
+
+    @classmethod
+    def get_instance(cls) -> GlobalOptimManager:
+        """The manager of the process."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+        return cls._instance
+
+    def register_parameters(self, params: Iterable[Any]) -> None:
+        """Accept parameters or groups. Nothing needs to be registered: an override is of the tensor itself, also after
+        `model.to(...)`.
+
+        Raises:
+            TypeError: these are no parameters.
+        """
+        for item in params:
+            inner = item["params"] if isinstance(item, dict) else [item]
+            for param in [inner] if isinstance(inner, torch.Tensor) else inner:
+                tensor = param[1] if isinstance(param, tuple) else param
+                if not isinstance(tensor, torch.Tensor):
+                    kind = type(tensor).__name__
+                    raise TypeError(f"register_parameters: params must be parameters or groups of them, got a {kind}.")
+
+    def override_config(
+        self,
+        parameters: torch.Tensor | Iterable[torch.Tensor],
+        key: str | None = None,
+        value: Any = None,
+        key_value_dict: dict[str, Any] | None = None,
+    ) -> None:
+        """Override one option (`key`, `value`) or several (`key_value_dict`) of one parameter or several.
+
+        Raises:
+            ValueError: an option is unknown or its value not possible; both forms are used, or none.
+        """
+        who = "override_config"
+        if (key is None) == (key_value_dict is None):
+            raise ValueError(f"{who}: pass either key and value, or key_value_dict.")
+        changes = overrides.checked(who, {key: value} if key is not None else dict(key_value_dict or {}))
+        tensors = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if not tensors:
+            raise ValueError(f"{who}: parameters must be at least one parameter, got none.")
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{who}: parameters must be parameters, got a {type(tensor).__name__}.")
+        found = [overrides.of_tensor(who, tensor) for tensor in tensors]  # all are checked before any is added
+        for find in found:
+            overrides.add(changes, find)
+
+    def register_module_override(self, module: torch.nn.Module, param_name: str, config: dict[str, Any]) -> None:
+        """Override options of the parameter that `module` has under a name.
+
+        Raises:
+            ValueError: there is none, or an option is unknown or its value not possible.
+        """
+        overrides.override_module_parameter("register_module_override", module, param_name, config)
