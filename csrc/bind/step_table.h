@@ -7,6 +7,7 @@
 // ahead. A prefetch of a stale address is harmless, so this needs no check.
 #pragma once
 
+#include "bind/asking.h"
 #include "bind/view.h"
 
 #include <pybind11/stl.h>
@@ -30,6 +31,8 @@ class Hint {
     void forget() { count_ = 0; }
     // A tensor: its Python object, and the torch object around the shape that it lent.
     void add(PyObject* object, const View& view);
+    // The same for a tensor whose memory is not cut from an arena.
+    void add_own(PyObject* object, const View& view);
     // A dict: its header and its table of keys.
     void add_dict(PyObject* object);
     void prefetch() const;
@@ -40,7 +43,7 @@ class Hint {
         const char* begin;
         int lines;
     };
-    static constexpr int most = 2 * (3 + 2 * max_states) + 2;
+    static constexpr int most = 2 * (3 + 2 * max_states) + 4;
     Range ranges_[most];
     int count_ = 0;
 };
@@ -57,6 +60,16 @@ struct DeviceRows {
     void count();
 };
 
+// What is asked of tensors beyond their views. Types may be patched between two steps, so it lasts for one.
+struct Asked {
+    Attribute grad;
+    Question is_neg, is_zero;
+
+    Asked();
+    // Whether a tensor's memory does not hold its values: lazily negated, or zeros without memory.
+    bool is_lazy(PyObject* tensor, const View& view);
+};
+
 class StepTable {
   public:
     // Starts another step: no rows, but the hints of the last one.
@@ -64,7 +77,7 @@ class StepTable {
 
     // Gathers one parameter group. `params` is a list of tensors, `state` the optimizer's state dict, `relaid` maps
     // indices to gradients copied into the parameter's layout. Throws ValueError that names `owner`, group and index.
-    Wanted add(py::list params, py::dict state, RuleId rule, const Hyper& hyper, const std::string& owner,
+    Wanted add(py::list params, py::dict state, const std::string& rule, const Hyper& hyper, const std::string& owner,
                int64_t group, py::dict relaid);
 
     // Steps every row on the CPU and counts the step.
@@ -88,6 +101,8 @@ class StepTable {
     py::list params_;
     std::vector<Hint> hints_;  // by order of asking
     size_t asked_ = 0;
+    Py_ssize_t next_entry_ = 0;  // where in the optimizer's state the next parameter's entry is expected
+    Asked ask_;
 };
 
 // Steps rows whose tensors are on the CPU. Needs no GIL; does not count the step.

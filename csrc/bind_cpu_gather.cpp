@@ -1,0 +1,298 @@
+// Gathering the tensors of a step from Python objects.
+#include "bind/step_table.h"
+#include "core/codec.h"
+#include "core/rules/all.h"
+
+#include <algorithm>
+#include <iterator>
+
+namespace optim8 {
+namespace {
+
+struct RuleInfo {
+    const char* name;
+    RuleId id;
+    int states;
+};
+constexpr RuleInfo rule_infos[] = {
+#define OPTIM8_RULE_INFO(name, type) {#name, RuleId::name, type::states},
+    OPTIM8_RULES(OPTIM8_RULE_INFO)
+#undef OPTIM8_RULE_INFO
+};
+
+// The names of the states, in the order of every rule.
+constexpr const char* state_names[max_states] = {"exp_avg", "exp_avg_sq"};
+constexpr const char* absmax_names[max_states] = {"exp_avg_absmax", "exp_avg_sq_absmax"};
+constexpr const char* step_name = "step";
+
+struct Names {
+    PyObject *grad, *is_neg, *is_zero, *step, *state[max_states], *absmax[max_states];
+    Names() {
+        grad = PyUnicode_InternFromString("grad");
+        is_neg = PyUnicode_InternFromString("is_neg");
+        is_zero = PyUnicode_InternFromString("_is_zerotensor");
+        step = PyUnicode_InternFromString(step_name);
+        for (int s = 0; s < max_states; ++s) {
+            state[s] = PyUnicode_InternFromString(state_names[s]);
+            absmax[s] = PyUnicode_InternFromString(absmax_names[s]);
+        }
+    }
+};
+
+const Names& names() {
+    static const Names* made = new Names;
+    return *made;
+}
+
+// One parameter's place, for messages.
+struct Place {
+    const std::string& owner;
+    int64_t group, index;
+
+    [[noreturn]] void fail(const std::string& what) const {
+        throw py::value_error(owner + ": parameter " + std::to_string(index) + " of group " + std::to_string(group) +
+                              " " + what);
+    }
+};
+
+View view_of(PyObject* object, const Place& place, const char* what, const char* advice) {
+    View view;
+    if (!read_view(object, view)) {
+        place.fail(std::string(what) +
+                   " is not a dense tensor with memory of its own (sparse, meta or another kind). " + advice);
+    }
+    return view;
+}
+
+void check_memory(const View& view, const Place& place, const char* what) {
+    if (view.data == nullptr && view.size != 0)
+        place.fail(std::string(what) + " has no memory, got " + view.describe() +
+                   " that was freed. Step while it is there.");
+}
+
+void check_param(const View& p, const Place& place) {
+    if (!p.has_storage())
+        place.fail("must be float32, bfloat16 or float16, got " + p.describe() +
+                   ". Convert the model, or leave this parameter out.");
+    if (!p.dense())
+        place.fail("must fill its memory without gaps or overlap, got " + p.describe() +
+                   ". Make it contiguous with `param.data = param.data.contiguous()`.");
+}
+
+void check_grad(const View& p, const View& g, const Place& place) {
+    if (!g.same_device(p))
+        place.fail("has a gradient on another device: parameter " + p.describe() + ", gradient " + g.describe() +
+                   ". Move one of them.");
+    if (!g.same_shape(p))
+        place.fail("has a gradient of another shape: parameter " + p.describe() + ", gradient " + g.describe() + ".");
+    if (!g.has_storage() || (g.storage() != p.storage() && g.storage() != Storage::Float32))
+        place.fail("needs a gradient of its own dtype or float32: parameter " + p.describe() + ", gradient " +
+                   g.describe() + ". Cast the gradient.");
+}
+
+std::string quoted(const char* name) { return "state['" + std::string(name) + "']"; }
+
+// These two run for every tensor of every step: no text is made unless they fail.
+PyObject* entry_of(InOrder& entries, PyObject* key, const char* name, const Place& place) {
+    PyObject* value = entries.find(key);
+    if (value == nullptr)
+        place.fail("lacks " + quoted(name) +
+                   ". Load a state dict that this optimizer wrote, or clear optimizer.state to start anew.");
+    return value;
+}
+
+View state_view(PyObject* value, const char* name, const Place& place, Hint& hint) {
+    View view;
+    if (!read_view(value, view)) place.fail("has a " + quoted(name) + " that is no dense tensor.");
+    hint.add(value, view);
+    return view;
+}
+
+}  // namespace
+
+void Hint::add(const void* line, int lines) {
+    if (count_ < most) ranges_[count_++] = Range{static_cast<const char*>(line), lines};
+}
+
+void Hint::add(PyObject* object, const View& view) {
+    add(object, 1);
+    // Shapes of up to five dimensions lie within torch's tensor object; storage before, dtype and strides behind.
+    if (view.shape != nullptr && view.owned.empty()) add(reinterpret_cast<const char*>(view.shape) - 64, 4);
+}
+
+void Hint::add_own(PyObject* object, const View& view) {
+    add(object, view);
+    // A small storage was often allocated along with the object that describes it.
+    constexpr int64_t small = 64 * 1024;
+    if (view.size > 0 && view.bytes() <= small) add(static_cast<const char*>(view.data) - 384, 6);
+}
+
+void Hint::add_dict(PyObject* object) {
+    add(object, 1);
+    add(reinterpret_cast<PyDictObject*>(object)->ma_keys, 4);
+}
+
+void Hint::prefetch() const {
+    for (int r = 0; r < count_; ++r)
+        for (int l = 0; l < ranges_[r].lines; ++l) __builtin_prefetch(ranges_[r].begin + 64 * l);
+}
+
+void DeviceRows::count() {
+    for (size_t r = 0; r < steps.size(); ++r) *steps[r] = next_steps[r];
+}
+
+DeviceRows& StepTable::rows_on(const View& param, bool count_on_device) {
+    for (DeviceRows& known : devices_)
+        if (known.on_cpu == param.on_cpu() && known.device == param.device && known.count_on_device == count_on_device)
+            return known;
+    devices_.push_back(DeviceRows{param.on_cpu(), param.device, count_on_device, {}, {}, {}});
+    return devices_.back();
+}
+
+std::vector<DeviceRows*> StepTable::elsewhere() {
+    std::vector<DeviceRows*> found;
+    for (DeviceRows& known : devices_)
+        if (!known.on_cpu && !known.rows.empty()) found.push_back(&known);
+    return found;
+}
+
+void StepTable::clear() {
+    for (DeviceRows& known : devices_) {
+        known.rows.clear();
+        known.steps.clear();
+        known.next_steps.clear();
+    }
+    hypers_.clear();
+    params_ = py::list();
+    asked_ = 0;
+    next_entry_ = 0;
+    ask_ = Asked();
+}
+
+Asked::Asked() : grad(names().grad), is_neg(names().is_neg), is_zero(names().is_zero) {}
+
+bool Asked::is_lazy(PyObject* tensor, const View& view) {
+    return is_neg.of(tensor) || (view.data == nullptr && is_zero.of(tensor));
+}
+
+Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, const Hyper& hyper,
+                      const std::string& owner, int64_t group, py::dict relaid) {
+    const auto* const info = std::find_if(std::begin(rule_infos), std::end(rule_infos),
+                                          [&](const RuleInfo& known) { return rule == known.name; });
+    if (info == std::end(rule_infos))
+        throw py::value_error("StepTable.add: rule must be one of those in csrc/core/rules/all.h, got '" + rule + "'.");
+    const Names& key = names();
+    Wanted wanted;
+    hypers_.push_back(hyper);
+    Scalars scalars{};
+    float scalars_step = -1;
+    InOrder entries(state.ptr(), next_entry_);
+    for (int64_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+        constexpr size_t ahead = 6;
+        const Place place{owner, group, i};
+        if (asked_ == hints_.size()) hints_.emplace_back();
+        if (asked_ + ahead < hints_.size()) hints_[asked_ + ahead].prefetch();
+        Hint& hint = hints_[asked_++];
+        hint.forget();
+        PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+        const py::object held = ask_.grad.of(param);
+        if (held.is_none()) {
+            entries.pass(param);
+            continue;
+        }
+        PyObject* grad = held.ptr();
+        if (relaid.size() != 0) {
+            const py::int_ at(i);
+            if (relaid.contains(at)) grad = PyDict_GetItem(relaid.ptr(), at.ptr());
+        }
+        PyObject* entry = entries.find(param);
+
+        const View p = view_of(param, place, "itself", "Only dense parameters can be stepped.");
+        check_memory(p, place, "itself");
+        hint.add_own(param, p);
+        check_param(p, place);
+        const View g = view_of(grad, place, "has a gradient that",
+                               "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
+        if (ask_.is_lazy(grad, g)) {
+            wanted.layout.push_back(i);
+            continue;
+        }
+        check_memory(g, place, "has a gradient that");
+        hint.add_own(grad, g);
+        check_grad(p, g, place);
+        if (!g.same_layout(p)) {
+            wanted.layout.push_back(i);
+            continue;
+        }
+        if (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0) {
+            wanted.state.push_back(i);
+            continue;
+        }
+
+        hint.add_dict(entry);
+        Row row{};
+        row.param = p.data;
+        row.grad = g.data;
+        row.size = p.size;
+        row.rule = info->id;
+        row.param_storage = p.storage();
+        row.grad_storage = g.storage();
+        const int64_t blocks = blocks_of(p.size, step_block);
+        bool moved = false;
+        InOrder values_of(entry);
+        PyObject* count = entry_of(values_of, key.step, step_name, place);
+        for (int s = 0; s < info->states; ++s) {
+            const View values =
+                state_view(entry_of(values_of, key.state[s], state_names[s], place), state_names[s], place, hint);
+            const bool codes = values.is_uint8();
+            const Precision precision = codes ? Precision::Bits8 : Precision::Bits32;
+            if ((!codes && !values.is_float32()) || !values.same_shape(p) || !values.same_device(p) ||
+                (s > 0 && precision != row.precision))
+                place.fail("needs a " + quoted(state_names[s]) + " of uint8 codes or float32, like the parameter " +
+                           p.describe() + " in shape and device, got " + values.describe() +
+                           ". Load the checkpoint with load_state_dict.");
+            moved = moved || !values.same_layout(p);
+            row.precision = precision;
+            row.state[s] = values.data;
+            if (!codes) continue;
+            const View absmax =
+                state_view(entry_of(values_of, key.absmax[s], absmax_names[s], place), absmax_names[s], place, hint);
+            if (!absmax.is_float32() || absmax.size != blocks || !absmax.contiguous() || !absmax.same_device(p))
+                place.fail("needs a " + quoted(absmax_names[s]) + " of float32 [" + std::to_string(blocks) +
+                           "] beside the parameter, got " + absmax.describe() +
+                           ". Load the checkpoint with load_state_dict.");
+            row.absmax[s] = static_cast<float*>(absmax.data);
+        }
+        if (moved) {
+            wanted.moved.push_back(i);
+            continue;
+        }
+        const View step = state_view(count, step_name, place, hint);
+        if (!step.is_float32() || step.size != 1 || !(step.on_cpu() || step.same_device(p)))
+            place.fail("needs a " + quoted(step_name) + " of float32 () on cpu or beside the parameter, got " +
+                       step.describe() + ".");
+        row.hyper = &hypers_.back();
+        DeviceRows& rows = rows_on(p, !step.on_cpu());
+        if (!step.on_cpu()) {
+            row.device_step = static_cast<float*>(step.data);
+        } else if (hyper.count_on_device && !p.on_cpu()) {
+            wanted.step.push_back(i);
+            continue;
+        } else {
+            const float next = *static_cast<float*>(step.data) + 1;
+            if (next != scalars_step) {
+                scalars = derive(hyper, next);
+                scalars_step = next;
+            }
+            row.scalars = scalars;
+            rows.steps.push_back(static_cast<float*>(step.data));
+            rows.next_steps.push_back(next);
+        }
+        rows.rows.push_back(row);
+        params_.append(py::handle(param));
+    }
+    next_entry_ = entries.at();
+    return wanted;
+}
+
+}  // namespace optim8
