@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optim8 import _native
-from optim8.optim import states
+from optim8.optim import sharded, states
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.states import BLOCK, Moment
 
@@ -61,24 +61,25 @@ def nonfinite(grad: torch.Tensor) -> int:
 
 
 def moments(
-    optimizer: BlockwiseOptimizer, group: dict[str, Any], param: torch.Tensor, most: int
+    optimizer: BlockwiseOptimizer, group: dict[str, Any], param: torch.Tensor, grad: torch.Tensor, most: int
 ) -> tuple[int, dict[str, MomentHealth]]:
     """What the next step of a parameter with 8-bit state loses, over `most` of its values, in whole blocks.
 
     Args:
         group: the options of the parameter.
+        grad: its gradient, the local shard of a DTensor's.
 
     Returns:
         the number of values looked at, and the result for each moment.
     """
-    whole, grad, entry = local(param), local(param.grad), optimizer.state[param]
+    whole, entry = sharded.local(param), optimizer.state[param]
     chosen = _blocks(whole.numel(), most, whole.device)
     # float32 holds bfloat16 and float16 exactly, and moments do not depend on how the parameter is rounded.
     values = _sample(whole, chosen).float()
     values.grad = _sample(grad if grad.stride() == whole.stride() else _laid_out_as(whole, grad), chosen).float()
-    old: dict[str, torch.Tensor] = {"step": local(entry["step"]).clone()}
+    old: dict[str, torch.Tensor] = {"step": sharded.local(entry["step"]).clone()}
     for moment in optimizer.moments:
-        codes, absmax = _sample(local(entry[moment.name]), chosen), local(entry[moment.absmax])
+        codes, absmax = _sample(sharded.local(entry[moment.name]), chosen), sharded.local(entry[moment.absmax])
         old[moment.name] = states.dequantize(moment, codes, absmax if chosen is None else absmax[chosen])
     scale = getattr(optimizer, "grad_scale", None)
     table, hyper = _native.cpu().StepTable(), optimizer._hyper(group, scale, None)
@@ -87,11 +88,6 @@ def moments(
         table.add([values], {values: old}, optimizer.rule, hyper, "monitor", 0, {})
     _native.run_step(table, "monitor", scale)
     return values.numel(), {moment.name: _compare(moment, old[moment.name]) for moment in optimizer.moments}
-
-
-def local(tensor: Any) -> Any:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def _blocks(size: int, most: int, device: torch.device) -> torch.Tensor | None:
@@ -132,11 +128,12 @@ def _compare(moment: Moment, exact: torch.Tensor) -> MomentHealth:
     )
 
 
-def trained(optimizer: BlockwiseOptimizer) -> Iterable[tuple[int, int, dict[str, Any], torch.Tensor]]:
-    """Place in the groups, options (with what overrides change) and tensor of every parameter with a gradient."""
+def trained(optimizer: BlockwiseOptimizer) -> Iterable[tuple[int, int, dict[str, Any], torch.Tensor, torch.Tensor]]:
+    """Place in the groups, options (with what overrides change), tensor and (local) gradient of every parameter that
+    has one."""
     resolved = optimizer._resolved()
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             if param.grad is not None and param.numel():
                 changes = {} if resolved is None else resolved.by_id.get(id(param), {})
-                yield index, position, {**group, **changes}, param
+                yield index, position, {**group, **changes}, param, sharded.local(param.grad)

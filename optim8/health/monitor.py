@@ -62,12 +62,15 @@ class Monitor:
         found_inf = getattr(self.optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf.item())
         self.latest = {}
-        for index, position, group, param in measures.trained(self.optimizer):
+        for index, position, group, param, grad in measures.trained(self.optimizer):
             name, target = self._called(group, index, position, param)
-            grad = measures.local(param.grad)
             entry = self.optimizer.state.get(param) or {}
             in_8_bits = self.optimizer.moments[0].absmax in entry
-            seen = (0, {}) if skipped or not in_8_bits else measures.moments(self.optimizer, group, param, self.sample)
+            seen = (
+                (0, {})
+                if skipped or not in_8_bits
+                else measures.moments(self.optimizer, group, param, grad, self.sample)
+            )
             step = int(entry["step"]) + 1 if entry else 1
             health = ParameterHealth(name, measures.nonfinite(grad), grad.numel(), *seen)
             self.latest[name] = health

@@ -2,5 +2,7 @@
 
 from optim8.memory.planner import plan
 from optim8.memory.plans import Plan
+from optim8.memory.profiler import profile
+from optim8.memory.profiles import Profile, Record
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "Profile", "Record", "plan", "profile"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from optim8.memory import configs
+from optim8.optim import sharded
 
 # safetensors' names of dtypes. What is not a float of at least 16 bits takes memory, but is not trained.
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -103,18 +104,17 @@ def _parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Paramet
 def _of_module(module: torch.nn.Module, dtype: torch.dtype | None) -> Model:
     parameters = []
     for name, param in module.named_parameters():
-        local = param.to_local() if hasattr(param, "to_local") else param
-        shape = tuple(local.shape)
+        shape = tuple(sharded.local(param).shape)
         parameters.append(Parameter(name, param, shape, dtype or param.dtype, param.requires_grad))
-    buffers = sum(buffer.nbytes for buffer in module.buffers() if not hasattr(buffer, "to_local"))
+    buffers = sum(sharded.local(buffer).nbytes for buffer in module.buffers())
     devices = {param.device.type for param in module.parameters()} - {"meta"}
     if len(devices) > 1:
         raise ValueError(
             f"optim8.memory.plan: parameters must be on one device, got {', '.join(sorted(devices))}. Plan the parts "
             "on their own, or move the model to the meta device."
         )
-    sharded = any(hasattr(param, "to_local") for param in module.parameters())
-    return Model(type(module).__name__, tuple(parameters), buffers, next(iter(devices), None), sharded)
+    cut = any(sharded.is_dtensor(param) for param in module.parameters())
+    return Model(type(module).__name__, tuple(parameters), buffers, next(iter(devices), None), cut)
 
 
 def _of_file(path: Path, dtype: torch.dtype | None) -> Model:

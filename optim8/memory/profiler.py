@@ -1,0 +1,191 @@
+"""Memory of a training by step, phase and kind, measured while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optim8.memory import sources
+from optim8.memory.profiles import Profile, Record
+from optim8.optim import sharded
+
+_FLUSH = 500  # marks after which a source's readings are taken, so that it keeps no more
+FORWARD, BACKWARD, STEP, BETWEEN = "forward", "backward", "step", "between"
+
+
+class profile(Profile):
+    """Records the memory of a training, for each optimizer step and phase.
+
+    Forward begins when the model is called, and ends where the gradient reaches what the model returned; so a loss
+    that is computed outside counts as forward. Backward ends with the backward pass. Step is the optimizer's. What is
+    none of these is "between". Micro-batches before one step are phases of that step.
+
+    Kinds: parameters; gradients; optimizer state by tier; activations, everything else that was not there when forward
+    began; other, what was. They are measured at the end of each phase; the peak is the most in use at any moment of it.
+
+    Args:
+        model: the module that is called.
+        optimizer: its optimizer, of optim8 or any other.
+        source: "cuda", torch's allocator on the model's GPU, whose counter of the peak
+            (`torch.cuda.max_memory_allocated`) is set back at every phase; "allocations", of torch's CPU allocator, for
+            which torch's profiler runs; or "rss", the resident set of the process. None for "cuda" or "allocations".
+
+    Raises:
+        ValueError, TypeError: an argument cannot be honoured.
+        RuntimeError: on entering: the source cannot be used.
+
+    Example:
+        >>> import torch, optim8
+        >>> model = torch.nn.Linear(512, 512)
+        >>> optimizer = optim8.AdamW8bit(model.parameters())
+        >>> with optim8.memory.profile(model, optimizer) as prof:
+        ...     model(torch.ones(1, 512)).sum().backward()
+        ...     optimizer.step()
+        >>> [record.phase for record in prof.records]
+        ['between', 'forward', 'backward', 'between', 'step', 'between']
+        >>> prof.records[-1].kinds["gradients"]
+        1050624
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, source: str | None = None) -> None:
+        if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "optim8.memory.profile: needs a torch.nn.Module and a torch.optim.Optimizer, got "
+                f"{type(model).__name__} and {type(optimizer).__name__}."
+            )
+        self._model, self._optimizer = model, optimizer
+        first = next(model.parameters(), None)
+        self._device = torch.device("cpu") if first is None else first.device
+        self._source = sources.source_for(source, self._device)
+        super().__init__(self._source.name, self._source.meaning, type(model).__name__, type(optimizer).__name__)
+        self._hooks: list[Any] = []
+        self._output_hooks: list[Any] = []
+        self._open: list[_Mark] = []  # of which the source was not asked yet
+        self._step, self._phase, self._in_step, self._running = 0, BETWEEN, False, False
+        self._parameters: dict[str, int] = {}
+        self._state: dict[str, int] = {}
+        self._base: int | None = None  # bytes of no known kind when forward began
+        self._base_step = -1
+
+    def __enter__(self) -> profile:
+        if self._running or self.records:
+            raise RuntimeError("optim8.memory.profile: one block only; make another profile for another block.")
+        self._measure_state()
+        known = self._kinds()
+        counted = sum(count for kind, count in known.items() if self._is_counted(kind))
+        self._source.start(counted, [p.grad for p in self._model.parameters() if p.grad is not None])
+        self._open.append(_Mark(0, "", BETWEEN, known))
+        self._running = True
+        self._hooks = [
+            self._model.register_forward_pre_hook(self._on_forward),
+            self._model.register_forward_hook(self._on_output),
+            self._optimizer.register_step_pre_hook(self._on_step),
+            self._optimizer.register_step_post_hook(self._on_stepped),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running = False
+        for hook in [*self._hooks, *self._output_hooks]:
+            hook.remove()
+        self._hooks, self._output_hooks = [], []
+        self._mark(BETWEEN)
+        self._read(last=True)
+
+    def _on_forward(self, *_: Any) -> None:
+        self._mark(FORWARD)
+
+    def _on_output(self, _module: Any, _inputs: Any, output: Any) -> None:
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                self._output_hooks.append(tensor.register_hook(self._on_gradient))  # type: ignore[no-untyped-call]
+
+    def _on_gradient(self, _gradient: torch.Tensor) -> None:
+        if self._running and self._phase == FORWARD:
+            self._mark(BACKWARD)
+            torch.autograd.Variable._execution_engine.queue_callback(self._on_backward_done)
+
+    def _on_backward_done(self) -> None:
+        if self._running and self._phase == BACKWARD:
+            self._mark(STEP if self._in_step else BETWEEN)  # inside a step: of a closure
+
+    def _on_step(self, *_: Any) -> None:
+        self._in_step = True
+        self._mark(STEP)
+
+    def _on_stepped(self, *_: Any) -> None:
+        self._measure_state()
+        self._mark(BETWEEN)
+        self._in_step = False
+        self._step += 1
+        for hook in self._output_hooks:
+            hook.remove()
+        self._output_hooks = []
+        if len(self._open) > _FLUSH:
+            self._read(last=False)
+
+    def _mark(self, phase: str) -> None:
+        """A phase ends here and `phase` begins."""
+        self._source.mark()
+        self._open.append(_Mark(self._step, self._phase, phase, self._kinds()))
+        self._phase = phase
+
+    def _kinds(self) -> dict[str, int]:
+        gradients = sum(sharded.local(p.grad).nbytes for p in self._model.parameters() if p.grad is not None)
+        return {**self._parameters, "gradients": gradients, **self._state}
+
+    def _measure_state(self) -> None:
+        """Bytes that only a step changes: of parameters, and of optimizer state by tier."""
+        self._parameters = {"parameters": sum(sharded.local(p).nbytes for p in self._model.parameters())}
+        self._state = {f"state ({tier})": count for tier, count in _tiers(self._optimizer, self._device).items()}
+
+    def _is_counted(self, kind: str) -> bool:
+        """Whether the source counts this kind: state in a file, or in RAM beside a GPU, it does not."""
+        return kind != "state (disk)" and (kind != "state (host)" or self._device.type == "cpu")
+
+    def _read(self, last: bool) -> None:
+        """Make records of the marks since the last call."""
+        for (level, peak), mark in zip(self._source.readings(last), self._open, strict=True):
+            rest = level - sum(count for kind, count in mark.kinds.items() if self._is_counted(kind))
+            if self._base is None or (mark.begins == FORWARD and mark.step != self._base_step):
+                self._base, self._base_step = rest, mark.step if mark.begins == FORWARD else -1
+            if mark.ends:
+                above = max(0, rest - self._base)
+                kinds = {**mark.kinds, "activations": above, "other": rest - above}
+                self.records.append(Record(mark.step, mark.ends, peak, level, kinds))
+        self._open.clear()
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where one phase ends and another begins, and the bytes of the known kinds there."""
+
+    step: int
+    ends: str
+    begins: str
+    kinds: dict[str, int]
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _tiers(optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, int]:
+    """Bytes of an optimizer's state by tier; "device" is where the model is."""
+    found: dict[str, int] = {}
+    for entry in optimizer.state.values():
+        for value in entry.values():
+            if isinstance(value, torch.Tensor):
+                tier = "device" if value.device.type == device.type else "host"
+                found[tier] = found.get(tier, 0) + sharded.local(value).nbytes
+    return found

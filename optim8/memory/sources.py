@@ -1,0 +1,190 @@
+"""Where the profiler reads memory: the CUDA allocator, torch's CPU allocations, or the resident set of the process.
+
+A source is told of marks in time. For each it gives the bytes in use there, and the most in use since the mark before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+# torch.profiler always records operators as well, which costs many times what memory alone does.
+_profiler: Any = torch._C._autograd
+
+Reading = tuple[int, int]  # bytes in use at a mark, most bytes in use since the mark before
+
+
+class Source(Protocol):
+    """How a profile reads memory."""
+
+    name: str
+    meaning: str
+
+    def start(self, known: int, gradients: Sequence[torch.Tensor]) -> None:
+        """Begin, with mark 0. `known` bytes of tensors that the profile knows are in use; `gradients` are among them,
+        and may be freed."""
+
+    def mark(self) -> None:
+        """A moment to tell about."""
+
+    def readings(self, last: bool) -> Sequence[Reading]:
+        """What is known of the marks since the last call. `last`: stop, and leave nothing behind."""
+
+
+class CudaSource:
+    """torch's caching allocator on one device. Its counter of the peak is set back at every mark."""
+
+    name, meaning = "cuda", "bytes of tensors on the GPU, by torch's allocator"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._readings: list[Reading] = []
+
+    def start(self, known: int, gradients: Sequence[torch.Tensor]) -> None:
+        self.mark()
+
+    def mark(self) -> None:
+        most = torch.cuda.max_memory_allocated(self._device)
+        self._readings.append((torch.cuda.memory_allocated(self._device), most))
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def readings(self, last: bool) -> Sequence[Reading]:
+        found, self._readings = self._readings, []
+        return found
+
+
+class AllocationSource:
+    """Every allocation of the CPU allocator by this thread and its backward passes, as torch's profiler reports them.
+
+    The profiler runs without recording operators. It does not report the end of what was allocated before it began, so
+    gradients from before are watched. Other tensors from before count where the profile knows them.
+    """
+
+    name, meaning = "allocations", "bytes of tensors in RAM, by torch's CPU allocator"
+    _MARK, _FREED = "optim8.memory mark", "optim8.memory freed "
+
+    def __init__(self) -> None:
+        self._level = 0
+        self._before: dict[int, int] = {}  # bytes of gradients from before, by address
+        self._watches: list[Any] = []
+
+    def start(self, known: int, gradients: Sequence[torch.Tensor]) -> None:
+        if _profiler._profiler_enabled():
+            raise RuntimeError(
+                "optim8.memory.profile: source='allocations' needs torch's profiler, which is running already. End it "
+                "first, or pass source='rss'."
+            )
+        self._level = known
+        self._before = {gradient.data_ptr(): gradient.nbytes for gradient in gradients}
+        self._watches = [weakref.finalize(gradient, self._note_freed, gradient.data_ptr()) for gradient in gradients]
+        self._enable()
+        self.mark()
+
+    def mark(self) -> None:
+        with torch.profiler.record_function(self._MARK):
+            pass
+
+    def _note_freed(self, address: int) -> None:
+        with torch.profiler.record_function(f"{self._FREED}{address}"):
+            pass
+
+    def readings(self, last: bool) -> Sequence[Reading]:
+        result = _profiler._disable_profiler()
+        if last:
+            for watch in self._watches:
+                watch.detach()
+        else:
+            self._enable()
+        events = sorted(result.events(), key=lambda event: event.start_ns())
+        freed = [int(event.name()[len(self._FREED) :]) for event in events if event.name().startswith(self._FREED)]
+        reported = _reported(result) if freed else set()
+        found: list[Reading] = []
+        most = self._level
+        for event in events:
+            name = event.name()
+            if name == "[memory]":
+                self._level += event.nbytes()
+                most = max(most, self._level)
+            elif name == self._MARK:
+                found.append((self._level, most))
+                most = self._level
+            elif name.startswith(self._FREED) and int(name[len(self._FREED) :]) not in reported:
+                self._level -= self._before[int(name[len(self._FREED) :])]
+        return found
+
+    def _enable(self) -> None:
+        inner: Any = torch._C._profiler
+        config = inner.ProfilerConfig(
+            inner.ProfilerState.KINETO, False, True, False, False, False, inner._ExperimentalConfig()
+        )
+        activities = {inner.ProfilerActivity.CPU}
+        _profiler._prepare_profiler(config, activities)
+        _profiler._enable_profiler(config, activities, {inner.RecordScope.USER_SCOPE})
+
+
+def _reported(result: Any) -> set[int]:
+    """Addresses of which the first that is told is the end: an earlier run of the profiler saw them begin."""
+    first: dict[int, tuple[int, int]] = {}
+    waiting = list(result.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name == "[memory]":
+            address, told = event.extra_fields.ptr, (event.start_time_ns, event.extra_fields.alloc_size)
+            first[address] = min(told, first.get(address, told))
+    return {address for address, (_, size) in first.items() if size < 0}
+
+
+class ResidentSource:
+    """The resident set of the process as Linux counts it: Python, libraries, and what the allocator keeps for reuse.
+
+    Its peak, which the kernel keeps for the process, is set back at every mark.
+    """
+
+    name, meaning = "rss", "resident set of the process, Python and libraries included"
+    _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def __init__(self) -> None:
+        self._readings: list[Reading] = []
+
+    def start(self, known: int, gradients: Sequence[torch.Tensor]) -> None:
+        try:
+            self.mark()
+        except OSError as error:
+            raise RuntimeError(
+                f"optim8.memory.profile: source='rss' needs Linux's /proc/self, which cannot be used: {error}. "
+                "Pass source='allocations'."
+            ) from None
+
+    def mark(self) -> None:
+        now = most = 0
+        for line in self._STATUS.read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                now = int(line.split()[1]) * 1024
+            elif line.startswith("VmHWM:"):
+                most = int(line.split()[1]) * 1024
+        self._readings.append((now, max(now, most)))
+        self._CLEAR.write_text("5")
+
+    def readings(self, last: bool) -> Sequence[Reading]:
+        found, self._readings = self._readings, []
+        return found
+
+
+def source_for(name: str | None, device: torch.device) -> Source:
+    """The source of this name; None for what fits the device."""
+    name = name or ("cuda" if device.type == "cuda" else "allocations")
+    if name == "cuda" and device.type == "cuda":
+        return CudaSource(device)
+    if name == "allocations" and device.type == "cpu":
+        return AllocationSource()
+    if name == "rss":
+        return ResidentSource()
+    raise ValueError(
+        f"optim8.memory.profile: source must be 'cuda' (for a model on a GPU), 'allocations' (for one on the CPU) or "
+        f"'rss', got {name!r} for a model on {device.type}."
+    )
