@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import traceback
@@ -40,7 +41,9 @@ Scenario = Callable[[Place], None]
 def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[str, int, str]]) -> None:
     sys.path.insert(0, str(HERE))  # the scenarios import the tests' own modules
     torch.set_num_threads(1)
-    scenarios = __import__("distributed_scenarios").SCENARIOS
+    scenarios: dict[str, Scenario] = {}
+    for module in ("distributed_training", "distributed_checkpoints"):
+        scenarios |= importlib.import_module(module).SCENARIOS
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
     for name, world, scenario in stages:
         if rank >= world:

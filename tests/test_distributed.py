@@ -11,7 +11,7 @@ import distributed_worker
 import pytest
 import torch
 
-# (scenario of distributed_scenarios.py, number of processes), in the order in which they run.
+# (a scenario of distributed_training.py or distributed_checkpoints.py, number of processes), in order.
 STAGES = [
     ("ddp", 2),
     ("ddp", 3),
@@ -23,6 +23,21 @@ STAGES = [
     ("gradients", 2),
     ("gradient_scaler", 2),
     ("clipping", 3),
+    ("zero_redundancy", 2),
+    ("fsdp1", 2),
+    ("tensor_parallel_checkpoint", 2),
+    ("torch_optim_to_shards", 2),
+    ("refusals", 2),
+    # What is saved first is loaded by all that come after it.
+    ("save_sharded", 2),
+    ("from_rank_0", 2),
+    ("load_resharded", 1),
+    ("save_sharded", 3),
+    ("load_resharded", 2),
+    ("whole_to_one_process", 1),
+    ("save_sharded", 1),
+    ("load_resharded", 3),
+    ("one_process_to_shards", 3),
 ]
 NAMES = [f"{scenario}-{world}" for scenario, world in STAGES]
 

@@ -264,8 +264,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
         State of DTensors is given as DTensors that torch.distributed.checkpoint can reshard; their scales are then in
         the form of tiles (docs/distributed.md), which load_state_dict understands with or without DTensors.
+
+        Raises:
+            ValueError: parameters are those of FullyShardedDataParallel, and their state may be 8-bit.
         """
         self._resolved()
+        sharded.check_can_save(type(self).__name__, self.param_groups)
         params = [param for group in self.param_groups for param in group["params"]]
         return sharded.saved_state_dict(self.moments, params, super().state_dict())
 

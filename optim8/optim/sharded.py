@@ -127,6 +127,18 @@ def _wrap(shard: torch.Tensor, shape: Sequence[int], stride: Sequence[int], para
     return DTensor(shard, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
+def check_can_save(owner: str, groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError where FullyShardedDataParallel would gather 8-bit state as if it were values. The same on every
+    rank, so that none waits for another."""
+    for index, group in enumerate(groups):
+        if group["optim_bits"] == 8 and any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
+            raise ValueError(
+                f"{owner}.state_dict: group {index} has parameters of FullyShardedDataParallel, which cannot save "
+                "8-bit state: it gathers state value by value, and a scale belongs to 256 values. Shard with "
+                "torch.distributed.fsdp.fully_shard instead, or use optim_bits=32."
+            )
+
+
 def saved_state_dict(
     moments: Sequence[Moment], params: Sequence[torch.Tensor], saved: dict[str, Any]
 ) -> dict[str, Any]:
@@ -212,6 +224,7 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
     cut = _shard_of(where, moment.name, values, param)
     if not isinstance(source, Tiled):
         return cut
+    tiles.size_of(where, moment, source.tiles, param.numel())  # of the whole, so that no rank goes on alone
     cut_tiles = _shard_of(where, moment.absmax, source.tiles, param)
     return Codes(*tiles.to_absmax(where, moment, cut, cut_tiles, shard.stride()))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -63,6 +64,28 @@ def from_absmax(
     return torch.stack((each, torch.full_like(each, -size)), dim=-1).view(tiled_shape(shape, lead, size))
 
 
+def size_of(where: str, moment: Moment, tiles: torch.Tensor, count: int) -> int:
+    """The number of values of a tile, where these can be the tiles of `count` values.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    number = tiles.numel() // 2
+    size = count // max(number, 1)
+    formed = tiles.dtype == torch.float32 and tiles.dim() > 1 and tiles.shape[-1] == 2
+    if not formed or number * size != count or (count and BLOCK % size):
+        _refuse(where, moment, count)
+    return size
+
+
+def _refuse(where: str, moment: Moment, count: int) -> NoReturn:
+    raise ValueError(
+        f"{where}[{moment.absmax!r}] must be the tiles of {count} values, float32 pairs of an absmax and the negative "
+        "number of its values, got something else. Scales of unsharded state do not go through broadcast_from_rank0: "
+        "call optimizer.load_state_dict with the whole state dict on every rank."
+    )
+
+
 def to_absmax(
     where: str, moment: Moment, codes: torch.Tensor, tiles: torch.Tensor, stride: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,17 +106,10 @@ def to_absmax(
         ValueError: these are not the tiles of so many values, or not finite.
     """
     count = codes.numel()
-    pairs = tiles.to(codes.device)
-    if tiles.dtype != torch.float32 or tiles.dim() < 2 or tiles.shape[-1] != 2:
-        pairs = torch.empty((0, 2))
-    scales, marks = pairs.reshape(-1, 2).unbind(1)
-    size = count // max(scales.numel(), 1)
-    if scales.numel() * size != count or bool((marks != -size).any()) or (count and BLOCK % size):
-        raise ValueError(
-            f"{where}[{moment.absmax!r}] must be the tiles of {count} values, each an absmax and the negative number "
-            "of its values, got something else. Scales of unsharded state do not go through broadcast_from_rank0: "
-            "call optimizer.load_state_dict with the whole state dict on every rank."
-        )
+    size = size_of(where, moment, tiles, count)
+    scales, marks = tiles.to(codes.device).reshape(-1, 2).unbind(1)
+    if bool((marks != -size).any()):
+        _refuse(where, moment, count)
     if not bool(((scales >= 0) & scales.isfinite()).all()):
         raise ValueError(f"{where}[{moment.absmax!r}] must be finite and not negative. The checkpoint is damaged.")
     out = torch.empty_strided(tuple(codes.shape), tuple(stride), dtype=torch.uint8, device=codes.device).copy_(codes)

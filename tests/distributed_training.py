@@ -1,79 +1,32 @@
-"""What the processes of test_distributed.py do and check: one function for each scenario."""
+"""What the processes of test_distributed.py do and check while they train: one function for each scenario."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import reference
+import pytest
 import torch
-from cases import CASES, EVERY, Case
+import torch.distributed as dist
+from cases import CASES, EVERY
+from distributed_common import (
+    ON_BLOCKS,
+    Net,
+    Twins,
+    default_size,
+    local,
+    set_grads,
+    sharded,
+    snapshot_local,
+    value,
+)
 from distributed_worker import Place, Scenario
-from harness import bits, hostile, state_bits
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from harness import bits, state_bits
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-BLOCK = reference.BLOCK
-# All but the last have 8-bit state by their whole size; most shards are smaller than min_8bit_size.
-SHAPES = {
-    "rows_of_a_block": (64, 256),
-    "two_rows_a_block": (48, 128),
-    "off_the_grid": (50, 100),
-    "odd_rows": (91, 47),
-    "vector": (5001,),
-    "kernel": (64, 8, 3, 3),
-    "one_row": (1, 4500),
-    "small": (50,),
-}
-# Sharded over 1, 2 or 3 ranks, every shard of these begins where a block of the whole begins.
-ON_BLOCKS = ("rows_of_a_block", "two_rows_a_block")
-
-
-def value(name: str, t: int) -> torch.Tensor:
-    """The parameter `name` (t = 0) or its gradient at step t, the same on every rank."""
-    shape = SHAPES[name]
-    n = int(np.prod(shape))
-    seed = 100 * t + list(SHAPES).index(name)
-    return hostile(n, torch.float32, seed, small=-4, large=0).view(shape)
-
-
-class Net(torch.nn.Module):
-    """One parameter of each shape."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.weights = torch.nn.ParameterDict({name: value(name, 0).to(device) for name in SHAPES})
-
-    def forward(self) -> torch.Tensor:
-        return sum(((p * p).sum() for p in self.weights.values()), torch.zeros(()))
-
-
-def sharded(place: Place) -> Net:
-    net = Net(place.device)
-    fully_shard(net, mesh=place.mesh())
-    return net
-
-
-def set_grads(net: Net, t: int) -> None:
-    for name, p in net.weights.items():
-        grad = value(name, t).to(p.device)
-        p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
-
-
-def take_steps(net: Net, optimizer: Any, first: int, last: int) -> None:
-    for t in range(first, last + 1):
-        set_grads(net, t)
-        optimizer.step()
-
-
-def default_size(case: Case, net: torch.nn.Module) -> Any:
-    """The optimizer with the default min_8bit_size."""
-    return case.make(net.parameters(), min_8bit_size=4096)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def ddp(place: Place) -> None:
@@ -98,33 +51,6 @@ def ddp(place: Place) -> None:
         assert ended == [(bits(p), state_bits(own, p)) for p in alone.parameters()]
         assert place.same_everywhere([(end, sorted(state.items())) for end, state in ended])
         assert [optimizer.precision(p) for p in model.parameters()] == ["8bit", "32bit", "32bit", "32bit"]
-
-
-class Twins:
-    """For every parameter its local shard with a plain optimizer of its own: what a step must do to the shard."""
-
-    def __init__(self, case: Case, params: list[torch.nn.Parameter]) -> None:
-        self.params = params
-        self.twins = [torch.nn.Parameter(local(p).clone()) for p in params]
-        # What is 8-bit depends on the whole parameter.
-        self.own = [
-            case.make([twin], min_8bit_size=0 if p.numel() >= 4096 else 10**9)
-            for p, twin in zip(params, self.twins, strict=True)
-        ]
-
-    def step(self) -> None:
-        for p, twin, own in zip(self.params, self.twins, self.own, strict=True):
-            assert p.grad is not None
-            assert p.grad.placements == p.placements
-            twin.grad = local(p.grad).clone()
-            own.step()
-
-    def check(self, optimizer: Any) -> None:
-        for p, twin, own in zip(self.params, self.twins, self.own, strict=True):
-            assert optimizer.precision(p) == ("8bit" if p.numel() >= 4096 else "32bit")
-            assert bits(local(p)) == bits(twin)
-            assert state_bits(optimizer, p) == state_bits(own, twin)
-            assert optimizer.state[p]["exp_avg"].shape == local(p).shape
 
 
 def fsdp2(place: Place) -> None:
@@ -279,9 +205,64 @@ def clipping(place: Place) -> None:
     twins.check(optimizer)
 
 
-def snapshot_local(optimizer: Any) -> list[Any]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [(bits(local(p)), state_bits(optimizer, p)) for p in params if p in optimizer.state]
+def zero_redundancy(place: Place) -> None:
+    """Each rank steps its share; the whole is as without. Consolidated state loads into both."""
+    for case in EVERY:
+        torch.manual_seed(3)
+        models = [torch.nn.Linear(70, 64).to(place.device) for _ in range(3)]
+        models[1].load_state_dict(models[0].state_dict())
+        parallel = torch.nn.parallel.DistributedDataParallel(models[0])
+        together = [list(p) for p in zip(*(model.parameters() for model in models), strict=True)]
+        optimizer = ZeroRedundancyOptimizer(parallel.parameters(), case.cls, **case.hypers[0])
+        own = case.cls(models[1].parameters(), **case.hypers[0])
+        for t in (1, 2, 3):
+            optimizer.zero_grad()
+            parallel(torch.full((3, 70), 0.1 * t, device=place.device)).square().mean().backward()
+            for p, q, _ in together:
+                q.grad = p.grad.clone()
+            optimizer.step()
+            own.step()
+            assert all(bits(p) == bits(q) for p, q, _ in together)
+            if t == 2:
+                optimizer.consolidate_state_dict(0)
+                message = [optimizer.state_dict() if place.rank == 0 else None]
+                dist.broadcast_object_list(message)
+                loaded = case.cls(models[2].parameters(), **case.hypers[0])
+                loaded.load_state_dict(message[0])
+                assert all(state_bits(loaded, r) == state_bits(own, q) for _, q, r in together)
+                optimizer = ZeroRedundancyOptimizer(parallel.parameters(), case.cls, **case.hypers[0])
+                optimizer.load_state_dict(message[0])
+
+
+def fsdp1(place: Place) -> None:
+    """FullyShardedDataParallel trains; its gathering of state is refused in 8 bits, on every rank, and works in 32."""
+    case = CASES["AdamW8bit"]
+    for optim_bits in (8, 32):
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(70, 64), torch.nn.Linear(64, 70))
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=place.device)
+        optimizer = case.make(model.parameters(), min_8bit_size=1000, optim_bits=optim_bits)
+        params = [p for p in model.parameters() if p.numel()]
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        own = case.make(twins, min_8bit_size=1000, optim_bits=optim_bits)
+        for t in range(3):
+            model(torch.full((3, 70), 0.1 * t, device=place.device)).square().mean().backward()
+            for p, twin in zip(params, twins, strict=True):
+                twin.grad = None if p.grad is None else p.grad.clone()
+            optimizer.step()
+            own.step()
+            optimizer.zero_grad()
+        assert [(bits(p), state_bits(optimizer, p)) for p in params] == [
+            (bits(twin), state_bits(own, twin)) for twin in twins
+        ]
+        if optim_bits == 32:
+            whole = get_optimizer_state_dict(model, optimizer)
+            assert whole["state"]["0.weight"]["exp_avg"].shape[0] == 64
+            set_optimizer_state_dict(model, optimizer, whole)
+            assert [state_bits(optimizer, p) for p in params] == [state_bits(own, twin) for twin in twins]
+            continue
+        with pytest.raises(ValueError, match="fully_shard instead, or use optim_bits=32"):
+            FullyShardedDataParallel.optim_state_dict(model, optimizer)
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -295,5 +276,7 @@ SCENARIOS: dict[str, Scenario] = {
         gradients,
         gradient_scaler,
         clipping,
+        zero_redundancy,
+        fsdp1,
     )
 }
