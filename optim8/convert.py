@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from optim8.optim import BlockwiseOptimizer, options
+from optim8.optim import BlockwiseOptimizer, options, sharded
 from optim8.optim import report as reports
 from optim8.optim.formats import bitsandbytes, own, torch_optim
 from optim8.optim.report import Report, Row, report
@@ -29,8 +29,8 @@ def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
 
     Raises:
         TypeError: no optimizer of this library.
-        ValueError: a parameter's hyper-parameters are overridden, which torch.optim cannot say; or a group maximizes
-            and the dict is for lion-pytorch.
+        ValueError: parameters are DTensors; a parameter's hyper-parameters are overridden, which torch.optim cannot
+            say; or a group maximizes and the dict is for lion-pytorch.
 
     Example:
         >>> import torch, optim8
@@ -63,7 +63,8 @@ def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
 
     Raises:
         TypeError: no optimizer of this library.
-        ValueError: a group maximizes, or is Adam's with a weight decay (bitsandbytes' Adam decouples it).
+        ValueError: parameters are DTensors; a group maximizes, or is Adam's with a weight decay (bitsandbytes' Adam
+            decouples it).
     """
     who = "to_bitsandbytes"
     _check(who, optimizer)
@@ -73,6 +74,11 @@ def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
 def _check(who: str, optimizer: Any) -> None:
     if not isinstance(optimizer, BlockwiseOptimizer):
         raise TypeError(f"{who}: optimizer must be one of optim8, got {type(optimizer).__name__}.")
+    if any(sharded.is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
+        raise ValueError(
+            f"{who}: parameters must be whole, got DTensors. Gather the state with get_optimizer_state_dict and "
+            "StateDictOptions(full_state_dict=True), load it into an optimizer of the whole model, and convert that."
+        )
 
 
 def _torch_values(moments: Sequence[Moment], number: int, written: dict[str, Any]) -> Source:

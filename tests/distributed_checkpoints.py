@@ -34,6 +34,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import optim8
+
 
 class Saved:
     """The moments of all parameters, whole and in float32, with the codes and the scale of every value."""
@@ -220,6 +222,29 @@ def from_rank_0(place: Place) -> None:
         set_optimizer_state_dict(net, optimizer, plain, options=options)
 
 
+def paged(place: Place) -> None:
+    """Paged state of shards: the bits of state in memory, saved and loaded in either direction."""
+    nets = [sharded(place), sharded(place)]
+    folder = place.folder / f"paged-{place.rank}"
+    folder.mkdir()
+    pager = optim8.paging.Pager(directory=folder)
+    optimizers = [
+        optim8.AdamW8bit(nets[0].parameters(), lr=1e-2),
+        optim8.PagedAdamW8bit(nets[1].parameters(), lr=1e-2, paged=pager),
+    ]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        take_steps(net, optimizer, 1, 2)
+    assert snapshot_local(optimizers[0]) == snapshot_local(optimizers[1])
+    assert place.device.type == "cuda" or {at.tier for at in optimizers[1].placement()} == {"disk"}
+    take_steps(nets[0], optimizers[0], 3, 3)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        local(q).copy_(local(p))
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        take_steps(net, optimizer, 4, 4)
+    assert snapshot_local(optimizers[0]) == snapshot_local(optimizers[1])
+
+
 def torch_optim_to_shards(place: Place) -> None:
     """State of torch.optim.AdamW, sharded or whole, becomes that of the shards."""
     case = CASES["AdamW8bit"]
@@ -310,6 +335,9 @@ def refusals(place: Place) -> None:
                 loader.load_state_dict(state)
             assert f"state[{index}][{key!r}]" in str(error.value)
     assert (snapshot_local(optimizer), snapshot_local(own)) == before
+    for convert in (optim8.convert.to_torch, optim8.convert.to_bitsandbytes):
+        with pytest.raises(ValueError, match="parameters must be whole, got DTensors"):
+            convert(optimizer)
     p = torch.nn.Parameter(DTensor.from_local(torch.ones(8, device=place.device), place.mesh(), [Partial()]))
     partial = case.make([p])
     p.grad = DTensor.from_local(torch.ones(8, device=place.device), place.mesh(), [Partial()])
@@ -326,6 +354,7 @@ SCENARIOS: dict[str, Scenario] = {
         whole_to_one_process,
         one_process_to_shards,
         from_rank_0,
+        paged,
         torch_optim_to_shards,
         tensor_parallel_checkpoint,
         refusals,

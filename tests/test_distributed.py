@@ -28,6 +28,7 @@ STAGES = [
     ("tensor_parallel_checkpoint", 2),
     ("torch_optim_to_shards", 2),
     ("refusals", 2),
+    ("paged", 2),
     # What is saved first is loaded by all that come after it.
     ("save_sharded", 2),
     ("from_rank_0", 2),
