@@ -176,7 +176,7 @@ def _train(library: Any) -> torch.Tensor:
         model.parameters(), lr=3e-3, betas="(0.9, 0.99)", optim_bits=8, min_8bit_size=0, is_paged=False
     )
     batch = torch.randint(50, (64, 9), generator=torch.Generator().manual_seed(1))
-    for _ in range(8):
+    for _ in range(4):
         loss = torch.nn.functional.cross_entropy(model(batch[:, :8]), batch[:, 8])
         optimizer.zero_grad()
         loss.backward()
