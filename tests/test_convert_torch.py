@@ -239,3 +239,23 @@ def test_to_torch_refuses_what_torch_cannot_say() -> None:
         )
     with pytest.raises(TypeError, match="got AdamW"):
         optim8.convert.to_torch(torch.optim.AdamW(params))  # type: ignore[arg-type]
+
+
+def test_paged_optimizers_convert_too() -> None:
+    """State goes straight to where it lives, and comes back from there."""
+    theirs_params = make_params()
+    theirs = torch.optim.AdamW(theirs_params, **HYPER)
+    steps(theirs_params, theirs, 0, 2)
+    params, others = twins(theirs_params), twins(theirs_params)
+    paged, plain = optim8.PagedAdamW8bit(params), optim8.AdamW8bit(others)
+    for optimizer in (paged, plain):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert {place.tier for place in paged.placement()} == {"disk"}
+    steps(params, paged, 2, 4)
+    steps(others, plain, 2, 4)
+    assert [bits(p) for p in params] == [bits(p) for p in others]
+    written, expected = optim8.convert.to_torch(paged), optim8.convert.to_torch(plain)
+    assert written["param_groups"] == expected["param_groups"]
+    assert {i: {k: bits(v) for k, v in e.items()} for i, e in written["state"].items()} == {
+        i: {k: bits(v) for k, v in e.items()} for i, e in expected["state"].items()
+    }

@@ -334,3 +334,31 @@ def test_nothing_is_kept_alive_and_nothing_leaks() -> None:
     fresh = optim8.AdamW8bit(twin.named_parameters(), min_8bit_size=0)
     assert {fresh.precision(p) for p in twin.parameters()} == {"8bit"}, "an override stays with its tensor"
     assert not optim8.optim.overrides._made, "overrides of what is gone are gone"
+
+
+def test_others_overrides_cost_a_step_nothing_by_parameter() -> None:
+    """The lists of the groups go to the native step as they are, looked up once."""
+    params, others = _params(3), _params(2)
+    optimizer = optim8.AdamW8bit(params)
+    with optim8.override(others[0], lr=0.1):
+        _steps(params, optimizer, 0, 1)
+        known = optimizer._resolved()
+        _steps(params, optimizer, 1, 2)
+        assert optimizer._resolved() is known
+        assert [part[1] is optimizer.param_groups[0]["params"] for part in optimizer._parts(None, None)] == [True]
+
+
+@pytest.mark.parametrize("to", [8, 32])
+def test_paged_state_is_converted_where_it_lives(to: int) -> None:
+    params, twins = _params(3, 5000), _params(3, 5000)
+    paged = optim8.PagedAdamW8bit(params, optim_bits=40 - to)
+    plain = optim8.AdamW8bit(twins, optim_bits=40 - to)
+    for ps, optimizer in ((params, paged), (twins, plain)):
+        _steps(ps, optimizer, 0, 2)
+        optim8.override(ps[1], optim_bits=to, lr=0.1)
+        _steps(ps, optimizer, 2, 4)
+    assert [paged.precision(p) for p in params] == [f"{40 - to}bit", f"{to}bit", f"{40 - to}bit"]
+    assert {place.tier for place in paged.placement()} == {"disk"}
+    for p, q in zip(params, twins, strict=True):
+        assert bits(p) == bits(q)
+        assert state_bits(paged, p) == state_bits(plain, q)
