@@ -41,9 +41,9 @@ struct Line {
 
 // Everything about one code that is not a formula of one value, made at compile time.
 struct CodeTables {
-    float value[code_size];        // by index, as published
-    float threshold[decades + 1];  // smallest y of zone z + 1; zone 0 is what rounds to 0, zone 8 what rounds to 1
-    Line line[decades + 2];        // by zone
+    float value[code_size];    // by index, as published
+    float threshold[decades];  // smallest y of zone z + 1
+    Line line[decades + 1];    // by zone: what rounds to 0 or to a value of decade 0, decades 1 to 6, what rounds to 1
     // The zone of y in [2^-31, 2) by the low five bits of its exponent: no binade holds more than one threshold, so
     // adding `carry` to the bits of y moves what lies above the threshold into the next binade, and there the zone
     // of a binade is that of its lower end.
@@ -74,9 +74,6 @@ constexpr CodeTables make_tables(Code code) {
 
     t.value[zero] = 0.0f;
     t.value[code_size - 1] = 1.0f;
-    t.line[0] = Line{0.0f, code == Code::Positive ? 1.0f : 0.0f, code == Code::Positive ? 1 : 0};
-    t.line[decades + 1] = Line{0.0f, static_cast<float>(top), top};
-    t.threshold[0] = static_cast<float>(decade_scale[0] * (0.1 + 0.45 / first) / 2);
     for (int i = 0; i < decades; ++i) {
         const int n = first << i;
         for (int j = 0; j < n; ++j) {
@@ -85,12 +82,21 @@ constexpr CodeTables make_tables(Code code) {
             t.value[zero + a] = value;
             if (with_sign) t.value[zero - a] = -value;
         }
-        t.line[i + 1] = Line{static_cast<float>(n * decade_inverse[i] / 0.9), static_cast<float>(n * 8 / 9.0 - shift),
-                             2 * n - 1 - shift};
+        t.line[i] = Line{static_cast<float>(n * decade_inverse[i] / 0.9), static_cast<float>(n * 8 / 9.0 - shift),
+                         2 * n - 1 - shift};
         // Between two decades: the mean of the last value of one and the first of the next; at the top, of the
         // last value and 1.
-        t.threshold[i + 1] = static_cast<float>(i + 1 < decades ? decade_scale[i] * (1 + 0.9 / n) : 1 - 0.225 / n);
+        t.threshold[i] = static_cast<float>(i + 1 < decades ? decade_scale[i] * (1 + 0.9 / n) : 1 - 0.225 / n);
     }
+
+    t.line[decades] = Line{0.0f, static_cast<float>(top), top};
+    // Decade 0 has one or two values; their line also gives 0 for what rounds to 0, so it goes through the boundary
+    // between 0 and the first value, and that between the two. Where nothing becomes 0 it begins at index 1.
+    const double from_zero = code == Code::Positive ? 0 : decade_scale[0] * (0.1 + 0.45 / first) / 2;
+    const double to_second = first == 2 ? decade_scale[0] * 0.55 : 2 * from_zero;
+    const double slope = 1 / (to_second - from_zero);
+    t.line[0].slope = static_cast<float>(slope);
+    t.line[0].offset = static_cast<float>(1 - from_zero * slope);
 
     int zone = 0;
     for (int binade = 96; binade < 128; ++binade) {
@@ -99,7 +105,7 @@ constexpr CodeTables make_tables(Code code) {
         t.slope[b] = line.slope;
         t.offset[b] = line.offset;
         t.last[b] = line.last;
-        if (zone <= decades && exponent_field(t.threshold[zone]) == binade) {
+        if (zone < decades && exponent_field(t.threshold[zone]) == binade) {
             t.carry[b] = (1u << 23) - mantissa_field(t.threshold[zone]);
             ++zone;
         }

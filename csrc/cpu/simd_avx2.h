@@ -75,33 +75,40 @@ OPTIM8_HD void store(float16* to, F x) {
 
 template <Code code>
 OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) {
-    // Eight loads and inserts: a gather is a long microcode sequence on many machines.
+    // Eight loads and inserts: a gather is a long microcode sequence on many machines. As integers, because only then
+    // does GCC make a load and an insert one instruction.
     const float* table = Tables<code>::all.value;
     for (int j = 0; j < code_group / width; ++j) {
         uint64_t c;
         std::memcpy(&c, codes + j * width, sizeof c);
-        const auto four = [&](uint64_t q) {
-            __m128 x = _mm_load_ss(table + (q & 255));
-            x = _mm_insert_ps(x, _mm_load_ss(table + (q >> 8 & 255)), 0x10);
-            x = _mm_insert_ps(x, _mm_load_ss(table + (q >> 16 & 255)), 0x20);
-            return _mm_insert_ps(x, _mm_load_ss(table + (q >> 24 & 255)), 0x30);
+        const auto value = [&](int k) {
+            int32_t bits;
+            std::memcpy(&bits, table + (c >> (8 * k) & 255), sizeof bits);
+            return bits;
         };
-        out[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(four(c)), four(c >> 32), 1);
+        const auto four = [&](int k) {
+            __m128i x = _mm_cvtsi32_si128(value(k));
+            x = _mm_insert_epi32(x, value(k + 1), 1);
+            x = _mm_insert_epi32(x, value(k + 2), 2);
+            return _mm_insert_epi32(x, value(k + 3), 3);
+        };
+        out[j] = _mm256_castsi256_ps(_mm256_set_m128i(four(4), four(0)));
     }
 }
 
-// The zones 1 to 8 in eight entries, and a rule that gives the zone of y or the one before it: the upper half of the
-// bits of y, which is close to a logarithm, times `factor`, shifted right by 16; `first` stands for zone 1, and what is
-// less for the same. Entries are placed by the low three bits of that.
+// The eight zones in eight entries, and a rule that gives the zone of y or the one before it: the upper half of the
+// bits of y, which is close to a logarithm, times `factor`, shifted right by 16; `first` stands for zone 0. Entries are
+// placed by the low three bits of that. What is below `lowest` is taken for that, which has the same code.
 struct ZoneTables {
     float threshold[8];  // of the next zone; infinity after the last
     float slope[8], offset[8];
     int32_t last[8];
-    int factor, first;
+    float lowest;
+    int factor;
 };
 constexpr int exact_zone(const CodeTables& t, double y) {
-    int zone = 1;
-    while (zone <= decades && y >= t.threshold[zone]) ++zone;
+    int zone = 0;
+    while (zone < decades && y >= t.threshold[zone]) ++zone;
     return zone;
 }
 constexpr double value_of_half(int half) {  // of the bits half << 16
@@ -109,12 +116,14 @@ constexpr double value_of_half(int half) {  // of the bits half << 16
     for (int e = half >> 7; e < 127; ++e) value /= 2;
     return value;
 }
-constexpr bool zone_rule_holds(const CodeTables& t, int factor, int first) {
-    constexpr int tiny = 104 << 7, one = 127 << 7;  // 2^-23 is below every threshold
-    if ((tiny * factor) >> 16 > first) return false;
-    for (int half = tiny; half <= one; ++half) {
-        const int found = (half * factor) >> 16 > first ? ((half * factor) >> 16) - first + 1 : 1;
-        const int at_end = half == one ? decades + 1 : exact_zone(t, value_of_half(half + 1) * (1 - 1e-9));
+constexpr bool zone_rule_holds(const CodeTables& t, int factor, int first, int lowest) {
+    constexpr int one = 127 << 7;
+    const Line line = t.line[0];
+    if (static_cast<int>(value_of_half(lowest) * line.slope + line.offset) != static_cast<int>(line.offset))
+        return false;
+    for (int half = lowest; half <= one; ++half) {
+        const int found = ((half * factor) >> 16) - first;
+        const int at_end = half == one ? decades : exact_zone(t, value_of_half(half + 1) * (1 - 1e-9));
         if (found > exact_zone(t, value_of_half(half)) || found < at_end - 1) return false;
     }
     return true;
@@ -122,19 +131,20 @@ constexpr bool zone_rule_holds(const CodeTables& t, int factor, int first) {
 constexpr ZoneTables make_zones(const CodeTables& t) {
     ZoneTables zones{};
     // About one zone in log2(10) binades of 128 steps.
-    for (int factor = 150; factor < 180; ++factor) {
+    for (int factor = 130; factor < 180; ++factor) {
         const int first = (((127 << 7) * factor) >> 16) - (decades - 1);
-        if (!zone_rule_holds(t, factor, first)) continue;
+        const int lowest = ((first << 16) + factor - 1) / factor;
+        if (!zone_rule_holds(t, factor, first, lowest)) continue;
         zones.factor = factor;
-        zones.first = first;
+        zones.lowest = static_cast<float>(value_of_half(lowest));
+        for (int z = 0; z <= decades; ++z) {
+            const int place = (first + z) & 7;
+            zones.threshold[place] = z < decades ? t.threshold[z] : __builtin_inff();
+            zones.slope[place] = t.line[z].slope;
+            zones.offset[place] = t.line[z].offset;
+            zones.last[place] = t.line[z].last;
+        }
         break;
-    }
-    for (int z = 1; z <= decades + 1; ++z) {
-        const int place = (zones.first + z - 1) & 7;
-        zones.threshold[place] = z <= decades ? t.threshold[z] : __builtin_inff();
-        zones.slope[place] = t.line[z].slope;
-        zones.offset[place] = t.line[z].offset;
-        zones.last[place] = t.line[z].last;
     }
     return zones;
 }
@@ -154,26 +164,23 @@ OPTIM8_HD F pick(const float (&table)[8], __m256i zone) {
 template <Code code>
 OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, uint8_t* codes) {
     const ZoneTables& t = ZonesOf<code>::all;
-    const __m256 lowest = _mm256_set1_ps(Tables<code>::all.threshold[0]);
     const __m256 magnitude_mask = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(abs_mask)));
     __m256i index[code_group / width];
     for (int j = 0; j < code_group / width; ++j) {
         const __m256 quotient = _mm256_mul_ps(x[j].v, _mm256_set1_ps(reciprocal));
-        const __m256 y = code == Code::Signed ? _mm256_and_ps(quotient, magnitude_mask) : quotient;
+        // The maximum gives the other operand for a NaN.
+        const __m256 y = _mm256_max_ps(code == Code::Signed ? _mm256_and_ps(quotient, magnitude_mask) : quotient,
+                                       _mm256_set1_ps(t.lowest));
         const __m256i scaled = _mm256_mulhi_epu16(_mm256_castps_si256(y), _mm256_set1_epi32(t.factor << 16));
-        __m256i zone = _mm256_max_epi32(_mm256_srli_epi32(scaled, 16), _mm256_set1_epi32(t.first));
+        __m256i zone = _mm256_srli_epi32(scaled, 16);
         const __m256 above = _mm256_cmp_ps(y, pick(t.threshold, zone).v, _CMP_GE_OQ);
         zone = _mm256_sub_epi32(zone, _mm256_castps_si256(above));
-        const I a = nearest_on_line(F(y), pick(t.slope, zone), pick(t.offset, zone), I{pick(t.last, zone)});
-        // Below the first threshold (and for NaN) the lines do not hold: that is 0.
-        const __m256i valid = _mm256_castps_si256(_mm256_cmp_ps(y, lowest, _CMP_GE_OQ));
-        index[j] = _mm256_and_si256(a.v, valid);
-        if (code == Code::Signed) index[j] = _mm256_sign_epi32(index[j], _mm256_castps_si256(quotient));
-        if (code == Code::Positive) {
-            // At least 1 where x > 0: the bits of a positive number are.
-            const __m256i one = _mm256_set1_epi32(1);
-            index[j] = _mm256_max_epi32(index[j], _mm256_min_epi32(_mm256_castps_si256(x[j].v), one));
-        }
+        I a = nearest_on_line(F(y), pick(t.slope, zone), pick(t.offset, zone), I{pick(t.last, zone)});
+        if (code == Code::Signed) a.v = _mm256_sign_epi32(a.v, _mm256_castps_si256(quotient));
+        // 0 where x is not positive. The bits of a positive x, as an integer, are no less than its index: if few, x is
+        // subnormal, at most bits * 2^-23 of absmax. Negative ones are made 0 by the packing below.
+        if (code == Code::Positive) a = minimum(a, I{_mm256_castps_si256(x[j].v)});
+        index[j] = a.v;
     }
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (int h = 0; h < code_group / 32; ++h) {

@@ -1,8 +1,8 @@
 // One optimizer step over blocks of one tensor, for any rule: decode, update, block maximum, encode. Names no rule.
 //
 // A block is worked in two passes over scratch that stays in L1: `advance` decodes the old state, updates, and finds
-// the block's maxima; `seal` encodes the new state. The next block advances before a block is sealed, so that the
-// latency of reducing the maxima is hidden.
+// the block's maxima; `seal` encodes the new state. A block is sealed group by group while the next one advances, so
+// that the loads of one pass fill the time of the other's arithmetic, and the latency of reducing the maxima is hidden.
 #include "core/row.h"
 #include "cpu/dispatch.h"
 #include "cpu/simd.h"
@@ -22,7 +22,7 @@ struct Block {
     alignas(64) float old_param[step_block];
     uint8_t* codes[Rule::states];
     float* absmax[Rule::states];
-    float new_absmax[Rule::states];
+    float new_absmax[Rule::states], reciprocal[Rule::states];
 };
 
 // Zero-padded copies of a short last block, so that the passes know whole blocks only. Padding takes part in
@@ -81,56 +81,88 @@ __attribute__((noinline)) void mend(Block<Rule>& block, const Scalars& scalars, 
     }
 }
 
-template <class Rule, class P, class G>
-OPTIM8_HD void advance(Block<Rule>& block, P* param, const G* grad, const Scalars& scalars) {
-    const F factor(scalars.gradient_factor);
+// What one pass over a block reads and gathers in registers.
+template <class Rule>
+struct Pass {
     F absmax[Rule::states];
     U largest[Rule::states];
-    for (int s = 0; s < Rule::states; ++s) {
-        absmax[s] = F(*block.absmax[s]);
-        largest[s] = U(0u);
-    }
-    for (int at = 0; at < step_block; at += code_group) {
-        F state[Rule::states][lanes];
-        decode_states<0, Rule>(block, absmax, at, state);
-        for (int j = 0; j < lanes; ++j) {
-            const int i = at + j * width;
-            F p = load(param + i);
-            store(block.old_param + i, p);
-            F now[Rule::states];
-            for (int s = 0; s < Rule::states; ++s) now[s] = state[s][j];
-            Rule::update(p, load(grad + i) * factor, now, scalars);
-            store(param + i, p);
-            for (int s = 0; s < Rule::states; ++s) {
-                store(block.state[s] + i, now[s]);
-                largest[s] = maximum(largest[s], magnitude_bits(now[s]));
-            }
+
+    OPTIM8_HD explicit Pass(const Block<Rule>& block) {
+        for (int s = 0; s < Rule::states; ++s) {
+            absmax[s] = F(*block.absmax[s]);
+            largest[s] = U(0u);
         }
     }
+};
+
+template <class Rule, class P, class G>
+OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* grad, const Scalars& scalars, int at) {
+    const F factor(scalars.gradient_factor);
+    F state[Rule::states][lanes];
+    decode_states<0, Rule>(block, pass.absmax, at, state);
+    for (int j = 0; j < lanes; ++j) {
+        const int i = at + j * width;
+        F p = load(param + i);
+        store(block.old_param + i, p);
+        F now[Rule::states];
+        for (int s = 0; s < Rule::states; ++s) now[s] = state[s][j];
+        Rule::update(p, load(grad + i) * factor, now, scalars);
+        store(param + i, p);
+        for (int s = 0; s < Rule::states; ++s) {
+            store(block.state[s] + i, now[s]);
+            pass.largest[s] = maximum(pass.largest[s], magnitude_bits(now[s]));
+        }
+    }
+}
+
+// After the last group has advanced.
+template <class Rule>
+OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const Scalars& scalars) {
     uint32_t bits[Rule::states];
     bool finite = true;
     for (int s = 0; s < Rule::states; ++s) {
-        bits[s] = reduce_max(largest[s]);
+        bits[s] = reduce_max(pass.largest[s]);
         finite = finite && bits[s] < inf_bits;
     }
     if (__builtin_expect(!finite, 0)) mend<Rule>(block, scalars, bits);
-    for (int s = 0; s < Rule::states; ++s) block.new_absmax[s] = float_of(bits[s]);
+    for (int s = 0; s < Rule::states; ++s) {
+        block.new_absmax[s] = float_of(bits[s]);
+        const Normalizer normal = normalizer(block.new_absmax[s]);
+        block.reciprocal[s] = normal.reciprocal;
+        if (__builtin_expect(normal.scale != 1.0f, 0))
+            for (float& x : block.state[s]) x *= normal.scale;
+    }
 }
 
 template <int s, class Rule>
-OPTIM8_HD void seal(Block<Rule>& block) {
+OPTIM8_HD void seal(const Block<Rule>& block, int at) {
     if constexpr (s < Rule::states) {
-        const Normalizer normal = normalizer(block.new_absmax[s]);
-        if (__builtin_expect(normal.scale != 1.0f, 0))
-            for (float& x : block.state[s]) x *= normal.scale;
-        for (int at = 0; at < step_block; at += code_group) {
-            F x[lanes];
-            for (int j = 0; j < lanes; ++j) x[j] = load(block.state[s] + at + j * width);
-            encode_group<Rule::codes[s]>(x, normal.reciprocal, block.codes[s] + at);
-        }
-        *block.absmax[s] = block.new_absmax[s];
-        seal<s + 1, Rule>(block);
+        F x[lanes];
+        for (int j = 0; j < lanes; ++j) x[j] = load(block.state[s] + at + j * width);
+        encode_group<Rule::codes[s]>(x, block.reciprocal[s], block.codes[s] + at);
+        seal<s + 1, Rule>(block, at);
     }
+}
+template <class Rule>
+OPTIM8_HD void seal(const Block<Rule>& block, int at) {
+    seal<0, Rule>(block, at);
+    if (at + code_group == step_block)
+        for (int s = 0; s < Rule::states; ++s) *block.absmax[s] = block.new_absmax[s];
+}
+
+// Advances a block, and seals the one before it where there is one.
+template <class Rule, class P, class G>
+OPTIM8_HD void work(Block<Rule>& block, P* param, const G* grad, const Scalars& scalars, const Block<Rule>* before) {
+    Pass<Rule> pass(block);
+    for (int at = 0; at < step_block; at += code_group) {
+        advance(block, pass, param, grad, scalars, at);
+        if (before != nullptr) seal(*before, at);
+    }
+    normalize(block, pass, scalars);
+}
+template <class Rule>
+OPTIM8_HD void seal_all(const Block<Rule>& block) {
+    for (int at = 0; at < step_block; at += code_group) seal(block, at);
 }
 
 template <class Rule, class P, class G>
@@ -147,13 +179,17 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
             block.absmax[s] = row.absmax[s] + b;
         }
     };
-    for (int64_t b = begin; b < whole; ++b) {
-        Block<Rule>& block = blocks[b & 1];
-        point(block, b);
-        advance(block, param + b * step_block, grad + b * step_block, scalars);
-        if (b > begin) seal<0, Rule>(blocks[(b - 1) & 1]);
+    const auto params = [&](int64_t b) { return param + b * step_block; };
+    const auto grads = [&](int64_t b) { return grad + b * step_block; };
+    if (begin < whole) {
+        point(blocks[begin & 1], begin);
+        work<Rule>(blocks[begin & 1], params(begin), grads(begin), scalars, nullptr);
+        for (int64_t b = begin + 1; b < whole; ++b) {
+            point(blocks[b & 1], b);
+            work(blocks[b & 1], params(b), grads(b), scalars, &blocks[(b - 1) & 1]);
+        }
+        seal_all(blocks[(whole - 1) & 1]);
     }
-    if (whole > begin) seal<0, Rule>(blocks[(whole - 1) & 1]);
 
     if (end > whole) {
         const int64_t at = whole * step_block;
@@ -169,8 +205,8 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
             std::memcpy(tail.codes[s], block.codes[s], n);
             block.codes[s] = tail.codes[s];
         }
-        advance(block, tail.param, tail.grad, scalars);
-        seal<0, Rule>(block);
+        work<Rule, P, G>(block, tail.param, tail.grad, scalars, nullptr);
+        seal_all(block);
         std::memcpy(param + at, tail.param, n * sizeof(P));
         for (int s = 0; s < Rule::states; ++s) std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
     }
