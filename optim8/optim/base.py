@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from optim8 import _native
-from optim8.optim import checkpoint, formats, options, overrides, sharded, states
+from optim8.optim import carried, checkpoint, formats, options, overrides, sharded, states
 from optim8.optim.sharded import Part
 from optim8.optim.states import Moment
 from optim8.paging import Place, Placement
@@ -50,7 +50,30 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         """Native scratch of a step, kept for its memory; nothing of it is saved or copied with the optimizer."""
         return _native.cpu().StepTable()
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._store is not None:
+            self._relay()
+            state["state"] = carried.Carried(self._store, self.moments, self.state)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockwiseOptimizer:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state: dict[str, Any] = super().__getstate__()
+        if self._store is not None:
+            del state["state"]
+            store, fresh = carried.copied(self._store, self.moments, self.state, memo)
+            twin.__setstate__({**deepcopy(state, memo), "state": fresh})
+            twin._store = store
+        else:
+            twin.__setstate__(deepcopy(state, memo))
+        return twin
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state.get("state"), carried.Carried):
+            self._store = state["state"].store
+            state = {**state, "state": state["state"].state}
         super().__setstate__(state)
         overrides.register(self)
         for group in self.param_groups:
@@ -225,6 +248,18 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             for (_, param, _, _), entry in zip(of_device, fresh, strict=True):
                 self.state[param] = entry
 
+    def _relay(self) -> None:
+        """Lay out the states of parameters whose strides have changed anew."""
+        name = self.moments[0].name
+        self._convert(
+            [
+                ("", param, self._is_8bit(param))
+                for param, entry in self.state.items()
+                if isinstance(param, torch.Tensor) and entry
+                if entry[name].stride() != sharded.local(param).stride()
+            ]
+        )
+
     def _is_8bit(self, param: torch.Tensor) -> bool:
         return self.moments[0].absmax in self.state[param]
 
@@ -301,7 +336,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for group in groups:
             options.check_group(owner, {**options.EXTRA_DEFAULTS, **group})
         self._resolved()
-        state = checkpoint.loaded_state(owner, self.moments, known, state_dict, groups, self._wants_8bit, self._store)
+        state = checkpoint.loaded_state(
+            owner, self.moments, known, state_dict, groups, self._wants_8bit, self._store, self.state
+        )
         self.__setstate__({"state": state, "param_groups": groups})
         self._known_overrides = None
         if self._store is not None:

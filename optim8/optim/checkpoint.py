@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from optim8.optim import sharded, states
 from optim8.optim.formats import Format, own
 from optim8.optim.sources import Entry, check_values, fill, is_quantized
 from optim8.optim.states import Moment
+from optim8.paging.segments import tensors_of
 from optim8.paging.store import Store
 
 
@@ -42,9 +44,10 @@ def loaded_state(
     groups: list[dict[str, Any]],
     wants_8bit: Callable[[dict[str, Any], torch.Tensor], bool],
     store: Store | None,
+    present_state: Mapping[Any, dict[str, Any]],
 ) -> defaultdict[Any, Any]:
     """State for the optimizer's own parameters, copied from a saved one. Takes `saved_ids` out of the groups. `store`:
-    where it is to live; None: beside the parameters."""
+    where it is to live, None: beside the parameters; `present_state`: what the optimizer has."""
     pairs = [(id_, param, group) for group in groups for id_, param in zip(group.pop("saved_ids"), group["params"])]
     by_id = {id_: (param, group) for id_, param, group in pairs}
     state: defaultdict[Any, Any] = defaultdict(dict)
@@ -65,12 +68,31 @@ def loaded_state(
                 check_values(where, moments, read, in_8_bits)
             shard = sharded.local(param)
             present.setdefault(shard.device, []).append((f"state[{key!r}]", param, shard, read, in_8_bits))
+    # A paged optimizer's state goes where its state is already: two of them might be over the budget.
+    reusable = store is not None and not any(map(store.holds, chain(*map(tensors_of, state_dict["state"].values()))))
     for of_device in present.values():
-        fresh = states.allocate(moments, [(shard, in_8_bits) for _, _, shard, _, in_8_bits in of_device], store)
-        for (name, param, _, read, _), target in zip(of_device, fresh, strict=True):
-            _fill_entry(moments, read, target, name)
-            state[param] = target
+        new = []
+        for at in of_device:
+            _, param, shard, _, in_8_bits = at
+            entry = present_state.get(param, {}) if reusable else {}
+            if _fits(moments, entry, shard, in_8_bits):
+                state[param] = {name: entry[name] for name in states.names(moments, in_8_bits)}
+            else:
+                new.append(at)
+        fresh = states.allocate(moments, [(shard, in_8_bits) for _, _, shard, _, in_8_bits in new], store)
+        state.update((param, entry) for (_, param, *_), entry in zip(new, fresh, strict=True))
+        for name, param, _, read, _ in of_device:
+            _fill_entry(moments, read, state[param], name)
     return state
+
+
+def _fits(moments: Sequence[Moment], entry: dict[str, Any], shard: torch.Tensor, in_8_bits: bool) -> bool:
+    """Whether the state of this precision and of the shard's layout can be filled into `entry`."""
+    if not all(name in entry for name in states.names(moments, in_8_bits)):
+        return False
+    kind = torch.uint8 if in_8_bits else torch.float32
+    codes = [entry[moment.name] for moment in moments]
+    return all((t.dtype, t.shape, t.stride()) == (kind, shard.shape, shard.stride()) for t in codes)
 
 
 def converted(

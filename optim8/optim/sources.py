@@ -11,6 +11,7 @@ import torch
 from optim8 import _native
 from optim8.optim import report, states
 from optim8.optim.states import Moment
+from optim8.paging.segments import copy
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,20 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
     """
     goal = target[moment.name]
     if isinstance(source, Codes):
-        if not source.codes.is_contiguous():
+        if not source.codes.is_contiguous() and source.codes.stride() != goal.stride():
             # Keeps the strides of a dense tensor, and closes the gaps of others.
             source = Codes(source.codes.clone(), source.absmax, source.table, source.blocksize)
         codes = source.codes
         same_order = codes.is_contiguous() if goal.is_contiguous() else codes.stride() == goal.stride()
         if moment.absmax in target and same_order and source.table is None and source.blocksize == states.BLOCK:
-            goal.copy_(codes)
-            target[moment.absmax].copy_(source.absmax)
+            copy(goal, codes)
+            copy(target[moment.absmax], source.absmax)
             _report(moment, source, target, name, "copied")
             return
     # Blocks run in memory order, so other strides mean other blocks: quantized anew.
     floats = values(moment, source, goal.device)
     if moment.absmax not in target:
-        goal.copy_(floats)
+        copy(goal, floats)
         _report(moment, source, target, name, "widened" if isinstance(source, Codes) else "copied")
         return
     relaid = torch.empty_strided(tuple(goal.shape), goal.stride(), dtype=torch.float32, device=goal.device)

@@ -73,6 +73,11 @@ def state_bytes(moments: Sequence[Moment], size: int, in_8_bits: bool) -> int:
     return 4 + len(moments) * (size + 4 * blocks(size) if in_8_bits else 4 * size)
 
 
+def names(moments: Sequence[Moment], in_8_bits: bool) -> list[str]:
+    """The names of the tensors of a parameter's state."""
+    return ["step", *(m.name for m in moments), *(m.absmax for m in moments if in_8_bits)]
+
+
 def allocate(
     moments: Sequence[Moment], wanted: Sequence[tuple[torch.Tensor, bool]], store: Store | None = None
 ) -> list[dict[str, Any]]:

@@ -6,15 +6,20 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+
+from optim8 import _native
 
 DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # fastest first
 PAGE = 4096
+_NUMPY = {torch.uint8: np.uint8, torch.float32: np.float32}
 _CHUNK = 2**20  # bytes written at a time to fill a file
 
 
@@ -27,13 +32,18 @@ class Arena(Protocol):
     flat: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """One allocation. A mapped file stays mapped as long as the segment or any tensor in it lives."""
 
     tier: str
     memory: torch.Tensor  # uint8, flat
-    path: Path | None  # of a kept file; one that is not kept has no name
+    path: Path | None = None  # of a kept file; one that is not kept has no name
+    limited: bool = False  # mapped, and there is a limit on the pages that are in memory
+
+    def __post_init__(self) -> None:
+        if self.limited:
+            _limited.add(self)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -47,6 +57,39 @@ class Segment:
         return begin <= tensor.data_ptr() < end
 
 
+# Only what is in here may be released: a segment keeps its mapping alive, so no address in it is anything else's.
+_limited: weakref.WeakSet[Segment] = weakref.WeakSet()
+
+
+def copy(goal: torch.Tensor, source: torch.Tensor) -> None:
+    """`goal.copy_(source)` for a dense goal; what is mapped under a limit passes through memory in parts."""
+    alike = goal.stride() == source.stride() or (goal.is_contiguous() and source.is_contiguous())
+    if not alike or not (_is_limited(goal) or _is_limited(source)):
+        goal.copy_(source)
+        release((goal, source))
+        return
+    # Alike and dense, so that the order in memory is one order of the elements of both.
+    flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in (goal, source)]
+    for begin in range(0, goal.numel(), _CHUNK):
+        to, of = (tensor[begin : begin + _CHUNK] for tensor in flat)
+        to.copy_(of)
+        release((to, of))
+
+
+def release(tensors: Iterable[torch.Tensor]) -> None:
+    """Take the pages of tensors that are mapped under a limit out of this process; the file keeps what they hold.
+    Other tensors are left alone."""
+    spans = []
+    for tensor in filter(_is_limited, tensors):
+        begin = tensor.data_ptr()
+        spans.append((begin // PAGE * PAGE, -(-(begin + tensor.nbytes) // PAGE) * PAGE))
+    _native.cpu().release_pages(spans)
+
+
+def _is_limited(tensor: torch.Tensor) -> bool:
+    return any(segment.holds(tensor) for segment in list(_limited))
+
+
 def offsets(arenas: Sequence[Arena]) -> tuple[list[int], int]:
     """Where each arena begins in a segment, in bytes, and the size of all, in whole pages."""
     begins, at = [], 0
@@ -57,9 +100,12 @@ def offsets(arenas: Sequence[Arena]) -> tuple[list[int], int]:
 
 
 def cut(memory: torch.Tensor, arenas: Sequence[Arena]) -> None:
-    """Give every arena its part of `memory`."""
+    """Give every arena its part of `memory`, as a storage of its own: torch.save does not take one storage for
+    several dtypes."""
+    whole = memory.numpy()
     for arena, begin in zip(arenas, offsets(arenas)[0], strict=True):
-        arena.flat = memory[begin : begin + arena.size * arena.dtype.itemsize].view(arena.dtype)
+        part = whole[begin : begin + arena.size * arena.dtype.itemsize]
+        arena.flat = torch.from_numpy(part.view(_NUMPY[arena.dtype]))
 
 
 def in_memory(arenas: Sequence[Arena], pinned: bool) -> Segment:
@@ -68,10 +114,10 @@ def in_memory(arenas: Sequence[Arena], pinned: bool) -> Segment:
     cut(memory, arenas)
     for arena in arenas:
         arena.flat.fill_(arena.fill)
-    return Segment(HOST, memory, None)
+    return Segment(HOST, memory)
 
 
-def in_file(arenas: Sequence[Arena], directory: Path, keep_as: str | None) -> Segment:
+def in_file(arenas: Sequence[Arena], directory: Path, keep_as: str | None, limited: bool) -> Segment:
     """A segment in a file of `directory`, filled; named `keep_as`, or without a name and gone with its mapping.
 
     Raises:
@@ -103,7 +149,7 @@ def in_file(arenas: Sequence[Arena], directory: Path, keep_as: str | None) -> Se
         if not kept:
             path.unlink()
     cut(memory, arenas)
-    return Segment(DISK, memory, path if kept else None)
+    return Segment(DISK, memory, path if kept else None, limited)
 
 
 def mapped(path: Path, size: int) -> torch.Tensor:
@@ -157,6 +203,6 @@ def check_directory(directory: Path) -> None:
     Path(name).unlink()
 
 
-def tensors_of(entry: dict[str, Any]) -> list[torch.Tensor]:
+def tensors_of(entry: Any) -> list[torch.Tensor]:
     """The tensors of one parameter's state."""
-    return [value for value in entry.values() if isinstance(value, torch.Tensor)]
+    return [value for value in entry.values() if isinstance(value, torch.Tensor)] if isinstance(entry, dict) else []

@@ -49,8 +49,12 @@ class Store:
         if tier == HOST:
             segment = segments.in_memory(arenas, pinned=device.type == "cuda")
         else:
-            segment = segments.in_file(arenas, self.directory, keep_as=None)
+            segment = segments.in_file(arenas, self.directory, None, self.pager.host_bytes is not None)
         self.segments.append(segment)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's values lie in memory of this store."""
+        return any(segment.holds(tensor) for segment in self.segments)
 
     def keep_only(self, entries: Iterable[dict[str, Any]]) -> None:
         """Let go of the segments in which none of these states lies."""

@@ -1,0 +1,146 @@
+"""Trains with state that does not fit, in a process of its own whose data is limited: python paging_worker.py JSON.
+
+Prints one JSON object: a digest of parameters and state, and for each phase the peak of resident memory, file pages
+included, over what the process had before the parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+import mmap
+import pickle
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import bits, parameter
+
+import optim8
+from optim8.paging import Pager, segments
+
+MIB = 2**20
+COUNT, SIZE = 8, MIB  # bfloat16 parameters of 2 MiB, with 8 MiB of 32-bit AdamW state or 2 MiB of 8-bit state each
+
+
+def memory(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+class Phases:
+    """Peaks of resident memory."""
+
+    def __init__(self) -> None:
+        self.before = memory("VmRSS")
+        self.peaks: dict[str, int] = {}
+
+    def end(self, name: str) -> None:
+        self.peaks[name] = memory("VmHWM") - self.before
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def make(params: list[torch.nn.Parameter], paged: Any) -> Any:
+    few = len(params) // 4
+    groups = [{"params": params[:few], "optim_bits": 8}, {"params": params[few:], "optim_bits": 32}]
+    return optim8.AdamW8bit(groups, lr=0.01, paged=paged)
+
+
+def train(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: int) -> None:
+    for t in range(first, last):
+        for i, p in enumerate(params):
+            assert p.grad is not None
+            p.grad.uniform_(-1, 1, generator=torch.Generator().manual_seed(100 * t + i))  # without a temporary
+        optimizer.step()
+
+
+def digest(params: list[torch.nn.Parameter], optimizer: Any) -> str:
+    found = hashlib.sha256()
+    for p in params:
+        found.update(bits(p))
+        for name, value in sorted(optimizer.state[p].items()):
+            found.update(name.encode() + bits(value))
+    return found.hexdigest()
+
+
+def new_params() -> list[torch.nn.Parameter]:
+    params = []
+    for i in range(COUNT):
+        p = parameter(torch.full((SIZE,), 0.5 + i / 8, dtype=torch.bfloat16))
+        p.grad = torch.zeros_like(p)
+        params.append(p)
+    return params
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    torch.set_num_threads(2)
+    warm = [parameter(torch.ones(300_000, dtype=torch.bfloat16), torch.ones(300_000, dtype=torch.bfloat16))]
+    for paged in (None, Pager(host_budget="64KiB", bucket="64KiB")):
+        optimizer = make(warm, paged)
+        train(warm, optimizer, 0, 2)
+        copy.deepcopy(optimizer)
+        digest(warm, optimizer)
+    Path("/proc/self/clear_refs").write_text("5")
+    phases = Phases()
+    params = new_params()
+    if not asked["paged"]:
+        optimizer = make(params, None)
+        digests = []
+        for first in (0, 4):
+            train(params, optimizer, first, 4 + first // 2)
+            digests.append(digest(params, optimizer))
+        print(json.dumps({"digests": digests}))
+        return
+    room = memory("VmData") + asked["room"]
+    resource.setrlimit(resource.RLIMIT_DATA, (room, room))
+    try:
+        make(params, None).step()
+        resident = "fits"
+    except (RuntimeError, MemoryError):
+        resident = "fails to allocate"
+    folder = Path(asked["folder"])
+    pager = Pager(directory=folder, host_budget=asked["budget"], bucket=asked["bucket"])
+    phases.end("resident")
+    optimizer = make(params, pager)
+    train(params, optimizer, 0, 2)
+    phases.end("training")
+    twin = copy.deepcopy(optimizer, {id(p): p for p in params})
+    phases.end("deepcopy")
+    del twin
+    torch.save(optimizer.state_dict(), folder / "state.pt")
+    del optimizer
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        saved = torch.load(folder / "state.pt", mmap=True)
+    loaded = make(params, pager)
+    loaded.load_state_dict(saved)
+    del saved
+    gc.collect()  # an optimizer is part of a cycle
+    phases.end("saving and loading")
+    train(params, loaded, 2, 4)
+    phases.end("training after loading")
+    digests = [digest(params, loaded)]
+    segments.release([value for entry in loaded.state.values() for value in entry.values()])
+    phases.end("digest")
+    with (folder / "optimizer.pickle").open("wb") as file:
+        pickle.dump(loaded, file)
+    phases.end("pickle")
+    del loaded
+    with (folder / "optimizer.pickle").open("rb") as file:
+        back = pickle.load(file)
+    phases.end("unpickling")
+    params = [p for group in back.param_groups for p in group["params"]]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    train(params, back, 4, 6)
+    digests.append(digest(params, back))
+    tiers = back.placement().bytes_by_tier()
+    print(json.dumps({"digests": digests, "resident": resident, "peaks": phases.peaks, "tiers": tiers}))
+
+
+if __name__ == "__main__":
+    main()

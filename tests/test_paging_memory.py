@@ -1,0 +1,44 @@
+"""State that does not fit: under RLIMIT_DATA resident state cannot be allocated, and paged state trains, is copied,
+pickled, saved and loaded, with the same bits and under its budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+MIB = 2**20
+PARAMETERS = GRADIENTS = 16 * MIB  # of paging_worker.py
+BUDGET = 8 * MIB
+# What each phase may have in memory. Pickle makes two copies of the parameters and holds them until it is done.
+MAY_HAVE = {
+    "training": PARAMETERS + GRADIENTS + BUDGET,
+    "deepcopy": PARAMETERS + GRADIENTS + 2 * BUDGET,
+    "pickle": PARAMETERS + GRADIENTS + BUDGET + 2 * PARAMETERS,
+    "unpickling": PARAMETERS + GRADIENTS + BUDGET + 2 * PARAMETERS,
+}
+
+
+def work(**asked: Any) -> Any:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "paging_worker.py", json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_state_that_cannot_be_allocated_is_trained_under_a_budget(tmp_path: Path) -> None:
+    expected = work(paged=False)
+    got = work(paged=True, room=40 * MIB, budget=BUDGET, bucket=4 * MIB, folder=str(tmp_path))
+    assert got["resident"] == "fails to allocate"
+    assert got["digests"] == expected["digests"], "loaded from a state dict, and from a pickle"
+    assert got["tiers"]["host"] <= BUDGET - 4 * MIB
+    assert got["tiers"]["disk"] > 40 * MIB
+    assert {name: (got["peaks"][name], may) for name, may in MAY_HAVE.items() if got["peaks"][name] > 1.1 * may} == {}
