@@ -362,3 +362,8 @@ def test_paged_state_is_converted_where_it_lives(to: int) -> None:
     for p, q in zip(params, twins, strict=True):
         assert bits(p) == bits(q)
         assert state_bits(paged, p) == state_bits(plain, q)
+    for p in params:
+        optim8.override(p, optim_bits=to)
+    assert {paged.precision(p) for p in params} == {f"{to}bit"}
+    tensors = [t for p in params for t in paged.state[p].values()]
+    assert all(any(map(segment.holds, tensors)) for segment in paged._store.segments), "a file is given up when unused"

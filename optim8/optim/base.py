@@ -247,6 +247,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             fresh = checkpoint.converted(self.moments, shards, self._store)
             for (_, param, _, _), entry in zip(of_device, fresh, strict=True):
                 self.state[param] = entry
+        if wanted and self._store is not None:
+            self._store.keep_only(self.state.values())
 
     def _relay(self) -> None:
         """Lay out the states of parameters whose strides have changed anew."""
