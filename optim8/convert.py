@@ -13,6 +13,7 @@ import torch
 from optim8.optim import BlockwiseOptimizer, options, sharded
 from optim8.optim import report as reports
 from optim8.optim.formats import bitsandbytes, own, torch_optim
+from optim8.optim.formats.common import check_rule
 from optim8.optim.report import Report, Row, report
 from optim8.optim.sources import Entry, Source, values
 from optim8.optim.states import Moment
@@ -74,6 +75,7 @@ def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
 def _check(who: str, optimizer: Any) -> None:
     if not isinstance(optimizer, BlockwiseOptimizer):
         raise TypeError(f"{who}: optimizer must be one of optim8, got {type(optimizer).__name__}.")
+    check_rule(who, optimizer.rule)
     if any(sharded.is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
         raise ValueError(
             f"{who}: parameters must be whole, got DTensors. Gather the state with get_optimizer_state_dict and "

@@ -259,3 +259,36 @@ def test_paged_optimizers_convert_too() -> None:
     assert {i: {k: bits(v) for k, v in e.items()} for i, e in written["state"].items()} == {
         i: {k: bits(v) for k, v in e.items()} for i, e in expected["state"].items()
     }
+
+
+def test_a_rule_that_others_do_not_share_is_not_converted() -> None:
+    """A new optimizer may have moments of the same names with another meaning."""
+
+    class Novel(optim8.AdamW8bit):
+        rule = "novel"
+
+    theirs_params = make_params()
+    theirs = torch.optim.AdamW(theirs_params)
+    steps(theirs_params, theirs, 0, 1)
+    optimizer = Novel(twins(theirs_params))
+    with pytest.raises(ValueError, match=r"Novel.load_state_dict: novel cannot be converted"):
+        optimizer.load_state_dict(theirs.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    for write in (optim8.convert.to_torch, optim8.convert.to_bitsandbytes):
+        with pytest.raises(ValueError, match=r"novel cannot be converted"):
+            write(optimizer)
+
+
+def test_amsgrad_can_be_dropped_as_the_error_says() -> None:
+    theirs_params = make_params()
+    theirs = torch.optim.AdamW(theirs_params, amsgrad=True)
+    steps(theirs_params, theirs, 0, 1)
+    optimizer = optim8.AdamW8bit(twins(theirs_params))
+    state_dict = CARRIERS["a copy"](theirs.state_dict())
+    with pytest.raises(ValueError, match=r"\['amsgrad'\]"):
+        optimizer.load_state_dict(state_dict)
+    for entry in state_dict["state"].values():
+        del entry["max_exp_avg_sq"]
+    for group in state_dict["param_groups"]:
+        group["amsgrad"] = False
+    optimizer.load_state_dict(state_dict)

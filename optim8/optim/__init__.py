@@ -18,7 +18,7 @@ from optim8.optim.names import (
     PagedLion,
     PagedLion32bit,
 )
-from optim8.optim.overrides import override
+from optim8.optim.overriding import override
 
 __all__ = [
     "Adam",

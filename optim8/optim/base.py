@@ -329,7 +329,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             if changed is not None:
                 state_dict = changed
         owner = f"{type(self).__name__}.load_state_dict"
-        known = formats.recognise(owner, state_dict)
+        known = formats.recognise(owner, self.rule, state_dict)
         saved = [
             known.read_group(f"{owner}: param_groups[{index}]", self.rule, group)
             for index, group in enumerate(state_dict["param_groups"])

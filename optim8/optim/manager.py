@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optim8.optim import overrides
+from optim8.optim import overrides, overriding
 
 
 class GlobalOptimManager:
@@ -66,14 +66,14 @@ class GlobalOptimManager:
         who = "override_config"
         if (key is None) == (key_value_dict is None):
             raise ValueError(f"{who}: pass either key and value, or key_value_dict.")
-        changes = overrides.checked(who, {key: value} if key is not None else dict(key_value_dict or {}))
+        changes = overriding.checked(who, {key: value} if key is not None else dict(key_value_dict or {}))
         tensors = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         if not tensors:
             raise ValueError(f"{who}: parameters must be at least one parameter, got none.")
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{who}: parameters must be parameters, got a {type(tensor).__name__}.")
-        found = [overrides.of_tensor(who, tensor) for tensor in tensors]  # all are checked before any is added
+        found = [overriding.of_tensor(who, tensor) for tensor in tensors]  # all are checked before any is added
         for find in found:
             overrides.add(changes, find)
 
@@ -83,4 +83,4 @@ class GlobalOptimManager:
         Raises:
             ValueError: there is none, or an option is unknown or its value not possible.
         """
-        overrides.override_module_parameter("register_module_override", module, param_name, config)
+        overriding.override_module_parameter("register_module_override", module, param_name, config)

@@ -11,13 +11,9 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils.weak import TensorWeakRef
-
-from optim8.optim import options
 
 Groups: TypeAlias = list[dict[str, Any]]
 Find: TypeAlias = Callable[[Groups], set[int] | None]
@@ -70,125 +66,12 @@ def register(optimizer: torch.optim.Optimizer) -> None:
     _optimizers.add(optimizer)
 
 
-def override(
-    target: torch.nn.Module | torch.Tensor | str, /, *, module: torch.nn.Module | None = None, **changes: Any
-) -> OverrideHandle:
-    """Give some parameters options of their own, before or after their optimizer is made.
-
-    Args:
-        target: a parameter; a module, for all parameters in it; or a shell pattern, such as "*.embed.*", for names.
-            `*` also matches dots. Names are those of optimizers made from `named_parameters()`.
-        module: with a pattern: names are those of `module.named_parameters()`, for any optimizer.
-        **changes: `lr`, `betas`, `eps`, `weight_decay`, `optim_bits`, `min_8bit_size`, as for a parameter group.
-
-    Returns:
-        a handle: `handle.remove()` ends the override, as does the end of `with override(...):`.
-
-    An overridden `lr` is not moved by schedulers. Later overrides win, option by option. State that exists already is
-    brought to the new precision by the optimizer's next `step`, `precision` or `state_dict`: widened exactly, or
-    quantized. Overrides are no part of a state dict. They stay with the tensor: a copy of a parameter has none, and
-    where a model's parameters are replaced later (as fully_shard does), override the module or a pattern.
-
-    Raises:
-        TypeError: the target is none of these.
-        ValueError: an option is unknown or its value not possible; the target has no parameters. A pattern that
-            matches no name of any optimizer is reported by the first optimizer that would use it.
-
-    Example:
-        >>> import torch, optim8
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
-        >>> optimizer = optim8.AdamW8bit(model.parameters())
-        >>> handle = optim8.override(model[0], optim_bits=32, lr=1e-4)
-        >>> [optimizer.precision(p) for p in model.parameters()]
-        ['32bit', '8bit', '32bit']
-    """
-    who = "override"
-    changes = checked(who, changes)
-    if module is not None and not isinstance(target, str):
-        raise TypeError(f"{who}: module= belongs to a pattern, got a {type(target).__name__} as target. Leave it out.")
-    if isinstance(target, torch.Tensor):
-        return add(changes, of_tensor(who, target))
-    if isinstance(target, torch.nn.Module):
-        if next(target.parameters(), None) is None:
-            raise ValueError(f"{who}: the module has no parameters: {type(target).__name__}. Name one that has some.")
-        return add(changes, _of_module(target, lambda _: True))
-    if not isinstance(target, str):
-        raise TypeError(f"{who}: target must be a parameter, a module or a pattern, got {type(target).__name__}.")
-    if module is None:
-        return add(changes, _of_names(target), target)
-    if not any(fnmatchcase(name, target) for name, _ in module.named_parameters(remove_duplicate=False)):
-        names = ", ".join(name for name, _ in module.named_parameters())
-        raise ValueError(f"{who}: {target!r} matches no parameter of the module, which has: {names or 'none'}.")
-    return add(changes, _of_module(module, lambda name: fnmatchcase(name, target)))
-
-
-def override_module_parameter(who: str, module: torch.nn.Module, name: str, changes: dict[str, Any]) -> OverrideHandle:
-    """Override the parameter that a module has under a name, whatever tensor that is by then."""
-    if not isinstance(module, torch.nn.Module) or not isinstance(getattr(module, name, None), torch.Tensor):
-        raise ValueError(f"{who}: a {type(module).__name__} has no parameter {name!r}.")
-    return add(checked(who, changes), _of_module(module, lambda found: found == name))
-
-
-def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Options of an override, checked; those of bitsandbytes that change nothing are taken out."""
-    known = options.OVERRIDABLE
-    changes = options.without_neutral(who, changes)
-    if not changes:
-        raise ValueError(f"{who}: name at least one option: {', '.join(known)}.")
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"{who}: {name!r} cannot be overridden. Options are {', '.join(known)}.")
-    changes = options.with_betas(who, changes)
-    options.check_group(who, {**known, **changes})
-    return changes
-
-
 def add(changes: dict[str, Any], find: Find, glob: str = "") -> OverrideHandle:
     """Make an override from its parts."""
     made = _Override(changes, find, glob)
     _made.append(made)
     _changed()
     return OverrideHandle(made)
-
-
-def of_tensor(who: str, param: torch.Tensor) -> Find:
-    """Find one parameter, as long as it is there.
-
-    Raises:
-        ValueError: it is no parameter.
-    """
-    if not isinstance(param, torch.nn.Parameter) and not (param.is_leaf and param.requires_grad):
-        raise ValueError(
-            f"{who}: the tensor must be a parameter, got {tuple(param.shape)} that no optimizer can have (such as "
-            "param.data or a result). Pass the parameter itself."
-        )
-    ref = TensorWeakRef(param)
-
-    def find(_: Groups) -> set[int] | None:
-        alive = ref()
-        return None if alive is None else {id(alive)}
-
-    return find
-
-
-def _of_module(module: torch.nn.Module, wants: Callable[[str], bool]) -> Find:
-    ref = weakref.ref(module)
-
-    def find(_: Groups) -> set[int] | None:
-        alive = ref()
-        if alive is None:
-            return None
-        return {id(param) for name, param in alive.named_parameters(remove_duplicate=False) if wants(name)}
-
-    return find
-
-
-def _of_names(pattern: str) -> Find:
-    def find(groups: Groups) -> set[int] | None:
-        named = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"])]
-        return {id(param) for name, param in named if fnmatchcase(name, pattern)}
-
-    return find
 
 
 @dataclass

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from optim8.optim.formats import bitsandbytes, own, torch_optim, torchao
-from optim8.optim.formats.common import Format, fail
+from optim8.optim.formats.common import Format, check_rule, fail
 
 # The first that claims a dict reads it. torch.optim claims what has no state, since its options are everybody's.
 FORMATS: tuple[Format, ...] = (own.FORMAT, bitsandbytes.FORMAT, torchao.FORMAT, torch_optim.FORMAT)
 
 
-def recognise(owner: str, state_dict: dict[str, Any]) -> Format:
+def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
     """The format of a state dict.
 
     Raises:
-        ValueError: it is no state dict, or of a library that is not known; names the first key that no one knows.
+        ValueError: it is no state dict, of a library that is not known (names the first key that no one knows), or of
+            another library that has no such rule.
     """
     for key, kind in (("state", dict), ("param_groups", list)):
         if not isinstance(state_dict.get(key), kind):
@@ -34,6 +35,8 @@ def recognise(owner: str, state_dict: dict[str, Any]) -> Format:
         key, entry = next(iter(entries.items()))
         which = f"state[{key!r}][{next(iter(entry))!r}]"
         fail(owner, which, "is no state of optim8, torch.optim, bitsandbytes, torchao or lion-pytorch")
+    if claimed is not own.FORMAT:
+        check_rule(owner, rule)
     return claimed
 
 

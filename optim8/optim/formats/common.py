@@ -37,6 +37,14 @@ def fail(where: str, key: str, what: str, advice: str = "") -> NoReturn:
     raise ValueError(f"{where}{'' if where.endswith(']') else ': '}{key} {what}.{' ' if advice else ''}{advice}")
 
 
+def check_rule(owner: str, rule: str) -> None:
+    """Raise ValueError for a rule that no other library here shares, so that no moment is taken for another."""
+    if rule not in ("adam", "adamw", "lion"):
+        raise ValueError(
+            f"{owner}: {rule} cannot be converted; adam, adamw and lion can. State dicts of optim8 load for every rule."
+        )
+
+
 def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
