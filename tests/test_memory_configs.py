@@ -134,7 +134,10 @@ ERRORS: list[tuple[Any, dict[str, Any], str]] = [
     ({"w": [3, "x"]}, {}, "shape of 'w'"),
     ({"w": [3]}, {"optimizer": "sgd"}, "optimizer must be one of adam8bit"),
     ({"w": [3]}, {"optimizer": torch.optim.AdamW}, "optimizer must be one of adam8bit"),
-    ({"w": [3]}, {"optimizer": "torch-adamw", "optim_bits": 8}, "optim_bits belong to optim8"),
+    ({"w": [3]}, {"optimizer": "torch-adamw", "optim_bits": 8}, "optim_bits belongs to optim8"),
+    ({"w": [3]}, {"optimizer": "torch-adamw", "paged": True}, "paged belongs to optim8"),
+    ({"w": [3]}, {"paged": "yes"}, "paged must be True, False or"),
+    ({"w": [3]}, {"optimizer": "pagedlion8bit", "paged": False}, "always paged"),
     ({"w": [3]}, {"sharding": "zero"}, "sharding must be one of ddp, fsdp"),
     ({"w": [3]}, {"world_size": 0}, "world_size must be"),
     ({"w": [3]}, {"device": "tpu"}, "device must be"),
@@ -184,6 +187,8 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     for word in ("8,030,261,248 parameters", "torch AdamW", "bitsandbytes AdamW8bit", "torchao AdamW8bit", "absmax"):
         assert word in printed
     assert "What makes it fit: sharding='fsdp', world_size=2." in printed
+    assert main(["plan", str(path), "--dtype=bfloat16", "--budget=40GiB", "--paged"]) == 0
+    assert "It fits as planned." in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["bytes"] == optim8.memory.plan(LLAMA_8B, dtype="bfloat16").bytes

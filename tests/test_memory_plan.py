@@ -11,6 +11,8 @@ from torch import nn
 
 import optim8
 from optim8.memory.peers import PEERS
+from optim8.memory.plans import STATE
+from optim8.paging import Pager
 
 OPTIMIZERS = {"adam8bit": optim8.Adam8bit, "adamw8bit": optim8.AdamW8bit, "lion8bit": optim8.Lion8bit}
 OPTIONS: tuple[dict[str, Any], ...] = ({}, {"min_8bit_size": 0}, {"min_8bit_size": 2000}, {"optim_bits": 32})
@@ -75,6 +77,54 @@ def test_overrides_are_planned(dtype: str | None) -> None:
         assert planned.bytes == optim8.memory.plan(model, optimizer).bytes
         without = optim8.memory.plan({name: tuple(p.shape) for name, p in model.named_parameters()}, dtype=dtype)
         assert without.bytes != planned.bytes
+
+
+PAGERS: dict[str, Any] = {
+    "all on disk": True,
+    "host budget": Pager(host_budget=200 * 1024, bucket=64 * 1024),
+    "little": Pager(host_budget=64 * 1024, bucket=64 * 1024),
+    "all in memory": Pager(host_budget="1GiB"),
+}
+
+
+@pytest.mark.parametrize("name", ["transformer", "cnn"])
+@pytest.mark.parametrize("pager", PAGERS.values(), ids=PAGERS)
+def test_paged_state_is_planned_by_tier(pager: Any, name: str) -> None:
+    make, data = MODELS[name]
+    model = make()
+    params = list(model.parameters())
+    for cls, options in ((optim8.AdamW8bit, {"paged": pager}), (optim8.PagedLion8bit, {"paged": pager})):
+        planned = optim8.memory.plan(model, cls, **options)
+        optimizer = cls([{"params": params[::2]}, {"params": params[1::2], "min_8bit_size": 0}], **options)
+        train(model, optimizer, data(torch.float32))
+        grouped = optim8.memory.plan(model, optimizer)
+        streaming = sum(row.nbytes for row in grouped.rows if row.kind == "paging buffers")
+        actual = measured(model, optimizer)
+        assert grouped.bytes == {**actual, "buffers": actual["buffers"] + streaming}
+        state = dict.fromkeys(grouped.tiers, 0)
+        for row in grouped.rows:
+            state[row.tier] += row.nbytes if row.kind in STATE else 0
+        assert {tier: count for tier, count in state.items() if count} == optimizer.placement().bytes_by_tier()
+        assert (streaming > 0) == (pager is not True and "disk" in optimizer.placement().bytes_by_tier())
+        alone = cls(params, **options)
+        train(model, alone, data(torch.float32))
+        assert planned.bytes == optim8.memory.plan(model, alone).bytes
+
+
+def test_paged_state_of_a_gpu_takes_what_is_free() -> None:
+    sizes = {"parameters": {str(i): [1000, 1000] for i in range(10)}}
+    state = 10 * (2 * 10**6 + 2 * 4 * 3907 + 4)
+    fixed = 2 * 4 * 10**7
+    resident = optim8.memory.plan(sizes)
+    assert resident.tiers["host"] == 40  # counts of steps
+    assert optim8.memory.plan(sizes, paged=True).tiers["device"] == fixed
+    assert optim8.memory.plan(sizes, "pagedadamw8bit").tiers["host"] >= state
+    half = optim8.memory.plan(sizes, paged=Pager(device_reserve=0), budget=fixed + state // 2)
+    assert fixed + 0.4 * state < half.tiers["device"] <= fixed + state // 2
+    assert half.tiers["host"] > 0.4 * state
+    on_disk = optim8.memory.plan(sizes, paged=Pager(device_budget=0, host_budget="16MiB"))
+    assert on_disk.tiers["disk"] >= state
+    assert on_disk.bytes["buffers"] >= 16 * 2**20
 
 
 def test_dtypes_of_gradients_and_master_copies() -> None:

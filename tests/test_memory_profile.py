@@ -209,7 +209,19 @@ def test_outputs_in_containers_and_other_optimizers() -> None:
         model(torch.randn(9, NARROW))["loss"].backward()
         optimizer.step()
     assert phases(prof) == [(0, "forward"), (0, "backward"), (0, "step")]
-    assert prof.records[-1].kinds["state (device)"] == 4 * sum(p.numel() for p in model.parameters())
+    assert prof.records[-1].kinds["state (host)"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_state_in_a_file_is_not_in_ram() -> None:
+    model, _, data = training(torch.device("cpu"))
+    optimizer = optim8.PagedAdamW8bit(model.parameters())
+    with optim8.memory.profile(model, optimizer) as prof:
+        step(model, optimizer, data)
+        step(model, optimizer, data)
+    record = [record for record in prof.records if record.phase == "step"][-1]
+    assert record.kinds["state (disk)"] == optim8.memory.plan(model, optimizer).state_bytes
+    assert "state (host)" not in record.kinds
+    assert abs(record.end - record.kinds["parameters"] - record.kinds["gradients"]) < 4096
 
 
 @pytest.mark.parametrize("source", ["allocations", "rss"])
@@ -291,7 +303,7 @@ def test_tables_pictures_and_files(tmp_path: Path) -> None:
         for _ in range(10):
             step(model, optimizer, data)
     text = prof.table()
-    for word in ("forward", "backward", "step", "peak", "parameters at end", "state (device)", "10 steps", "MiB"):
+    for word in ("forward", "backward", "step", "peak", "parameters at end", "state (host)", "10 steps", "MiB"):
         assert word in text
     prof.to_json(tmp_path / "memory.json")
     content = json.loads((tmp_path / "memory.json").read_text())

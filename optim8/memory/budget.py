@@ -24,7 +24,7 @@ class Option:
     @property
     def name(self) -> str:
         """The changed arguments as text."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.change.items()) or "as planned"
+        return ", ".join(f"{name}={value!r}" for name, value in self.change.items() if name != "budget") or "as planned"
 
 
 def options(planned: Plan, budget: int | str) -> list[Option]:
@@ -37,7 +37,7 @@ def options(planned: Plan, budget: int | str) -> list[Option]:
     """
     limit = parse_bytes(budget)
     found = [_option(planned, {}, limit)]
-    found += [_option(planned, change, limit) for change in _changes(planned)]
+    found += [_option(planned, change, limit) for change in _changes(planned, limit)]
     found += [option for option in [_sharded(planned, limit)] if option is not None]
     return found
 
@@ -47,7 +47,7 @@ def describe(found: Sequence[Option], budget: int | str) -> str:
     limit = parse_bytes(budget)
     rows = []
     for option in found:
-        need = option.plan.tiers["device"]
+        need = option.plan.needed
         spare = f"yes, {binary(limit - need)} to spare" if option.fits else f"no, {binary(need - limit)} too much"
         rows.append([option.name, binary(need), spare])
     fitting = [option.name for option in found if option.fits]
@@ -62,10 +62,10 @@ def describe(found: Sequence[Option], budget: int | str) -> str:
 
 def _option(planned: Plan, change: dict[str, Any], limit: int) -> Option:
     changed = plan(**{**planned.request, **change}, beside=False) if change else planned
-    return Option(change, changed, changed.tiers["device"] <= limit)
+    return Option(change, changed, changed.needed <= limit)
 
 
-def _changes(planned: Plan) -> Iterator[dict[str, Any]]:
+def _changes(planned: Plan, limit: int) -> Iterator[dict[str, Any]]:
     request = planned.request
     name = request["optimizer"]
     ours = isinstance(name, str) and name.lower() in OURS
@@ -73,10 +73,12 @@ def _changes(planned: Plan) -> Iterator[dict[str, Any]]:
         yield {"optimizer": "adamw8bit"}
     elif request["optim_bits"] == 32:
         yield {"optim_bits": 8}
-    if not ours or OURS[name.lower()] is not OURS["lion8bit"]:
-        yield {"optimizer": "lion8bit"}
+    if not ours or OURS[name.lower()].rule != "lion":
+        yield {"optimizer": "lion8bit" if not ours or not OURS[name.lower()].always_paged else "pagedlion8bit"}
     if any(dtype not in ("bfloat16", "float16") for dtype in planned.dtypes):
         yield {"dtype": "bfloat16"}
+    if ours and not OURS[name.lower()].always_paged and not request["paged"]:
+        yield {"paged": True, "budget": limit}
 
 
 def _sharded(planned: Plan, limit: int) -> Option | None:

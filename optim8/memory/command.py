@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sharding", choices=SHARDINGS, default="ddp", help="how they share the work")
     parser.add_argument("--min-8bit-size", type=int, help="tensors of fewer values keep 32-bit state (default: 4096)")
     parser.add_argument("--optim-bits", type=int, choices=(8, 32), help="8, or 32 for state in float32")
+    parser.add_argument("--paged", action="store_true", help="state may live in host memory or on the disk")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="where the parameters are (default: cuda)")
     parser.add_argument("--budget", help="memory of a device, such as 24GiB: says what fits, and what makes it fit")
     parser.add_argument("--json", action="store_true", help="print bytes as JSON")
@@ -29,17 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Returns 0, or 2 where an argument or a file is wrong."""
-    options = {
-        name: value for name, value in vars(arguments).items() if name not in ("command", "source", "budget", "json")
-    }
+    options = {name: value for name, value in vars(arguments).items() if name not in ("command", "source", "json")}
     try:
-        planned = plan(arguments.source, **options)
+        planned = plan(arguments.source, **{**options, "paged": arguments.paged or None})
         found = [] if arguments.budget is None else budget.options(planned, arguments.budget)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     if arguments.json:
-        fitting = {option.name: {"device": option.plan.tiers["device"], "fits": option.fits} for option in found}
+        fitting = {option.name: {"needed": option.plan.needed, "fits": option.fits} for option in found}
         print(json.dumps({**planned.as_dict(), **({"options": fitting} if found else {})}, indent=1))
         return 0
     print(planned)

@@ -8,19 +8,23 @@ from typing import Any
 import torch
 
 from optim8 import optim
-from optim8.memory import sizes
+from optim8.memory import layout, sizes
+from optim8.memory.layout import Bytes
 from optim8.memory.peers import PEERS
 from optim8.memory.plans import Plan, Row
 from optim8.memory.sizes import Parameter
-from optim8.optim import overrides, states
+from optim8.memory.text import parse_bytes
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.base import _wants_8bit as wants_8bit
+from optim8.paging.options import Pager, pager_of
 
 SHARDINGS = ("ddp", "fsdp")
 OURS: dict[str, type[BlockwiseOptimizer]] = {
     "adam8bit": optim.Adam8bit,
     "adamw8bit": optim.AdamW8bit,
     "lion8bit": optim.Lion8bit,
+    "pagedadam8bit": optim.PagedAdam8bit,
+    "pagedadamw8bit": optim.PagedAdamW8bit,
+    "pagedlion8bit": optim.PagedLion8bit,
 }
 
 
@@ -35,7 +39,9 @@ def plan(
     sharding: str = "ddp",
     min_8bit_size: int | None = None,
     optim_bits: int | None = None,
+    paged: bool | Pager | None = None,
     device: str | None = None,
+    budget: int | str | None = None,
     beside: bool = True,
 ) -> Plan:
     """Bytes for parameters, gradients and optimizer state of a training, from sizes alone.
@@ -47,7 +53,8 @@ def plan(
         model_or_config: a module, on any device; a Hugging Face style config of a llama, mistral, qwen2, gpt2 or bert,
             as a dict, an object with `to_dict` or the path of its JSON; `{"parameters": {name: shape}}`; or the path
             (or paths) of a safetensors file, whose header is read. Parameters that are used twice count once.
-        optimizer: "adam8bit", "adamw8bit", "lion8bit", or a class of optim8; an optimizer of optim8 that holds the
+        optimizer: "adam8bit", "adamw8bit", "lion8bit", "pagedadam8bit", "pagedadamw8bit", "pagedlion8bit", or a class
+            of optim8; an optimizer of optim8 that holds the
             module's parameters, whose groups and options then count; or another library's: "torch-adamw",
             "bitsandbytes-adamw8bit", "bitsandbytes-lion8bit", "torchao-adamw8bit".
         dtype: of the parameters; None for what the model, config or file says, float32 where it says nothing.
@@ -57,7 +64,11 @@ def plan(
         sharding: "ddp", each device holds everything; "fsdp", each holds a part of every parameter, cut along the
             first dimension as `torch.distributed.fsdp.fully_shard` does. What is 8-bit depends on the whole parameter.
         min_8bit_size, optim_bits: as for the optimizer; None for its defaults.
+        paged: True, or an optim8.paging.Pager with budgets, as for the optimizer.
         device: "cuda" or "cpu", where the parameters are; None for where the module is, "cuda" for sizes alone.
+        budget: memory of a device, bytes or a text such as "24GiB": what parameters, gradients and buffers leave of it
+            is what paged state finds free there. Without it, paged state of CUDA parameters is planned in host memory,
+            unless the pager has a device_budget.
         beside: plan torch's, bitsandbytes' and torchao's optimizer as well, for the printed table.
 
     Returns:
@@ -80,19 +91,18 @@ def plan(
     trained = [parameter for parameter in held if parameter.trainable]
     stepped = [torch.float32 if master_copies and p.dtype.itemsize < 4 else p.dtype for p in trained]
     grads = None if grad_dtype is None else sizes.dtype_of(grad_dtype)
+    tier = "device" if device == "cuda" else "host"
     rows = {
-        ("parameters", "device"): sum(p.nbytes for p in held),
-        ("master copies", "device"): sum(
-            p.size * wide.itemsize for p, wide in zip(trained, stepped) if wide != p.dtype
-        ),
-        ("gradients", "device"): sum(p.size * (grads or p.dtype).itemsize for p in trained),
-        ("model's buffers", "device"): model.buffer_bytes,
+        ("parameters", tier): sum(p.nbytes for p in held),
+        ("master copies", tier): sum(p.size * wide.itemsize for p, wide in zip(trained, stepped) if wide != p.dtype),
+        ("gradients", tier): sum(p.size * (grads or p.dtype).itemsize for p in trained),
+        ("model's buffers", tier): model.buffer_bytes,
     }
     options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
     given = {name: value for name, value in options.items() if value is not None}
-    label, moments, state = _state(optimizer, trained, stepped, given)
-    for kind, count in state.items():
-        rows[kind, "host" if kind == "step counts" and device == "cuda" else "device"] = count
+    free = 0 if budget is None else max(0, parse_bytes(budget) - sum(rows.values()))
+    label, moments, state = _state(optimizer, trained, stepped, given, paged, device, free)
+    rows |= state
     return Plan(
         model.title,
         label,
@@ -102,7 +112,8 @@ def plan(
         sum(p.whole.numel() for p in model.parameters),
         len(model.parameters),
         tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters})),
-        _beside({**request, **dict.fromkeys(options)}, moments) if beside else (),
+        device,
+        _beside({**request, **dict.fromkeys([*options, "paged"])}, moments) if beside else (),
         request,
     )
 
@@ -135,24 +146,29 @@ def _beside(request: dict[str, Any], moments: int) -> tuple[Plan, ...]:
 
 
 def _state(
-    optimizer: Any, trained: Sequence[Parameter], stepped: Sequence[torch.dtype], options: dict[str, Any]
-) -> tuple[str, int, dict[str, int]]:
-    """The optimizer's label, its number of moments, and bytes by kind of what it will hold."""
+    optimizer: Any,
+    trained: Sequence[Parameter],
+    stepped: Sequence[torch.dtype],
+    options: dict[str, Any],
+    paged: bool | Pager | None,
+    device: str,
+    free: int,
+) -> tuple[str, int, Bytes]:
+    """The optimizer's label, its number of moments, and bytes by kind and tier of what it will hold."""
     if isinstance(optimizer, str) and optimizer.lower() in PEERS:
-        if options:
-            raise ValueError(
-                f"optim8.memory.plan: {', '.join(options)} belong to optim8's optimizers, not {optimizer}."
-            )
+        if options or paged:
+            given = ", ".join([*options, *(["paged"] if paged else [])])
+            raise ValueError(f"optim8.memory.plan: {given} belongs to optim8's optimizers, not to {optimizer}.")
         peer = PEERS[optimizer.lower()]
-        return peer.label, peer.moments, peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
+        held = peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
+        return peer.label, peer.moments, {(kind, _tier(kind, device)): count for kind, count in held.items()}
     cls = OURS.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
     if isinstance(cls, BlockwiseOptimizer):
-        if options:
-            raise ValueError(
-                f"optim8.memory.plan: {', '.join(options)} are the optimizer's own already. Leave them out."
-            )
-        made, groups = cls, cls.param_groups
+        if options or paged is not None:
+            raise ValueError("optim8.memory.plan: options and paged are the optimizer's own already. Leave them out.")
+        made, groups, pager = cls, cls.param_groups, None if cls._store is None else cls._store.pager
     elif isinstance(cls, type) and issubclass(cls, BlockwiseOptimizer):
+        pager = pager_of("optim8.memory.plan", paged, cls.always_paged)
         meta = [torch.empty(p.whole.shape, dtype=dtype, device="meta") for p, dtype in zip(trained, stepped)]
         made = cls([{"params": meta}], **options)  # refuses what training would refuse
         names = {"params": [p.whole for p in trained], "param_names": [p.name for p in trained]}
@@ -162,48 +178,10 @@ def _state(
             f"optim8.memory.plan: optimizer must be one of {', '.join([*OURS, *PEERS])}, or an optimizer of optim8 or "
             f"its class, got {optimizer!r}."
         )
-    wanted = _wanted(made, groups, {id(p.whole): p.local for p in trained})
-    return f"optim8 {type(made).__name__}", len(made.moments), _laid_out(made, wanted)
+    wanted = layout.wanted(made, groups, {id(p.whole): p.local for p in trained})
+    label = f"optim8 {type(made).__name__}" + (" paged" if pager is not None and not made.always_paged else "")
+    return label, len(made.moments), layout.laid_out(made.moments, wanted, pager, device, free)
 
 
-def _wanted(
-    made: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[int, tuple[int, ...]]
-) -> list[tuple[torch.Tensor, bool]]:
-    """What a device holds of every parameter, on the meta device, and whether its state is 8-bit. `parts`: the shapes
-    held, by identity of the parameter."""
-    resolved = None if overrides.none_made() else overrides.resolve("optim8.memory.plan", groups)
-    wanted = []
-    for index, group in enumerate(groups):
-        for position, param in enumerate(group["params"]):
-            if id(param) not in parts:
-                raise ValueError(
-                    f"optim8.memory.plan: parameter {position} of group {index} of the optimizer must be a trainable "
-                    "parameter of the model. Pass the module that the optimizer was made for."
-                )
-            changes = {} if resolved is None else resolved.by_id.get(id(param), {})
-            entry = made.state.get(param)
-            in_8_bits = made.moments[0].absmax in entry if entry else wants_8bit({**group, **changes}, param)
-            wanted.append((torch.empty(parts[id(param)], device="meta"), in_8_bits))
-    return wanted
-
-
-def _laid_out(made: BlockwiseOptimizer, wanted: Sequence[tuple[torch.Tensor, bool]]) -> dict[str, int]:
-    """Bytes by kind of state that the optimizer's own code lays out, so sizes and alignment are those of training."""
-    found: dict[str, int] = {}
-    arenas: dict[int, int] = {}
-    for entry in states.allocate(made.moments, wanted):
-        for name, value in entry.items():
-            kind = _kind(name, value)
-            found[kind] = found.get(kind, 0) + value.nbytes
-            storage = value.untyped_storage()
-            arenas[storage._cdata] = storage.nbytes()
-    found["alignment"] = sum(arenas.values()) - sum(found.values())
-    return found
-
-
-def _kind(name: str, value: torch.Tensor) -> str:
-    if name == "step":
-        return "step counts"
-    if value.dtype == torch.uint8:
-        return "codes"
-    return "absmax" if name.endswith("_absmax") else "32-bit state"
+def _tier(kind: str, device: str) -> str:
+    return "device" if device == "cuda" and kind != "step counts" else "host"

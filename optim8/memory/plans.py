@@ -28,7 +28,7 @@ TIERS = ("device", "host", "disk")
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes of one kind in one tier: "device" (where the parameters are), "host" (RAM beside a GPU) or "disk"."""
+    """Bytes of one kind in one tier: "device" (a GPU's memory), "host" (RAM) or "disk"."""
 
     kind: str
     tier: str
@@ -45,6 +45,7 @@ class Plan:
         world_size, sharding: over how many devices, and how.
         size, tensors: numbers of values and of tensors of the whole model.
         dtypes: of the parameters.
+        device: where they are, "cuda" or "cpu".
         beside: plans of the same training with other libraries' optimizers.
         request: the arguments that it was planned with.
     """
@@ -57,6 +58,7 @@ class Plan:
     size: int
     tensors: int
     dtypes: tuple[str, ...]
+    device: str
     beside: tuple[Plan, ...] = ()
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -85,9 +87,14 @@ class Plan:
         """Bytes of the tensors in `optimizer.state`, without the alignment between them."""
         return sum(row.nbytes for row in self.rows if row.kind in STATE)
 
+    @property
+    def needed(self) -> int:
+        """Bytes of the tier where the parameters are: of the GPU, or of RAM."""
+        return self.tiers["device" if self.device == "cuda" else "host"]
+
     def fits(self, budget: int | str) -> bool:
-        """Whether the device's part is at most `budget`: bytes, or a text such as "24GiB"."""
-        return self.tiers["device"] <= parse_bytes(budget)
+        """Whether `needed` is at most `budget`: bytes, or a text such as "24GiB"."""
+        return self.needed <= parse_bytes(budget)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan in plain numbers and texts, as JSON can hold it."""
@@ -97,6 +104,7 @@ class Plan:
             "parameters": self.size,
             "tensors": self.tensors,
             "dtypes": list(self.dtypes),
+            "device": self.device,
             "world_size": self.world_size,
             "sharding": self.sharding,
             "bytes": self.bytes,

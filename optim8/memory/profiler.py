@@ -11,6 +11,7 @@ import torch
 from optim8.memory import sources
 from optim8.memory.profiles import Profile, Record
 from optim8.optim import sharded
+from optim8.paging.store import placed
 
 _FLUSH = 500  # marks after which a source's readings are taken, so that it keeps no more
 FORWARD, BACKWARD, STEP, BETWEEN = "forward", "backward", "step", "between"
@@ -67,6 +68,7 @@ class profile(Profile):
         self._step, self._phase, self._in_step, self._running = 0, BETWEEN, False, False
         self._parameters: dict[str, int] = {}
         self._state: dict[str, int] = {}
+        self._mapped = self._mapped_before = 0  # bytes of files that hold state
         self._base: int | None = None  # bytes of no known kind when forward began
         self._base_step = -1
 
@@ -74,10 +76,11 @@ class profile(Profile):
         if self._running or self.records:
             raise RuntimeError("optim8.memory.profile: one block only; make another profile for another block.")
         self._measure_state()
+        self._mapped_before = self._mapped
         known = self._kinds()
         counted = sum(count for kind, count in known.items() if self._is_counted(kind))
         self._source.start(counted, [p.grad for p in self._model.parameters() if p.grad is not None])
-        self._open.append(_Mark(0, "", BETWEEN, known))
+        self._open.append(_Mark(0, "", BETWEEN, known, self._mapped))
         self._running = True
         self._hooks = [
             self._model.register_forward_pre_hook(self._on_forward),
@@ -130,7 +133,7 @@ class profile(Profile):
     def _mark(self, phase: str) -> None:
         """A phase ends here and `phase` begins."""
         self._source.mark()
-        self._open.append(_Mark(self._step, self._phase, phase, self._kinds()))
+        self._open.append(_Mark(self._step, self._phase, phase, self._kinds(), self._mapped))
         self._phase = phase
 
     def _kinds(self) -> dict[str, int]:
@@ -140,7 +143,10 @@ class profile(Profile):
     def _measure_state(self) -> None:
         """Bytes that only a step changes: of parameters, and of optimizer state by tier."""
         self._parameters = {"parameters": sum(sharded.local(p).nbytes for p in self._model.parameters())}
-        self._state = {f"state ({tier})": count for tier, count in _tiers(self._optimizer, self._device).items()}
+        self._state = {f"state ({tier})": count for tier, count in _tiers(self._optimizer).items()}
+        store = getattr(self._optimizer, "_store", None)
+        segments = [] if store is None else store.segments
+        self._mapped = sum(segment.memory.numel() for segment in segments if segment.tier == "disk")
 
     def _is_counted(self, kind: str) -> bool:
         """Whether the source counts this kind: state in a file, or in RAM beside a GPU, it does not."""
@@ -149,6 +155,9 @@ class profile(Profile):
     def _read(self, last: bool) -> None:
         """Make records of the marks since the last call."""
         for (level, peak), mark in zip(self._source.readings(last), self._open, strict=True):
+            if self.source == "allocations":  # counts a file that is mapped as memory
+                level -= mark.mapped - self._mapped_before
+                peak = max(level, peak - mark.mapped + self._mapped_before)
             rest = level - sum(count for kind, count in mark.kinds.items() if self._is_counted(kind))
             if self._base is None or (mark.begins == FORWARD and mark.step != self._base_step):
                 self._base, self._base_step = rest, mark.step if mark.begins == FORWARD else -1
@@ -161,12 +170,13 @@ class profile(Profile):
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where one phase ends and another begins, and the bytes of the known kinds there."""
+    """Where one phase ends and another begins, and the bytes of the known kinds and of mapped files there."""
 
     step: int
     ends: str
     begins: str
     kinds: dict[str, int]
+    mapped: int
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -180,12 +190,13 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _tiers(optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, int]:
-    """Bytes of an optimizer's state by tier; "device" is where the model is."""
+def _tiers(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of an optimizer's state by tier."""
+    store = getattr(optimizer, "_store", None)
     found: dict[str, int] = {}
     for entry in optimizer.state.values():
         for value in entry.values():
             if isinstance(value, torch.Tensor):
-                tier = "device" if value.device.type == device.type else "host"
+                tier, _ = placed(store, sharded.local(value))
                 found[tier] = found.get(tier, 0) + sharded.local(value).nbytes
     return found

@@ -1,0 +1,106 @@
+"""The state of optim8's optimizers, laid out on the meta device by the code that lays it out in training: so sizes,
+tiers and alignment are those of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from optim8.optim import overrides, states
+from optim8.optim.base import BlockwiseOptimizer, _wants_8bit
+from optim8.optim.states import Moment
+from optim8.paging import segments
+from optim8.paging.options import Pager
+from optim8.paging.plan import plan as plan_tiers
+
+Bytes = dict[tuple[str, str], int]  # by kind and tier
+Wanted = list[tuple[torch.Tensor, bool]]  # a tensor on the meta device, and whether its state is 8-bit
+
+
+def wanted(made: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[int, tuple[int, ...]]) -> list[Wanted]:
+    """What a device holds of the parameters of each group, and in which precision.
+
+    Args:
+        parts: the shapes that are held, by identity of the parameter.
+
+    Raises:
+        ValueError: a group has a parameter that is not in `parts`.
+    """
+    resolved = None if overrides.none_made() else overrides.resolve("optim8.memory.plan", groups)
+    found: list[Wanted] = []
+    for index, group in enumerate(groups):
+        found.append([])
+        for position, param in enumerate(group["params"]):
+            if id(param) not in parts:
+                raise ValueError(
+                    f"optim8.memory.plan: parameter {position} of group {index} of the optimizer must be a trainable "
+                    "parameter of the model. Pass the module that the optimizer was made for."
+                )
+            changes = {} if resolved is None else resolved.by_id.get(id(param), {})
+            entry = made.state.get(param)
+            in_8_bits = made.moments[0].absmax in entry if entry else _wants_8bit({**group, **changes}, param)
+            found[-1].append((torch.empty(parts[id(param)], device="meta"), in_8_bits))
+    return found
+
+
+def laid_out(moments: Sequence[Moment], groups: Sequence[Wanted], pager: Pager | None, device: str, free: int) -> Bytes:
+    """Bytes by kind and tier of the state of all groups.
+
+    Args:
+        device: "cuda" or "cpu", where the parameters are.
+        free: bytes that paged state finds free on a CUDA device.
+    """
+    store = None if pager is None else _MetaStore(pager, device, free)
+    found: Bytes = {}
+    arenas: dict[int, tuple[str, int]] = {}
+    entries = [entry for group in groups for entry in states.allocate(moments, group, store)]  # type: ignore[arg-type]
+    for entry in entries:
+        for name, value in entry.items():
+            kind, key = _kind(name, value), _key(value)
+            tier = "device" if device == "cuda" and value.device.type == "meta" else "host"
+            tier = tier if store is None else store.tiers.get(key, tier)
+            found[kind, tier] = found.get((kind, tier), 0) + value.nbytes
+            arenas[key] = (tier, value.untyped_storage().nbytes())
+    for tier in segments.TIERS:
+        of_tensors = sum(count for (_, of_tier), count in found.items() if of_tier == tier)
+        found["alignment", tier] = sum(size for of_tier, size in arenas.values() if of_tier == tier) - of_tensors
+    if store is not None and store.streaming:
+        found["paging buffers", "host"] = store.streaming
+    return found
+
+
+class _MetaStore:
+    """Stands for the store of a paged optimizer: the same tiers and segments, without memory."""
+
+    def __init__(self, pager: Pager, device: str, free: int) -> None:
+        self._pager, self._device, self._free = pager, device, free
+        self._memory: list[torch.Tensor] = []
+        self.tiers: dict[int, str] = {}  # by storage
+        self.streaming = 0
+
+    def assign(self, sizes: Sequence[int], _device: torch.device) -> tuple[str, ...]:
+        host = sum(memory.numel() for memory in self._memory if self.tiers[_key(memory)] == segments.HOST)
+        planned = plan_tiers(self._pager, sizes, self._device, device_free=self._free, host_taken=host)
+        self.streaming = max(self.streaming, planned.streaming_bytes)
+        self._free -= planned.bytes_by_tier().get(segments.DEVICE, 0)
+        return planned.tiers
+
+    def allocate(self, tier: str, _device: torch.device, arenas: Sequence[segments.Arena]) -> None:
+        memory = torch.empty(segments.offsets(arenas)[1], dtype=torch.uint8, device="meta")
+        segments.cut(memory, arenas)
+        self._memory.append(memory)
+        self.tiers[_key(memory)] = tier
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _kind(name: str, value: torch.Tensor) -> str:
+    if name == "step":
+        return "step counts"
+    if value.dtype == torch.uint8:
+        return "codes"
+    return "absmax" if name.endswith("_absmax") else "32-bit state"
