@@ -91,11 +91,13 @@ def torch_subjects() -> dict[str, Make]:
 
 def peer_subjects() -> dict[str, Make]:
     """8-bit AdamW of the libraries of `pip install .[peers]` that are here and have a CPU path."""
-    return {
-        f"{library} AdamW8bit": importlib.import_module(f"{library}.optim").AdamW8bit
-        for library in PEERS
-        if importlib.util.find_spec(library)
-    }
+    return {f"{library} AdamW8bit": peer(library) for library in PEERS if importlib.util.find_spec(library)}
+
+
+def peer(library: str) -> Make:
+    """The 8-bit AdamW of an installed peer, by the name of its package."""
+    found: Make = importlib.import_module(f"{library}.optim").AdamW8bit
+    return found
 
 
 def missing_peers(asked: bool = True) -> dict[str, str]:
@@ -116,6 +118,12 @@ def with_version(subject: str, versions: Mapping[str, str]) -> str:
 
 def peer_versions() -> dict[str, str]:
     return {library: importlib.metadata.version(library) for library in PEERS if importlib.util.find_spec(library)}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every tensor in the optimizer's state, each address counted once."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum({plain.data_ptr(): plain.nbytes for value in values for plain in _plain(value)}.values())
 
 
 def least_traffic(parameters: Iterable[Parameter], optimizer: torch.optim.Optimizer) -> int:
