@@ -80,7 +80,7 @@ $(VENV)/.peers: $(VENV)/.built
 	@touch $@
 
 .PHONY: report
-report: env ## render the tables of README.md from experiments/results
+report: env ## render the tables and pictures of README.md and docs from experiments/results
 	$(BIN)/python experiments/report.py $(ARGS)
 
 .PHONY: cuda-check

@@ -166,7 +166,11 @@ def draw(result: Result) -> Figure:
             rows = sorted((row for row in result["rows"] if row["code"] == name), key=lambda r: places[r["blocksize"]])
             x = [places[row["blocksize"]] for row in rows]
             panel.plot(x, [100 * mean(row[key]) for row in rows], label=name, **style.line())
-        panel.set_yscale("log")
+        if key == "update":
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+        else:
+            panel.set_ylim(bottom=0)
         panel.set_xticks(range(len(places)), [str(size or "tensor") for size in places], rotation=45)
         panel.set_xlabel("block size (values)")
         panel.set_ylabel(f"{title} (%)")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import memory_profile
 import parity
 import quantization_error
 import roofline
@@ -111,6 +112,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "bench_step": bench_step,
     "bench_functional": bench_functional,
     "roofline": kernels,
+    "memory_profile": memory_profile.rendered,
     "parity": parity.rendered,
     "quantization_error": quantization_error.rendered,
     "small_gradients": small_gradients.rendered,
@@ -121,6 +123,8 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "train_lm-loss": ("train_lm", draw_loss),
     "train_lm-memory": ("train_lm", draw_memory),
     "roofline": ("roofline", roofline.draw),
+    "parity": ("parity", parity.draw),
+    "quantization_error": ("quantization_error", quantization_error.draw),
     "small_gradients": ("small_gradients", small_gradients.draw),
 }
 
