@@ -196,7 +196,9 @@ def test_a_table_with_other_roundings_is_the_same_table() -> None:
     entry["qmap1"] = torch.nextafter(entry["qmap1"], torch.tensor(2.0))
     params = make_params(channels_last=False)
     optimizer = optim8.AdamW8bit(params)
-    optimizer.load_state_dict(state_dict)
+    with optim8.convert.report() as report:
+        optimizer.load_state_dict(state_dict)
+    assert {row.how for row in report.rows} == {"copied"}
     assert bits(optimizer.state[params[0]]["exp_avg"]) == bits(entry["state1"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -367,3 +368,23 @@ def test_paged_state_is_converted_where_it_lives(to: int) -> None:
     assert {paged.precision(p) for p in params} == {f"{to}bit"}
     tensors = [t for p in params for t in paged.state[p].values()]
     assert all(any(map(segment.holds, tensors)) for segment in paged._store.segments), "a file is given up when unused"
+
+
+def test_an_override_that_concerns_no_optimizer_is_reported_once() -> None:
+    (p,), trained, frozen = _params(1), Net(), Net().requires_grad_(False)
+    optimizer = optim8.AdamW8bit([p], min_8bit_size=0)
+    quiet = [optim8.override(frozen.embed, lr=0.1), optim8.override(p, lr=0.1)]
+    embedding = optim8.nn.StableEmbedding(10, 60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.precision(p)
+    with optim8.override(trained.embed, optim_bits=32):
+        with pytest.warns(UserWarning, match=r"no optimizer has any .*\(shapes \(10, 60\)\)"):
+            optimizer.precision(p)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.precision(p)
+        assert optim8.AdamW8bit(trained.parameters(), min_8bit_size=0).precision(trained.embed.weight) == "32bit"
+    assert embedding.weight.requires_grad
+    for handle in quiet:
+        handle.remove()

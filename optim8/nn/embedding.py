@@ -55,7 +55,7 @@ class StableEmbedding(torch.nn.Embedding):
         self._keep_32bit_state()
 
     def _keep_32bit_state(self) -> None:
-        override_module_parameter("StableEmbedding", self, "weight", {"optim_bits": 32})
+        override_module_parameter("StableEmbedding", self, "weight", {"optim_bits": 32}, idle=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy (deepcopy, pickle) is another module, which overrides do not know.

@@ -8,6 +8,7 @@ when something has changed; without any override, a step does not look at all.
 from __future__ import annotations
 
 import operator
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,20 +17,23 @@ from typing import Any, TypeAlias
 import torch
 
 Groups: TypeAlias = list[dict[str, Any]]
-Find: TypeAlias = Callable[[Groups], set[int] | None]
+Find: TypeAlias = Callable[[Groups], dict[int, torch.Tensor] | None]
 
 
 @dataclass(eq=False)
 class _Override:
     """One call of `override`.
 
-    find: gives the ids of the parameters that are meant, among these groups; None once the target is gone.
-    glob: the pattern that must match something, until it has.
+    find: gives the parameters that are meant, by id, where names are those of these groups; None once the target is
+        gone.
+    glob: the pattern, where names are those of optimizers.
+    idle: whether nobody has looked for it, so that it may be for nothing.
     """
 
     options: dict[str, Any]
     find: Find
     glob: str = ""
+    idle: bool = True
 
 
 class OverrideHandle:
@@ -66,9 +70,9 @@ def register(optimizer: torch.optim.Optimizer) -> None:
     _optimizers.add(optimizer)
 
 
-def add(changes: dict[str, Any], find: Find, glob: str = "") -> OverrideHandle:
-    """Make an override from its parts."""
-    made = _Override(changes, find, glob)
+def add(changes: dict[str, Any], find: Find, glob: str = "", *, idle: bool = True) -> OverrideHandle:
+    """Make an override from its parts; without `idle` it may be for nothing."""
+    made = _Override(changes, find, glob, idle)
     _made.append(made)
     _changed()
     return OverrideHandle(made)
@@ -119,11 +123,10 @@ def resolve(owner: str, groups: Groups) -> Resolved:
         if ids is None:  # its target is gone
             _made.remove(made)
             continue
-        if made.glob and not ids:
-            _check_glob(owner, made, groups)
-        if made.glob and ids:
-            made.glob = ""
-        for i in ids & present.keys():
+        if made.idle and not ids.keys() & present.keys():
+            _check_idle(owner, made, groups)
+        made.idle = False
+        for i in ids.keys() & present.keys():
             for name in made.options:
                 if name not in present[i]:
                     raise ValueError(f"{owner}: an override sets {name}, which is no option of this optimizer.")
@@ -134,9 +137,22 @@ def resolve(owner: str, groups: Groups) -> Resolved:
     return resolved
 
 
-def _check_glob(owner: str, made: _Override, groups: Groups) -> None:
-    if any(made.find(other.param_groups) for other in _optimizers):
-        made.glob = ""
+def _check_idle(owner: str, made: _Override, groups: Groups) -> None:
+    """Say so where an override concerns no parameter of any optimizer."""
+    for other in _optimizers:
+        theirs = {id(param) for group in other.param_groups for param in group["params"]}
+        if theirs & (made.find(other.param_groups) or {}).keys():
+            return
+    if not made.glob:
+        # One made for a later optimizer may be right, and so may one of parameters that are not trained.
+        waiting = [tuple(param.shape) for param in (made.find(groups) or {}).values() if param.requires_grad]
+        if waiting:
+            shapes = ", ".join(map(str, waiting[:5]))
+            warnings.warn(
+                f"override: no optimizer has any of the parameters that are meant (shapes {shapes}). It waits for one "
+                "that has.",
+                stacklevel=2,
+            )
         return
     names = [name for group in groups for name in group.get("param_names", ())]
     if not names:

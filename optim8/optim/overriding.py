@@ -33,6 +33,8 @@ def override(
     quantized. Overrides are no part of a state dict. They stay with the tensor: a copy of a parameter has none, and
     where a model's parameters are replaced later (as fully_shard does), override the module or a pattern.
 
+    An override of trainable parameters that no optimizer has is reported by a warning of the first step of any.
+
     Raises:
         TypeError: the target is none of these.
         ValueError: an option is unknown or its value not possible; the target has no parameters. A pattern that
@@ -66,11 +68,13 @@ def override(
     return add(changes, _of_module(module, lambda name: fnmatchcase(name, target)))
 
 
-def override_module_parameter(who: str, module: torch.nn.Module, name: str, changes: dict[str, Any]) -> OverrideHandle:
+def override_module_parameter(
+    who: str, module: torch.nn.Module, name: str, changes: dict[str, Any], *, idle: bool = True
+) -> OverrideHandle:
     """Override the parameter that a module has under a name, whatever tensor that is by then."""
     if not isinstance(module, torch.nn.Module) or not isinstance(getattr(module, name, None), torch.Tensor):
         raise ValueError(f"{who}: a {type(module).__name__} has no parameter {name!r}.")
-    return add(checked(who, changes), _of_module(module, lambda found: found == name))
+    return add(checked(who, changes), _of_module(module, lambda found: found == name), idle=idle)
 
 
 def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +104,9 @@ def of_tensor(who: str, param: torch.Tensor) -> Find:
         )
     ref = TensorWeakRef(param)
 
-    def find(_: Groups) -> set[int] | None:
+    def find(_: Groups) -> dict[int, torch.Tensor] | None:
         alive = ref()
-        return None if alive is None else {id(alive)}
+        return None if alive is None else {id(alive): alive}
 
     return find
 
@@ -110,18 +114,18 @@ def of_tensor(who: str, param: torch.Tensor) -> Find:
 def _of_module(module: torch.nn.Module, wants: Callable[[str], bool]) -> Find:
     ref = weakref.ref(module)
 
-    def find(_: Groups) -> set[int] | None:
+    def find(_: Groups) -> dict[int, torch.Tensor] | None:
         alive = ref()
         if alive is None:
             return None
-        return {id(param) for name, param in alive.named_parameters(remove_duplicate=False) if wants(name)}
+        return {id(param): param for name, param in alive.named_parameters(remove_duplicate=False) if wants(name)}
 
     return find
 
 
 def _of_names(pattern: str) -> Find:
-    def find(groups: Groups) -> set[int] | None:
+    def find(groups: Groups) -> dict[int, torch.Tensor] | None:
         named = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"])]
-        return {id(param) for name, param in named if fnmatchcase(name, pattern)}
+        return {id(param): param for name, param in named if fnmatchcase(name, pattern)}
 
     return find
