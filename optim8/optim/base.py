@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from torch._compile import _disable_dynamo
 
 from optim8 import _native
 from optim8.optim import carried, checkpoint, formats, options, overrides, sharded, states
@@ -148,10 +149,16 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    # Native calls cannot be traced. The closure stays outside: what it compiles stays compiled.
+    @_disable_dynamo
+    def _update(self) -> None:
         relaid: list[dict[int, torch.Tensor]] = [{} for _ in self.param_groups]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
-            return loss
+            return
         parts = self._parts(scale, found_inf)
         with sharded.LocalStep(type(self).__name__, parts, self.state) as local:
             table, wanted = self._gather(local, relaid)
@@ -169,7 +176,6 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             run(table, type(self).__name__, scale, found_inf)
             # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.
             torch.autograd.graph.increment_version(table.params)
-        return loss
 
     def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:
         """The group's scalars; what lives on a device stays there."""
