@@ -1,0 +1,117 @@
+"""What does it cost to watch: the memory profiler in every step, and the monitor of quantized state at every 100th.
+
+A training step runs alone and with each tool, in turn. The profiler's cost includes what it does when the block ends.
+The monitor's is that of one look, with its log written by TensorBoard, spread over the steps between two looks.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, provenance, spread, write_json
+from lm.model import GPT, Shape
+from torch.utils.tensorboard import SummaryWriter
+
+import optim8
+
+LIMITS = {"memory.profile": 0.03, "monitor": 0.01}  # of the time of training
+EVERY = 100
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20, help="steps of a profiled block")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--json", type=Path, default=None, help=f"such as {RESULTS.name}/bench_monitoring.json")
+    return parser.parse_args()
+
+
+class Training:
+    """A GPT with AdamW8bit on random bytes."""
+
+    def __init__(self, layers: int, width: int, context: int, batch: int) -> None:
+        torch.manual_seed(0)
+        self.model = GPT(Shape(layers, 4, width, context))
+        self.optimizer = optim8.AdamW8bit(self.model.named_parameters(), lr=1e-3)
+        self.tokens = torch.randint(0, 256, (batch, context))
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.model.loss(self.tokens, self.tokens).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def profiled(training: Training, steps: int, source: str, taken: list[float]) -> float:
+    """Adds the seconds of each step; gives those of beginning and ending the block."""
+    prof = optim8.memory.profile(training.model, training.optimizer, source=source)
+    around = seconds(prof.__enter__)
+    taken += [seconds(lambda: training.run(1)) for _ in range(steps)]
+    return around + seconds(lambda: prof.__exit__(None, None, None))
+
+
+def measure(training: Training, steps: int, rounds: int, writer: SummaryWriter) -> dict[str, Any]:
+    """Seconds of a step alone, in a profiled block, and with a look of the monitor, taken in turn."""
+    taken: dict[str, list[float]] = {"alone": [], "allocations": [], "rss": [], "monitor": []}
+    around: dict[str, list[float]] = {"allocations": [], "rss": []}
+    training.run(3)
+    for _ in range(rounds):
+        taken["alone"] += [seconds(lambda: training.run(1)) for _ in range(steps)]
+        for source, ends in around.items():
+            ends.append(profiled(training, steps, source, taken[source]))
+        with optim8.monitor(training.optimizer, writer, every=1) as watch:
+            taken["monitor"] += [seconds(lambda: training.run(1)) for _ in range(steps)]
+    alone = statistics.median(taken["alone"])
+    costs = {
+        f"memory.profile ({source})": statistics.median(taken[source]) / alone
+        - 1
+        + statistics.median(ends) / (steps * alone)
+        for source, ends in around.items()
+    }
+    costs[f"monitor (every={EVERY})"] = (statistics.median(taken["monitor"]) - alone) / (EVERY * alone)
+    moments = [moment for health in watch.latest.values() for moment in health.moments.items()]
+    return {
+        "largest_error": {name: max(of.error for key, of in moments if key == name) for name, _ in moments},
+        "step": {name: spread(values) for name, values in taken.items()},
+        "begin_and_end_of_block": {name: spread(values) for name, values in around.items()},
+        "cost": costs,
+        "limits": LIMITS,
+    }
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    warnings.filterwarnings("ignore", message="optim8.monitor")
+    training = Training(arguments.layers, arguments.width, arguments.context, arguments.batch)
+    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        measured = measure(training, arguments.steps, arguments.rounds, writer)
+    parameters = sum(p.numel() for p in training.model.parameters())
+    print(f"GPT, {parameters / 1e6:.1f} M parameters, {arguments.batch} x {arguments.context} tokens a step")
+    print(f"largest relative error of a moment: {max(measured['largest_error'].values()):.1%}")
+    for name, cost in measured["cost"].items():
+        limit = LIMITS[name.partition(" ")[0]]
+        print(f"{name}: {cost:+.2%} of the time of training, limit {limit:.0%}: {'ok' if cost <= limit else 'MISSED'}")
+    if arguments.json is not None:
+        write_json(arguments.json, {**provenance(vars(arguments)), "parameters": parameters, **measured})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
