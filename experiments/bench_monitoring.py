@@ -44,11 +44,12 @@ class Training:
         torch.manual_seed(0)
         self.model = GPT(Shape(layers, 4, width, context))
         self.optimizer = optim8.AdamW8bit(self.model.named_parameters(), lr=1e-3)
-        self.tokens = torch.randint(0, 256, (batch, context))
+        self.size = (batch, context)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            self.model.loss(self.tokens, self.tokens).backward()  # type: ignore[no-untyped-call]
+            tokens = torch.randint(0, 256, self.size)
+            self.model.loss(tokens, tokens.roll(1, 1)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.optimizer.zero_grad()
 

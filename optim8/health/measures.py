@@ -72,6 +72,17 @@ def moments(
     Returns:
         the number of values looked at, and the result for each moment.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for so few values, waking others takes longer than the work
+    try:
+        return _moments(optimizer, group, param, grad, most)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _moments(
+    optimizer: BlockwiseOptimizer, group: dict[str, Any], param: torch.Tensor, grad: torch.Tensor, most: int
+) -> tuple[int, dict[str, MomentHealth]]:
     whole, entry = sharded.local(param), optimizer.state[param]
     chosen = _blocks(whole.numel(), most, whole.device)
     # float32 holds bfloat16 and float16 exactly, and moments do not depend on how the parameter is rounded.

@@ -88,8 +88,10 @@ class _MetaStore:
         return planned.tiers
 
     def allocate(self, tier: str, _device: torch.device, arenas: Sequence[segments.Arena]) -> None:
-        memory = torch.empty(segments.offsets(arenas)[1], dtype=torch.uint8, device="meta")
-        segments.cut(memory, arenas)
+        begins, size = segments.offsets(arenas)
+        memory = torch.empty(size, dtype=torch.uint8, device="meta")
+        for arena, begin in zip(arenas, begins, strict=True):
+            arena.flat = memory[begin : begin + arena.size * arena.dtype.itemsize].view(arena.dtype)
         self._memory.append(memory)
         self.tiers[_key(memory)] = tier
 
