@@ -5,6 +5,7 @@
 #include "cpu/parallel.h"
 
 #include <algorithm>
+#include <exception>
 
 namespace optim8 {
 
@@ -13,29 +14,40 @@ DeviceRows* StepTable::on_cpu() {
     return found == devices_.end() || found->rows.empty() ? nullptr : &*found;
 }
 
-void StepTable::run_cpu(int threads) {
+void StepTable::run_cpu(int threads, const py::function& meanwhile) {
+    static const std::vector<Row> none;
     DeviceRows* rows = on_cpu();
-    if (rows == nullptr) return;
-    {
-        const py::gil_scoped_release release;
-        step_rows(rows->rows, threads);
-    }
-    rows->count();
+    PyThreadState* released = nullptr;
+    std::exception_ptr failed;
+    step_rows(rows == nullptr ? none : rows->rows, threads, [&] {
+        try {
+            meanwhile();
+        } catch (...) {
+            failed = std::current_exception();  // no exception may leave a thread of the pool, nor a step half done
+        }
+        released = PyEval_SaveThread();
+    });
+    PyEval_RestoreThread(released);
+    if (rows != nullptr) rows->count();
+    if (failed) std::rethrow_exception(failed);
 }
 
-void step_rows(const std::vector<Row>& rows, int threads) {
+void step_rows(const std::vector<Row>& rows, int threads, const std::function<void()>& meanwhile) {
     // Work is split by blocks, not by tensors: chunk c covers the same run of blocks whatever tensors they are of.
     std::vector<int64_t> first(rows.size() + 1, 0);
     for (size_t r = 0; r < rows.size(); ++r) first[r + 1] = first[r] + blocks_of(rows[r].size, step_block);
     const Kernels& use = kernels();
-    parallel_for(first.back(), chunk_size(first.back(), threads, 1024), threads, [&](int64_t begin, int64_t end) {
-        size_t r = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
-        for (; begin < end; ++r) {
-            const int64_t stop = std::min(end, first[r + 1]);
-            if (stop > begin) use.step_blocks(rows[r], begin - first[r], stop - first[r]);
-            begin = std::max(begin, stop);
-        }
-    });
+    parallel_for(
+        first.back(), chunk_size(first.back(), threads, 1024), threads,
+        [&](int64_t begin, int64_t end) {
+            size_t r = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
+            for (; begin < end; ++r) {
+                const int64_t stop = std::min(end, first[r + 1]);
+                if (stop > begin) use.step_blocks(rows[r], begin - first[r], stop - first[r]);
+                begin = std::max(begin, stop);
+            }
+        },
+        meanwhile);
 }
 
 void bind_step(py::module_& m) {
@@ -72,7 +84,7 @@ void bind_step(py::module_& m) {
         .def("add", &StepTable::add, py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("hyper"),
              py::arg("owner"), py::arg("group"), py::arg("relaid"))
         .def("clear", &StepTable::clear)
-        .def("run_cpu", &StepTable::run_cpu, py::arg("threads"))
+        .def("run_cpu", &StepTable::run_cpu, py::arg("threads"), py::arg("meanwhile"))
         .def("on_cpu", &StepTable::on_cpu, py::return_value_policy::reference_internal)
         .def_property_readonly("params", &StepTable::params)
         .def("elsewhere", &StepTable::elsewhere, py::return_value_policy::reference_internal)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch  # first, so that the modules share its OpenMP runtime
 
-__all__ = ["cpu", "cpu_or_none", "cuda_or_none", "module_for", "run_step", "threads"]
+__all__ = ["cpu", "cpu_or_none", "cuda_or_none", "mark_stepped", "module_for", "run_step", "threads"]
 
 _modules: dict[str, ModuleType | None] = {}
 _causes: dict[str, str] = {}
@@ -74,10 +75,16 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def mark_stepped(table: Any) -> None:
+    """As an in-place operation of torch does: a graph that saved a parameter must notice that it changes."""
+    torch.autograd.graph.increment_version(table.params)
+
+
 def run_step(
     table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
 ) -> None:
     """Step all rows of a native StepTable: those on the CPU, then those of each CUDA device on its current stream.
+    To torch, that is an in-place operation on every parameter of the table.
 
     Args:
         table: the gathered rows.
@@ -96,7 +103,7 @@ def run_step(
             raise RuntimeError(
                 f"{who}: a step that a CUDA graph captures must be counted on the device. Pass capturable=True."
             )
-    table.run_cpu(threads())
+    table.run_cpu(threads(), meanwhile=partial(mark_stepped, table))
     for rows, module in zip(elsewhere, modules, strict=True):
         scalars = scale = skip = None
         if rows.count_on_device:

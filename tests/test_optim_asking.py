@@ -10,6 +10,8 @@ import torch
 from cases import EVERY, Case
 from harness import ALL, bits, parameter, small_set, snapshot
 
+from optim8.optim import sharded
+
 ONE = pytest.mark.parametrize("case", EVERY[:1], ids=str)
 
 
@@ -180,3 +182,42 @@ def test_gradients_that_come_and_go(case: Case, device: torch.device) -> None:
         q, other = alone[i][0][i], alone[i][1]
         assert bits(p) == bits(q)
         assert {k: bits(v) for k, v in optimizer.state[p].items()} == {k: bits(v) for k, v in other.state[q].items()}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@ONE
+def test_what_is_called_meanwhile_cannot_leave_a_step_half_done(case: Case, threads: int) -> None:
+    """It is called once, for no rows too; its error comes when all is stepped and counted."""
+    sizes = (100_000, 0, 70_000)
+    ours = [parameter(torch.linspace(-1, 1, n), torch.linspace(-2, 3, n)) for n in sizes]
+    theirs = [parameter(p.detach().clone(), p.grad.clone()) for p in ours if p.grad is not None]
+    a, b = case.make(ours), case.make(theirs)
+    a.step()
+    b.step()
+    calls = []
+
+    def fail() -> None:
+        calls.append(len(a._table))
+        raise KeyboardInterrupt
+
+    with sharded.LocalStep(case.name, a._parts(None, None), a.state) as local:
+        table, _ = a._gather(local, [{}])
+    with pytest.raises(KeyboardInterrupt):
+        table.run_cpu(threads, meanwhile=fail)
+    table.clear()
+    with pytest.raises(KeyboardInterrupt):
+        table.run_cpu(threads, meanwhile=fail)
+    assert calls == [3, 0]
+    b.step()
+    assert snapshot(a) == snapshot(b)
+
+
+@ALL
+def test_a_graph_notices_that_a_step_changed_what_it_saved(case: Case, device: torch.device) -> None:
+    p = parameter(torch.ones(300, device=device), torch.ones(300, device=device))
+    optimizer = case.make([p])
+    for _ in range(2):
+        loss = (p * p).sum()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

@@ -13,6 +13,7 @@
 #include <pybind11/stl.h>
 
 #include <deque>
+#include <functional>
 #include <vector>
 
 namespace optim8 {
@@ -80,8 +81,9 @@ class StepTable {
     Wanted add(py::list params, py::dict state, const std::string& rule, const Hyper& hyper, const std::string& owner,
                int64_t group, py::dict relaid);
 
-    // Steps every row on the CPU and counts the step.
-    void run_cpu(int threads);
+    // Steps every row on the CPU and counts the step. `meanwhile` is called once, with the GIL, by this thread while
+    // the other threads step already; if it throws, that is thrown on when all is stepped and counted.
+    void run_cpu(int threads, const py::function& meanwhile);
 
     // The rows of the CPU, or null where there are none.
     DeviceRows* on_cpu();
@@ -105,7 +107,7 @@ class StepTable {
     Asked ask_;
 };
 
-// Steps rows whose tensors are on the CPU. Needs no GIL; does not count the step.
-void step_rows(const std::vector<Row>& rows, int threads);
+// Steps rows whose tensors are on the CPU. Needs no GIL; does not count the step. `meanwhile`: as for parallel_for.
+void step_rows(const std::vector<Row>& rows, int threads, const std::function<void()>& meanwhile = [] {});
 
 }  // namespace optim8

@@ -35,11 +35,17 @@ inline int64_t chunk_size(int64_t items, int threads, int64_t most) {
     return std::max<int64_t>(1, std::min(most, items / (8 * std::max(threads, 1))));
 }
 
-// work(begin, end) over all of [0, items).
-template <class Work>
-void parallel_for(int64_t items, int64_t chunk, int threads, const Work& work) {
+struct Nothing {
+    void operator()() const {}
+};
+
+// work(begin, end) over all of [0, items). The calling thread first does `meanwhile`, once and whatever the items are,
+// while the others work already.
+template <class Work, class Meanwhile = Nothing>
+void parallel_for(int64_t items, int64_t chunk, int threads, const Work& work, const Meanwhile& meanwhile = {}) {
     const int64_t chunks = (items + chunk - 1) / chunk;
     if (threads <= 1 || chunks <= 1) {
+        meanwhile();
         const DefaultRounding rounding;
         if (items > 0) work(int64_t{0}, items);
         return;
@@ -47,6 +53,8 @@ void parallel_for(int64_t items, int64_t chunk, int threads, const Work& work) {
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(static_cast<int>(std::min<int64_t>(threads, chunks)))
     {
+#pragma omp master
+        meanwhile();
         const DefaultRounding rounding;
         for (int64_t c = next++; c < chunks; c = next++) work(c * chunk, std::min(items, (c + 1) * chunk));
     }

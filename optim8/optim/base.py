@@ -174,8 +174,6 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 table, _ = self._gather(local, relaid)
             run = _native.run_step if self._store is None else self._store.run_step
             run(table, type(self).__name__, scale, found_inf)
-            # As an in-place operation of torch does: a graph that saved a parameter must notice that it has changed.
-            torch.autograd.graph.increment_version(table.params)
 
     def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:
         """The group's scalars; what lives on a device stays there."""
