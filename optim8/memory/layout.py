@@ -88,7 +88,7 @@ class _MetaStore:
         return planned.tiers
 
     def allocate(self, tier: str, _device: torch.device, arenas: Sequence[segments.Arena]) -> None:
-        begins, size = segments.offsets(arenas)
+        begins, size = segments.offsets(arenas, segments.PAGE if self._pager.keep else 0)
         memory = torch.empty(size, dtype=torch.uint8, device="meta")
         for arena, begin in zip(arenas, begins, strict=True):
             arena.flat = memory[begin : begin + arena.size * arena.dtype.itemsize].view(arena.dtype)

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
 
 from optim8 import _native
-from optim8.optim import carried, checkpoint, formats, options, overrides, sharded, states
+from optim8.optim import checkpoint, formats, options, overrides, sharded, states
+from optim8.optim.paged import PagedState
 from optim8.optim.sharded import Part
-from optim8.optim.states import Moment
-from optim8.paging import Place, Placement
 from optim8.paging.options import pager_of
-from optim8.paging.segments import tensors_of
-from optim8.paging.store import Store, placed
 
 
-class BlockwiseOptimizer(torch.optim.Optimizer):
+class BlockwiseOptimizer(PagedState):
     """An optimizer whose step is one native call over all its tensors, with state in 8 or 32 bits.
 
     A subclass names its rule (one of csrc/core/rules/all.h) and the rule's states, and passes its defaults up.
@@ -29,11 +26,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     # torch.amp.GradScaler hands over its scale and what it found, instead of looking at them: see step.
     _step_supports_amp_scaling = True
 
-    rule: ClassVar[str]
-    moments: ClassVar[tuple[Moment, ...]]
-    always_paged: ClassVar[bool] = False
     _known_overrides: overrides.Resolved | None = None
-    _store: Store | None = None  # where state lives that is paged
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         owner = type(self).__name__
@@ -42,8 +35,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         pager = pager_of(owner, defaults.pop("paged", None), self.always_paged)
         options.check_group(owner, defaults)
         super().__init__(params, defaults)
-        if pager is not None:
-            self._store = Store(owner, pager)
+        self._open_store(pager)
         overrides.register(self)
 
     @cached_property
@@ -51,30 +43,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         """Native scratch of a step, kept for its memory; nothing of it is saved or copied with the optimizer."""
         return _native.cpu().StepTable()
 
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        if self._store is not None:
-            self._relay()
-            state["state"] = carried.Carried(self._store, self.moments, self.state)
-        return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockwiseOptimizer:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        state: dict[str, Any] = super().__getstate__()
-        if self._store is not None:
-            del state["state"]
-            store, fresh = carried.copied(self._store, self.moments, self.state, memo)
-            twin.__setstate__({**deepcopy(state, memo), "state": fresh})
-            twin._store = store
-        else:
-            twin.__setstate__(deepcopy(state, memo))
-        return twin
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state.get("state"), carried.Carried):
-            self._store = state["state"].store
-            state = {**state, "state": state["state"].state}
         super().__setstate__(state)
         overrides.register(self)
         for group in self.param_groups:
@@ -97,6 +66,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             del self.param_groups[count]
             raise
+        self._take_kept(count)
 
     def precision(self, param: torch.Tensor) -> str:
         """How the state of `param` is kept, or will be once it has had a gradient: "8bit" or "32bit".
@@ -112,25 +82,6 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             if any(param is candidate for candidate in group["params"]):
                 return "8bit" if self._wants_8bit(group, param) else "32bit"
         raise ValueError(f"{type(self).__name__}.precision: the tensor must be a parameter of this optimizer.")
-
-    def placement(self) -> Placement:
-        """Where the state of each parameter is: in memory of its device, in memory of the host, or on the disk.
-
-        Returns:
-            One optim8.paging.Place for each parameter, in order; printed, a table.
-        """
-        store, places = self._store, []
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names", [""] * len(group["params"]))
-            for index, (param, name) in enumerate(zip(group["params"], names, strict=True)):
-                entry = self.state.get(param)
-                tensors = tensors_of(entry or {})
-                # An empty tensor has no address; the count of steps has.
-                tier, where = placed(store, max(tensors, key=lambda t: t.nbytes)) if tensors else ("none", "")
-                size = sum(tensor.nbytes for tensor in tensors)
-                shape, precision = tuple(param.shape), self.precision(param)
-                places.append(Place(number, index, name, shape, precision, tier, where, size))
-        return Placement(places)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -172,7 +123,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 for (_, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
                     states.move_steps([(params[i], self.state[params[i]]) for i in missing.step])
                 table, _ = self._gather(local, relaid)
-            run = _native.run_step if self._store is None else self._store.run_step
+            run = _native.run_step
+            if self._store is not None:
+                self._store.prepare(self.param_groups, self.state)
+                run = self._store.run_step
             run(table, type(self).__name__, scale, found_inf)
 
     def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:
@@ -254,18 +208,6 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if wanted and self._store is not None:
             self._store.keep_only(self.state.values())
 
-    def _relay(self) -> None:
-        """Lay out the states of parameters whose strides have changed anew."""
-        name = self.moments[0].name
-        self._convert(
-            [
-                ("", param, self._is_8bit(param))
-                for param, entry in self.state.items()
-                if isinstance(param, torch.Tensor) and entry
-                if entry[name].stride() != sharded.local(param).stride()
-            ]
-        )
-
     def _is_8bit(self, param: torch.Tensor) -> bool:
         return self.moments[0].absmax in self.state[param]
 
@@ -309,6 +251,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: parameters are those of FullyShardedDataParallel, and their state may be 8-bit.
         """
+        self._note_state_dict()
         self._resolved()
         sharded.check_can_save(type(self).__name__, self.param_groups)
         params = [param for group in self.param_groups for param in group["params"]]
@@ -348,7 +291,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self.__setstate__({"state": state, "param_groups": groups})
         self._known_overrides = None
         if self._store is not None:
-            self._store.keep_only(self.state.values())
+            self._store.end_loading(self.param_groups, self.state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -32,7 +32,7 @@ def copied(
     store: Store, moments: Sequence[Moment], state: dict[Any, Any], memo: dict[int, Any]
 ) -> tuple[Store, defaultdict[Any, Any]]:
     """State for a deep copy of its optimizer, whose parameters deepcopy and `memo` give."""
-    twin = Store(store.owner, _pager_of_copy(store))
+    twin = Store(store.owner, store.rule, _pager_of_copy(store))
     fresh: defaultdict[Any, Any] = defaultdict(dict)
     for param, entry in state.items():
         if not _is_state(moments, param, entry):
@@ -81,7 +81,16 @@ class _Empty:
         more = [{key: value for key, value in state[p].items() if key not in self.names} for p in self.params]
         others = [(key, entry) for key, entry in state.items() if not _is_state(moments, key, entry)]
         store = self.carried.store
-        return _allocated, (store.owner, _pager_of_copy(store), moments, self.params, in_8_bits, more, others)
+        return _allocated, (
+            store.owner,
+            store.rule,
+            _pager_of_copy(store),
+            moments,
+            self.params,
+            in_8_bits,
+            more,
+            others,
+        )
 
 
 class _Part:
@@ -112,6 +121,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _allocated(
     owner: str,
+    rule: str,
     pager: Pager,
     moments: Sequence[Moment],
     params: Sequence[torch.Tensor],
@@ -119,7 +129,7 @@ def _allocated(
     more: Sequence[dict[str, Any]],
     others: Sequence[tuple[Any, Any]],
 ) -> Carried:
-    store = Store(owner, pager)
+    store = Store(owner, rule, pager)
     state: defaultdict[Any, Any] = defaultdict(dict)
     by_device: dict[torch.device, list[int]] = {}
     shards = [sharded.local(param) for param in params]

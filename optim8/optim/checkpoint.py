@@ -69,6 +69,8 @@ def loaded_state(
             shard = sharded.local(param)
             present.setdefault(shard.device, []).append((f"state[{key!r}]", param, shard, read, in_8_bits))
     # A paged optimizer's state goes where its state is already: two of them might be over the budget.
+    if store is not None:
+        store.begin_loading()
     reusable = store is not None and not any(map(store.holds, chain(*map(tensors_of, state_dict["state"].values()))))
     for of_device in present.values():
         new = []

@@ -90,40 +90,47 @@ def _is_limited(tensor: torch.Tensor) -> bool:
     return any(segment.holds(tensor) for segment in list(_limited))
 
 
-def offsets(arenas: Sequence[Arena]) -> tuple[list[int], int]:
-    """Where each arena begins in a segment, in bytes, and the size of all, in whole pages."""
-    begins, at = [], 0
+def offsets(arenas: Sequence[Arena], head: int = 0) -> tuple[list[int], int]:
+    """Where each arena begins in a segment, in bytes, and the size of all behind `head` bytes, in whole pages."""
+    begins, at = [], head
     for arena in arenas:
         begins.append(at)
         at += -(-arena.size * arena.dtype.itemsize // PAGE) * PAGE
     return begins, at
 
 
-def cut(memory: torch.Tensor, arenas: Sequence[Arena]) -> None:
-    """Give every arena its part of `memory`, as a storage of its own: torch.save does not take one storage for
+def part(memory: torch.Tensor, begin: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """`size` values of `memory` from a byte on, as a storage of its own: torch.save does not take one storage for
     several dtypes."""
-    whole = memory.numpy()
-    for arena, begin in zip(arenas, offsets(arenas)[0], strict=True):
-        part = whole[begin : begin + arena.size * arena.dtype.itemsize]
-        arena.flat = torch.from_numpy(part.view(_NUMPY[arena.dtype]))
+    return torch.from_numpy(memory.numpy()[begin : begin + size * dtype.itemsize].view(_NUMPY[dtype]))
+
+
+def cut(memory: torch.Tensor, arenas: Sequence[Arena], begins: Sequence[int]) -> None:
+    """Give every arena its part of `memory`."""
+    for arena, begin in zip(arenas, begins, strict=True):
+        arena.flat = part(memory, begin, arena.size, arena.dtype)
 
 
 def in_memory(arenas: Sequence[Arena], pinned: bool) -> Segment:
     """A segment in memory of the host, filled."""
-    memory = torch.empty(offsets(arenas)[1], dtype=torch.uint8, pin_memory=pinned)
-    cut(memory, arenas)
+    begins, size = offsets(arenas)
+    memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    cut(memory, arenas, begins)
     for arena in arenas:
         arena.flat.fill_(arena.fill)
     return Segment(HOST, memory)
 
 
-def in_file(arenas: Sequence[Arena], directory: Path, keep_as: str | None, limited: bool) -> Segment:
-    """A segment in a file of `directory`, filled; named `keep_as`, or without a name and gone with its mapping.
+def in_file(
+    arenas: Sequence[Arena], directory: Path, limited: bool, keep_as: str | None = None, head: bytes = b""
+) -> Segment:
+    """A segment in a file of `directory`, filled; named `keep_as`, or without a name and gone with its mapping. `head`:
+    whole pages to begin the file with.
 
     Raises:
         OSError: the file cannot be made or filled, for one because the disk is full. Nothing is left behind.
     """
-    begins, size = offsets(arenas)
+    begins, size = offsets(arenas, len(head))
     try:
         if keep_as is None:
             handle, name = tempfile.mkstemp(prefix="optim8-", suffix=".paged", dir=directory)
@@ -139,6 +146,7 @@ def in_file(arenas: Sequence[Arena], directory: Path, keep_as: str | None, limit
     try:
         if size:
             _reserve(handle, size, directory)
+            os.pwrite(handle, head, 0)
             for arena, begin in zip(arenas, begins, strict=True):
                 if arena.fill:
                     _fill(handle, begin, arena)
@@ -148,7 +156,7 @@ def in_file(arenas: Sequence[Arena], directory: Path, keep_as: str | None, limit
         os.close(handle)
         if not kept:
             path.unlink()
-    cut(memory, arenas)
+    cut(memory, arenas, begins)
     return Segment(DISK, memory, path if kept else None, limited)
 
 

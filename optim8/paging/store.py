@@ -12,6 +12,8 @@ import torch
 
 from optim8 import _native
 from optim8.paging import segments
+from optim8.paging.journal import LOADING, STEPPING
+from optim8.paging.kept import Groups, Kept
 from optim8.paging.options import Pager
 from optim8.paging.plan import plan
 from optim8.paging.segments import DEVICE, DISK, HOST, Arena, Segment
@@ -27,12 +29,23 @@ class Store:
         OSError: the directory is not there or cannot be written to.
     """
 
-    def __init__(self, owner: str, pager: Pager) -> None:
-        self.owner, self.pager = owner, pager
+    def __init__(self, owner: str, rule: str, pager: Pager) -> None:
+        self.owner, self.rule, self.pager = owner, rule, pager
         self.directory = Path(tempfile.gettempdir()) if pager.directory is None else Path(pager.directory)
-        segments.check_directory(self.directory)
         self.segments: list[Segment] = []
+        self.kept: Kept | None = None
+        self.groups: Groups = []  # of the optimizer
+        if pager.keep:
+            self.kept = Kept(owner, rule, self.directory, pager.resume)
+            self.segments += self.kept.reopened(self.limited)
+        else:
+            segments.check_directory(self.directory)
         self._process = os.getpid()
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit on the pages of files that are in memory."""
+        return self.pager.host_bytes is not None
 
     def assign(self, sizes: Sequence[int], device: torch.device) -> tuple[str, ...]:
         """The tier of each new state of `sizes` bytes of parameters on `device`: the first that has room for it."""
@@ -49,7 +62,11 @@ class Store:
         if tier == HOST:
             segment = segments.in_memory(arenas, pinned=device.type == "cuda")
         else:
-            segment = segments.in_file(arenas, self.directory, None, self.pager.host_bytes is not None)
+            segment = (
+                segments.in_file(arenas, self.directory, self.limited)
+                if self.kept is None
+                else self.kept.segment(arenas, self.limited)
+            )
         self.segments.append(segment)
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -60,6 +77,8 @@ class Store:
         """Let go of the segments in which none of these states lies."""
         tensors = [tensor for entry in entries for tensor in segments.tensors_of(entry)]
         self.segments = [segment for segment in self.segments if any(map(segment.holds, tensors))]
+        if self.kept is not None:
+            self.kept.stale = True
 
     def run_step(
         self, table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
@@ -80,8 +99,51 @@ class Store:
             on_disk = [segment.span for segment in self.segments if segment.tier == DISK]
             buckets = _native.cpu().Buckets(rows, on_disk, self.pager.bucket_bytes)
             ahead = _AHEAD * self.pager.bucket_bytes
-            buckets.run_cpu(_native.threads(), ahead=ahead, release=self.pager.host_bytes is not None)
+            if self.kept is not None:
+                self.kept.journal.begin(STEPPING)
+            buckets.run_cpu(_native.threads(), ahead=ahead, release=self.limited)
             rows.count()
+            if self.kept is not None:
+                self.kept.journal.end(stepped=True)
+
+    def prepare(self, groups: Groups, state: dict[Any, Any]) -> None:
+        """Have a kept directory describe the state that is about to be stepped.
+
+        Raises:
+            RuntimeError: it does not hold all state, or holds state of parameters that are not there.
+        """
+        self.groups = groups
+        if self.kept is None:
+            return
+        if self.kept.journal.closed:
+            raise RuntimeError(f"{self.owner}: the optimizer was closed, its state is in {self.directory}.")
+        self.kept.write(groups, state, self.segments)
+
+    def begin_loading(self) -> None:
+        """From here on state is neither the old nor the new."""
+        if self.kept is not None:
+            self.kept.journal.begin(LOADING)
+
+    def end_loading(self, groups: Groups, state: dict[Any, Any]) -> None:
+        """State is what was loaded."""
+        self.keep_only(state.values())
+        if self.kept is not None:
+            self.kept.pending = {}
+            self.prepare(groups, state)
+            self.kept.journal.end(stepped=False)
+
+    def flush(self) -> None:
+        """Options, state and journal of a kept directory to the disk."""
+        if self.kept is not None and not self.kept.journal.closed:
+            if not self.kept.pending:
+                self.kept.write_options(self.groups)
+            self.kept.journal.sync()
+
+    def close(self) -> None:
+        """Give a kept directory back, all on the disk. A fork of the process that owns it leaves it alone."""
+        if self.kept is not None and os.getpid() == self._process and not self.kept.journal.closed:
+            self.flush()
+            self.kept.journal.close()
 
 
 def placed(store: Store | None, tensor: torch.Tensor) -> tuple[str, str]:

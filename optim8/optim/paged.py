@@ -1,0 +1,156 @@
+"""The part of an optimizer that knows where its state lives: tiers, copies, a kept directory."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+
+from optim8.optim import carried, sharded
+from optim8.optim.states import Moment
+from optim8.paging import Pager, Place, Placement
+from optim8.paging.segments import tensors_of
+from optim8.paging.store import Store, placed
+
+
+class PagedState(torch.optim.Optimizer):
+    """An optimizer that can keep its state in a Store."""
+
+    rule: ClassVar[str]
+    moments: ClassVar[tuple[Moment, ...]]
+    always_paged: ClassVar[bool] = False
+
+    _store: Store | None = None  # where state lives that is paged
+
+    def precision(self, param: torch.Tensor) -> str:
+        """How the state of `param` is kept."""
+        raise NotImplementedError
+
+    def _convert(self, wanted: Sequence[tuple[str, torch.Tensor, bool]]) -> None:
+        raise NotImplementedError
+
+    def _open_store(self, pager: Pager | None) -> None:
+        """State from here on lives where `pager` says; that which an earlier run kept there is taken."""
+        if pager is None:
+            return
+        self._store = store = Store(type(self).__name__, self.rule, pager)
+        if store.kept is not None:
+            try:
+                self._take_kept(0)
+            except BaseException:
+                store.kept.journal.close()
+                raise
+            weakref.finalize(self, store.close)
+
+    def _take_kept(self, first: int) -> None:
+        """Bring what an earlier run kept to the parameter groups from `first` on: options and state."""
+        if self._store is None or self._store.kept is None:
+            return
+        self._store.groups = self.param_groups
+        kept = self._store.kept
+        if not kept.pending:
+            return
+        place = sum(len(group["params"]) for group in self.param_groups[:first])
+        for group, options in zip(self.param_groups[first:], kept.read_options()[first:]):
+            group.update(options)
+            for param in group["params"]:
+                entry = kept.take(place, sharded.local(param).shape, self._store.segments)
+                if entry:
+                    self.state[param] = entry
+                place += 1
+
+    def placement(self) -> Placement:
+        """Where the state of each parameter is: in memory of its device, in memory of the host, or on the disk.
+
+        Returns:
+            One optim8.paging.Place for each parameter, in order; printed, a table.
+        """
+        store, places = self._store, []
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names", [""] * len(group["params"]))
+            for index, (param, name) in enumerate(zip(group["params"], names, strict=True)):
+                entry = self.state.get(param)
+                tensors = tensors_of(entry or {})
+                # An empty tensor has no address; the count of steps has.
+                tier, where = placed(store, max(tensors, key=lambda t: t.nbytes)) if tensors else ("none", "")
+                size = sum(tensor.nbytes for tensor in tensors)
+                shape, precision = tuple(param.shape), self.precision(param)
+                places.append(Place(number, index, name, shape, precision, tier, where, size))
+        return Placement(places)
+
+    def flush(self) -> None:
+        """Write state that is kept in a directory to the disk; waits for it.
+
+        After it the directory is a checkpoint of this step, which may be copied, also when the power fails. Without
+        it that holds once the optimizer is gone. Does nothing for other state.
+        """
+        if self._store is not None:
+            self._store.flush()
+
+    def close(self) -> None:
+        """Write state that is kept in a directory to the disk, and give the directory back, so that another optimizer
+        can go on with it; this one cannot be stepped any more. The end of the optimizer does the same."""
+        if self._store is not None:
+            self._store.close()
+
+    def note_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Say that the present state was saved to `path`. Should the process be killed in the middle of a step, the
+        error of the next run that opens the kept directory names it.
+
+        Raises:
+            ValueError: the optimizer keeps no directory.
+        """
+        if self._store is None or self._store.kept is None:
+            raise ValueError(
+                f"{type(self).__name__}.note_checkpoint: needs paged=Pager(directory=..., keep=True). Leave it out: "
+                "without a kept directory there is nothing to be found after a crash."
+            )
+        self._store.kept.journal.note_checkpoint(f"'{os.fspath(path)}'")
+
+    def _note_state_dict(self) -> None:
+        if self._store is not None and self._store.kept is not None and not self._store.kept.journal.closed:
+            self._store.kept.journal.note_checkpoint("a state dict that was taken")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._store is not None:
+            self._relay()
+            state["state"] = carried.Carried(self._store, self.moments, self.state)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedState:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state: dict[str, Any] = super().__getstate__()
+        if self._store is not None:
+            del state["state"]
+            store, fresh = carried.copied(self._store, self.moments, self.state, memo)
+            twin.__setstate__({**deepcopy(state, memo), "state": fresh})
+            twin._store = store
+        else:
+            twin.__setstate__(deepcopy(state, memo))
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state.get("state"), carried.Carried):
+            self._store = state["state"].store
+            state = {**state, "state": state["state"].state}
+        super().__setstate__(state)
+        if self._store is not None:
+            self._store.groups = self.param_groups
+
+    def _relay(self) -> None:
+        """Lay out the states of parameters whose strides have changed anew."""
+        first = self.moments[0]
+        self._convert(
+            [
+                ("", param, first.absmax in entry)
+                for param, entry in self.state.items()
+                if isinstance(param, torch.Tensor) and entry
+                if entry[first.name].stride() != sharded.local(param).stride()
+            ]
+        )
