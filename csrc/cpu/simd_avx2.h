@@ -37,6 +37,7 @@ OPTIM8_HD F sign(F x) {
     const __m256 with_sign = _mm256_or_ps(_mm256_and_ps(x.v, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
     return _mm256_and_ps(moves, with_sign);
 }
+OPTIM8_HD U bits_of(F x) { return U(_mm256_castps_si256(x.v)); }
 OPTIM8_HD U magnitude_bits(F x) {
     return U(_mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(static_cast<int>(abs_mask))));
 }

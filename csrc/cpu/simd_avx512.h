@@ -42,6 +42,7 @@ OPTIM8_HD F sign(F x) {
     const __m512 with_sign = _mm512_or_ps(_mm512_and_ps(x.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
     return _mm512_maskz_mov_ps(moves, with_sign);
 }
+OPTIM8_HD U bits_of(F x) { return U(_mm512_castps_si512(x.v)); }
 OPTIM8_HD U magnitude_bits(F x) {
     return U(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(static_cast<int>(abs_mask))));
 }

@@ -19,7 +19,7 @@ constexpr int lanes = code_group / width;
 template <class Rule>
 struct Block {
     alignas(64) float state[Rule::states][step_block];  // new, not yet quantized
-    alignas(64) float old_param[step_block];
+    alignas(64) float old_param[Rule::states_need_param ? step_block : 1];
     uint8_t* codes[Rule::states];
     float* absmax[Rule::states];
     float new_absmax[Rule::states], reciprocal[Rule::states];
@@ -69,7 +69,7 @@ __attribute__((noinline)) void mend(Block<Rule>& block, const Scalars& scalars, 
             finite = finite && is_finite(now[s]);
         }
         if (!finite) {
-            float param = block.old_param[i];
+            float param = Rule::states_need_param ? block.old_param[i] : 0.0f;
             for (int s = 0; s < Rule::states; ++s) {
                 now[s] = decode_one<0, Rule>(block, s, i);
                 block.state[s][i] = 0.0f;
@@ -95,6 +95,9 @@ struct Pass {
     }
 };
 
+// What orders like the magnitude; where the code has no sign, nor have the values.
+OPTIM8_HD U sized_bits(Code code, F x) { return code == Code::Signed ? magnitude_bits(x) : bits_of(x); }
+
 template <class Rule, class P, class G>
 OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* grad, const Scalars& scalars, int at) {
     const F factor(scalars.gradient_factor);
@@ -103,14 +106,14 @@ OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* 
     for (int j = 0; j < lanes; ++j) {
         const int i = at + j * width;
         F p = load(param + i);
-        store(block.old_param + i, p);
+        if constexpr (Rule::states_need_param) store(block.old_param + i, p);
         F now[Rule::states];
         for (int s = 0; s < Rule::states; ++s) now[s] = state[s][j];
         Rule::update(p, load(grad + i) * factor, now, scalars);
         store(param + i, p);
         for (int s = 0; s < Rule::states; ++s) {
             store(block.state[s] + i, now[s]);
-            pass.largest[s] = maximum(pass.largest[s], magnitude_bits(now[s]));
+            pass.largest[s] = maximum(pass.largest[s], sized_bits(Rule::codes[s], now[s]));
         }
     }
 }

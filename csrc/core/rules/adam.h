@@ -11,6 +11,7 @@ template <bool decoupled>
 struct AdamFamily {
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
     static constexpr Code codes[states] = {Code::Signed, Code::Positive};
+    static constexpr bool states_need_param = !decoupled;
 
     template <class F>
     OPTIM8_HD static void update(F& p, F g, F (&state)[states], const Scalars& s) {

@@ -10,6 +10,7 @@ OPTIM8_BEGIN
 struct Lion {
     static constexpr int states = 1;  // exp_avg
     static constexpr Code codes[states] = {Code::Signed};
+    static constexpr bool states_need_param = false;
 
     template <class F>
     OPTIM8_HD static void update(F& p, F g, F (&state)[states], const Scalars& s) {
