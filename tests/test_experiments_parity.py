@@ -1,5 +1,6 @@
 """The comparison of 8-bit with 32-bit training over seeds: it runs, pairs runs by seed, and its intervals are right."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,19 +42,26 @@ def test_pairs_share_their_seed(compared: Path) -> None:
     assert len(set(losses)) == 2  # another seed is another training
 
 
-def test_finished_trainings_are_kept(small: list[object], compared: Path) -> None:
-    marked = compared / "seed-1" / "adamw.json"
-    text = marked.read_text()
+def test_finished_trainings_are_kept(
+    small: list[object],
+    compared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from parity import main
+
+    out = tmp_path / "out"
+    shutil.copytree(compared, out)
+    marked = out / "seed-1" / "adamw.json"
     loss = read(marked)["validation_loss"]
-    marked.write_text(text.replace(f'"validation_loss": {loss}', '"validation_loss": 123.0'))
-    paths = ["--json", compared / "again.json", "--png", compared / "again.png"]
-    done = run("parity.py", *small, "--resume", "--out", compared, *paths)
-    marked.write_text(text)
-    assert done.returncode == 0, done.stderr
-    assert read(compared / "again.json")["optimizers"]["adamw"]["validation_losses"][1] == 123.0
-    refused = run("parity.py", *small, "--steps", 6, "--resume", "--out", compared, *paths)
-    assert refused.returncode == 2
-    assert "steps=5 there and 6 here" in refused.stderr
+    marked.write_text(marked.read_text().replace(f'"validation_loss": {loss}', '"validation_loss": 123.0'))
+    options = ["--resume", "--out", out, "--json", tmp_path / "again.json", "--png", tmp_path / "again.png"]
+    assert main([str(option) for option in (*small, *options)]) == 0
+    assert read(tmp_path / "again.json")["optimizers"]["adamw"]["validation_losses"][1] == 123.0
+    assert main([str(option) for option in (*small, "--steps", 6, *options)]) == 2
+    assert "steps=5 there and 6 here" in capsys.readouterr().err
 
 
 def test_interval_is_students(monkeypatch: pytest.MonkeyPatch) -> None:
