@@ -80,13 +80,16 @@ def measured(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, in
     found = {"parameters": sum(p.nbytes for p in model.parameters())}
     found["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     found |= {"codes": 0, "absmax": 0, "state32": 0}
-    storages = {}
+    store = getattr(optimizer, "_store", None)
+    segments = [] if store is None else store.segments
+    storages = {segment.span[0]: segment.memory.numel() for segment in segments}  # whole pages
     for state in optimizer.state.values():
         for name, tensor in state.items():
             kind = "codes" if tensor.dtype == torch.uint8 else "absmax" if name.endswith("absmax") else "state32"
             found[kind] += tensor.nbytes
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            if not any(segment.holds(tensor) for segment in segments):
+                storages[storage.data_ptr()] = storage.nbytes()
     state_bytes = found["codes"] + found["absmax"] + found["state32"]
     found["buffers"] = sum(storages.values()) - state_bytes + sum(b.nbytes for b in model.buffers())
     return found
