@@ -50,7 +50,7 @@ class Saved:
             self.moments[name] = {}
             for moment, signed in case.states.items():
                 if f"{moment}_absmax" not in entry:
-                    floats = entry[moment].numpy()
+                    floats = entry[moment].cpu().numpy()
                     self.moments[name][moment] = (floats, floats, np.ones_like(floats))
                     continue
                 codes = entry[moment].cpu().numpy()
