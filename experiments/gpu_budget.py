@@ -14,23 +14,51 @@ import sass
 from common import RESULTS, provenance, table, write_json
 
 # H100 SXM, from NVIDIA's data sheet and tuning guide; 91 % of the memory's bandwidth is what a copy is taken to reach.
-MULTIPROCESSORS, CLOCK, SCHEDULERS = 132, 1.755e9, 4
+MULTIPROCESSORS, CLOCK = 132, 1.755e9
 COPY_BANDWIDTH = 0.91 * 3.35e12
 WARP, PER_LANE, BLOCK = 32, 8, 256
 BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
 
 
-def main_path(kernel: sass.Kernel) -> tuple[int, int]:
-    """Of a whole block with 8-bit state: instructions from its first load to its last store, and shuffles among them.
+def main_path(kernel: sass.Kernel, states: int) -> list[str]:
+    """The opcodes that a warp executes for one whole block with 8-bit state: once round the loop that comes first.
 
-    The last shuffle of the encoder before the code that re-assembles warps is the path's last but the code's stores.
+    It goes from the first wide load over the reduction of the maxima to the store of the last state's absmax, which is
+    the only plain one, and back.
     """
     opcodes = kernel.opcodes()
-    loads = [i for i, opcode in enumerate(opcodes) if opcode.startswith("LDG") and "128" in opcode]
-    shuffles = [i for i, opcode in enumerate(opcodes) if opcode.startswith("SHFL.IDX")]
-    last = shuffles[len(shuffles) // 2 - 1]
-    lengths = [length for load in loads if (length := kernel.shortest(load, last)) is not None]
-    return max(lengths), len(shuffles) // 2 + kernel.count(r"SHFL\.BFLY") // 2
+    load = next(i for i, opcode in enumerate(opcodes) if re.match(r"LDG.*\.128", opcode))
+    reduction = next(i for i, opcode in enumerate(opcodes) if opcode.startswith("REDUX"))
+    onward = kernel.ways_from(reduction)
+    plain = sorted((len(way), i) for i, way in onward.items() if opcodes[i] == "STG.E")
+    store = plain[states - 1][1]
+    way = [*kernel.ways_from(load)[reduction], *onward[store], *kernel.ways_from(store)[load]]
+    return [opcodes[i] for i in way]
+
+
+# What one multiprocessor does in a cycle, in lanes (CUDA C++ Programming Guide, table of arithmetic throughput, compute
+# capability 9.0): everything together, and what goes to a pipe of its own.
+LANES_PER_CYCLE = {"issue": 128, "integer and compare": 64, "special functions": 16, "shuffles and loads": 32}
+_PIPES = {
+    "special functions": r"MUFU|I2F|F2I|REDUX",
+    "shuffles and loads": r"SHFL|LDG|STG",
+    "integer and compare": r"LOP|SHF|IADD|VIADD|LEA|PRMT|SEL|ISETP|PLOP|VIMNMX|FMNMX|FSETP|FSEL|FSET|F2FP|IMAD",
+}
+# A gather of table values from up to 8 lines of the cache takes up to 8 turns, a load of 16 bytes a lane 4.
+_TURNS = {r"LDG.*CONSTANT": 8, r"(LDG|STG).*\.128": 4, r"(LDG|STG).*\.64": 2}
+
+
+def cycles(path: list[str]) -> dict[str, float]:
+    """Cycles of a multiprocessor that a warp's way takes at least, by what limits it."""
+    lanes = dict.fromkeys(LANES_PER_CYCLE, 0.0)
+    for opcode in path:
+        turns = next((n for pattern, n in _TURNS.items() if re.match(pattern, opcode)), 1)
+        lanes["issue"] += WARP
+        for pipe, pattern in _PIPES.items():
+            if re.match(pattern, opcode):
+                lanes[pipe] += WARP * turns
+                break
+    return {name: lanes[name] / rate for name, rate in LANES_PER_CYCLE.items()}
 
 
 def main() -> None:
@@ -43,14 +71,11 @@ def main() -> None:
             continue
         rule, param, grad = found.groups()
         states = 1 if rule == "Lion" else 2
-        instructions, shuffles = main_path(kernel)
+        path = main_path(kernel, states)
+        taken = cycles(path)
         moved = 2 * BYTES[param] + BYTES[grad] + states * (2 + 2 * 4 / BLOCK)
-        by_memory = COPY_BANDWIDTH / moved
-        by_issue = MULTIPROCESSORS * SCHEDULERS * CLOCK * BLOCK / instructions
-        # One warp shuffle a cycle and multiprocessor; a gather of table values touches up to 8 cache lines.
-        by_exchange = MULTIPROCESSORS * CLOCK * BLOCK / (shuffles + 8 * PER_LANE * states)
-        slowest = min(by_memory, by_issue, by_exchange)
-        limit = {by_memory: "memory", by_issue: "instructions", by_exchange: "shuffles and gathers"}[slowest]
+        taken["memory"] = BLOCK * moved / COPY_BANDWIDTH * MULTIPROCESSORS * CLOCK
+        limit = max(taken, key=lambda name: taken[name])
         rows.append(
             {
                 "rule": {"AdamFamily<false>": "adam", "AdamFamily<true>": "adamw"}.get(rule, "lion"),
@@ -59,11 +84,11 @@ def main() -> None:
                 "registers": kernel.registers,
                 "warps_per_multiprocessor": 65536 // (-(-kernel.registers // 8) * 8 * WARP * 4) * 4,
                 "bytes_per_parameter": moved,
-                "instructions_per_parameter": instructions / PER_LANE,
-                "shuffles_per_block": shuffles,
-                "expected_of_copy": slowest / by_memory,
+                "instructions_per_parameter": len(path) / PER_LANE,
+                "cycles_per_block": taken,
+                "of_copy_bound": taken["memory"] / taken[limit],
                 "limit": limit,
-                "parameters_per_second": slowest,
+                "issue_share_needed": taken["issue"] / taken["memory"],
             }
         )
     constants = {"copy_bandwidth": COPY_BANDWIDTH, "multiprocessors": MULTIPROCESSORS, "clock": CLOCK}
@@ -71,8 +96,11 @@ def main() -> None:
         RESULTS / "gpu-budget.json", {**provenance({}), "assumed": constants, "measured": False, "kernels": rows}
     )
     heads = ["rule", "param", "grad", "registers", "bytes_per_parameter", "instructions_per_parameter", "limit"]
-    cells = [[*(str(row[head])[:20] for head in heads), f"{row['expected_of_copy']:.0%}"] for row in rows]
-    print(table([*heads, "of copy, at most"], cells))
+    cells = [
+        [*(str(row[h]) for h in heads), f"{row['of_copy_bound']:.0%}", f"{row['issue_share_needed']:.0%}"]
+        for row in rows
+    ]
+    print(table([*heads, "of copy, at most", "issue slots needed"], cells))
 
 
 if __name__ == "__main__":

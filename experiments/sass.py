@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 import re
 import shutil
@@ -25,6 +24,11 @@ def tool_folder() -> Path | None:
     return None
 
 
+def opcode_of(text: str) -> str:
+    """An instruction without its predicate and its operands."""
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel's instructions, as (address, text), and the registers of a thread."""
@@ -34,7 +38,7 @@ class Kernel:
     registers: int
 
     def opcodes(self) -> list[str]:
-        return [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in self.instructions]
+        return [opcode_of(text) for _, text in self.instructions]
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes())
@@ -42,7 +46,7 @@ class Kernel:
     def _next(self, i: int, places: dict[int, int]) -> list[int]:
         text = self.instructions[i][1]
         predicated = text.startswith("@")
-        opcode = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+        opcode = opcode_of(text)
         if opcode == "EXIT":
             return [i + 1] if predicated else []
         if opcode.startswith("BRA.DIV"):
@@ -54,21 +58,26 @@ class Kernel:
         conditional = predicated or re.search(r"\bU?!?P\d", text) is not None
         return [jump, i + 1] if conditional else [jump]
 
-    def shortest(self, start: int, goal: int) -> int | None:
-        """Instructions on the shortest way from one to another: rare paths are detours, so it is the main one."""
+    def ways_from(self, start: int) -> dict[int, list[int]]:
+        """For each instruction that can be reached, the shortest way there: rare paths are detours, so the main one.
+
+        A way begins after `start` and ends with the instruction it leads to, which may be `start` itself.
+        """
         places = {address: i for i, (address, _) in enumerate(self.instructions)}
-        best, queue = {start: 0}, [(0, start)]
-        while queue:
-            length, i = heapq.heappop(queue)
-            if i == goal:
-                return length
-            if length > best[i]:
-                continue
+        before: dict[int, int] = {}
+        reached = [start]
+        for i in reached:
             for following in self._next(i, places):
-                if following < len(self.instructions) and length + 1 < best.get(following, 1 << 30):
-                    best[following] = length + 1
-                    heapq.heappush(queue, (length + 1, following))
-        return None
+                if following < len(self.instructions) and following not in before:
+                    before[following] = i
+                    reached.append(following)
+        ways = {}
+        for goal in before:
+            way = [goal]
+            while before[way[-1]] != start:
+                way.append(before[way[-1]])
+            ways[goal] = way[::-1]
+        return ways
 
 
 def kernels_of(source: str, arch: str, folder: Path) -> dict[str, Kernel]:

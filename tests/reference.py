@@ -130,7 +130,8 @@ def adam(p: Rounded, g: Rounded, old: Moments, *, decoupled: bool = False, **h: 
     v = old["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
     # FLT_MIN: m = v = 0 with eps = 0 does not move the parameter, instead of 0 / 0.
     denominator = (v.sqrt() / (1 - beta2**t) ** 0.5 + h["eps"]).at_least(FLT_MIN)
-    return p - m / denominator * (lr / (1 - beta1**t)), {"exp_avg": m, "exp_avg_sq": v}
+    inverse = Rounded.exact(1.0) / denominator
+    return p - m * inverse * (lr / (1 - beta1**t)), {"exp_avg": m, "exp_avg_sq": v}
 
 
 def adamw(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:

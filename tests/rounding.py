@@ -69,8 +69,11 @@ class Rounded:
 
     def __mul__(self, other: Rounded | float) -> Rounded:
         b = Rounded.of(other)
-        spread = np.abs(self.value) * b.error + np.abs(b.value) * self.error + self.error * b.error
-        return Rounded.once(self.value * b.value, spread)
+        with np.errstate(invalid="ignore"):
+            spread = np.abs(self.value) * b.error + np.abs(b.value) * self.error + self.error * b.error
+        spread = np.where(np.isnan(spread), np.inf, spread)  # no error of one factor, no bound on the other
+        zero = (self.value == 0) & (self.error == 0) | (b.value == 0) & (b.error == 0)
+        return Rounded.once(self.value * b.value, np.where(zero, 0.0, spread))
 
     __radd__ = __add__
     __rmul__ = __mul__

@@ -34,6 +34,11 @@ def test_kernels_equal_those_of_the_cpu_under_sanitizers(kernels: str, order: st
     assert int(compared[1]) > 1_000_000
 
 
+def test_the_short_root_and_reciprocal_are_exact_for_every_mantissa() -> None:
+    result = run(build.program("compare", "plain"), "quick", "forward")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_a_step_long_enough_for_several_blocks_a_warp() -> None:
     result = run(build.program("compare", "plain"), "step-long", "forward")

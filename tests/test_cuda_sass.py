@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+import gpu_budget
 import sass
 
 pytestmark = pytest.mark.skipif(
@@ -40,9 +41,21 @@ def test_every_rule_and_every_pair_of_types_has_a_kernel(kernels: dict[str, sass
 def test_float32_is_read_and_written_by_packets_of_128_bits(kernels: dict[str, sass.Kernel], rule: str) -> None:
     kernel = step_kernel(kernels, rule, "float, float")
     states = 1 if rule == "Lion" else 2
-    # 8 values a lane are two packets: of param and grad with 8-bit state, of these and each state with 32-bit state.
-    assert kernel.count(r"LDG\..*\.128") == 2 * 2 + 2 * (2 + states)
-    assert kernel.count(r"STG\..*\.128") == 2 * 1 + 2 * (1 + states)
+    # 8 values a lane are two packets: of param and grad in both 8-bit forms, and with each state in 32 bits.
+    assert kernel.count(r"LDG\..*\.128") == 2 * 2 * 2 + 2 * (2 + states)
+    assert kernel.count(r"STG\..*\.128") == 2 * 2 * 1 + 2 * (1 + states)
+    path = gpu_budget.main_path(kernel, states)
+    assert sum(bool(re.match(r"LDG\..*\.128", opcode)) for opcode in path) == 2 * 2
+    assert sum(bool(re.match(r"STG\..*\.128", opcode)) for opcode in path) == 2
+
+
+@pytest.mark.parametrize("types", ["float, float", "optim8::base::bfloat16, optim8::base::bfloat16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_main_path_stays_short(kernels: dict[str, sass.Kernel], rule: str, types: str) -> None:
+    """Instructions for a parameter, 8 to a lane: beyond these an H100 would wait for them and not for its memory."""
+    path = gpu_budget.main_path(step_kernel(kernels, rule, types), 1 if rule == "Lion" else 2)
+    assert len(path) / 8 <= (55 if rule == "Lion" else 90)
+    assert not any(opcode.startswith("CALL") for opcode in path)
 
 
 def test_no_kernel_has_local_or_shared_memory_or_barriers(kernels: dict[str, sass.Kernel]) -> None:

@@ -126,14 +126,27 @@ OPTIM8_HD I nearest_on_line(F y, F slope, F offset, I last) {
 
 constexpr float smallest_quotient = 4.656612873e-10f;  // 2^-31
 
-// The index of the magnitude of a quotient y = x / absmax, |y| <= 1 up to rounding. NaN gives that of 0. `T` is
-// CodeTables, or what stands for it where the lanes of a warp hold the tables; so every look-up is made by every lane.
+// The entry of a binade, by the low five bits of its exponent.
 template <class T>
-OPTIM8_HD int32_t nearest_magnitude(float y, const T& t) {
+OPTIM8_HD T of_binade(const T (&table)[32], uint32_t exponent) {
+    return table[exponent & 31];
+}
+
+// What indices of a zone do not exceed; only its integer part counts.
+OPTIM8_HD float last_on_line(const CodeTables& t, uint32_t zone, float) {
+    return static_cast<float>(of_binade(t.last, zone));
+}
+
+// The index of the magnitude of a quotient y = x / absmax, |y| <= 1 up to rounding, before it is truncated. NaN gives
+// that of 0. `T` is CodeTables, or what stands for it where the lanes of a warp hold the tables; so every look-up is
+// made by every lane.
+template <class T>
+OPTIM8_HD float on_line(float y, const T& t) {
     const float clamped = maximum(y, smallest_quotient);
     const uint32_t bits = bits_of(clamped);
-    const uint32_t zone = ((bits + t.carry[(bits >> 23) & 31]) >> 23) & 31;
-    return nearest_on_line(clamped, t.slope[zone], t.offset[zone], t.last[zone]);
+    const uint32_t zone = (bits + of_binade(t.carry, bits >> 23)) >> 23;
+    const float offset = of_binade(t.offset, zone);
+    return minimum(fma(clamped, of_binade(t.slope, zone), offset), last_on_line(t, zone, offset));
 }
 
 // The code of x in a block whose absmax has the given reciprocal.
@@ -141,11 +154,11 @@ template <Code code, class T>
 OPTIM8_HD uint8_t encode(float x, float reciprocal, const T& t) {
     const float y = x * reciprocal;
     if (code == Code::Signed) {
-        const int32_t a = nearest_magnitude(float_of(magnitude_bits(y)), t);
+        const int32_t a = truncate(on_line(float_of(magnitude_bits(y)), t));
         const int32_t index = bits_of(y) >> 31 ? 127 - a : 127 + a;
         return static_cast<uint8_t>(index < 0 ? 0 : index);  // there is no -1: the most negative value is index 0
     }
-    const int32_t index = nearest_magnitude(y, t);
+    const int32_t index = truncate(on_line(y, t));
     return static_cast<uint8_t>(code == Code::Positive && !(x > 0.0f) ? 0 : index);
 }
 
@@ -166,9 +179,9 @@ struct Normalizer {
 };
 
 OPTIM8_HD Normalizer normalizer(float absmax) {
-    if (absmax >= smallest_normal) return Normalizer{1.0f, divide(1.0f, absmax)};
+    if (absmax >= smallest_normal) return Normalizer{1.0f, reciprocal(absmax)};
     const float scale = 18446744073709551616.0f;  // 2^64
-    return Normalizer{scale, absmax > 0.0f ? divide(1.0f, absmax * scale) : 0.0f};
+    return Normalizer{scale, absmax > 0.0f ? reciprocal(absmax * scale) : 0.0f};
 }
 
 OPTIM8_END

@@ -45,11 +45,12 @@ OPTIM8_HD float square_root(float x) {
 #endif
 }
 
-OPTIM8_HD float divide(float a, float b) {
+// x is at least smallest_normal.
+OPTIM8_HD float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
-    return __fdiv_rn(a, b);
+    return __frcp_rn(x);
 #else
-    return a / b;
+    return 1.0f / x;
 #endif
 }
 
@@ -57,6 +58,15 @@ OPTIM8_HD float divide(float a, float b) {
 OPTIM8_HD float maximum(float a, float b) { return a > b ? a : b; }
 
 OPTIM8_HD uint32_t maximum(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// Neither is a NaN.
+OPTIM8_HD float minimum(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return fminf(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
 
 OPTIM8_HD int32_t truncate(float x) { return static_cast<int32_t>(x); }
 OPTIM8_HD int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }

@@ -30,7 +30,7 @@ OPTIM8_HD F operator+(F a, F b) { return _mm256_add_ps(a.v, b.v); }
 OPTIM8_HD F operator-(F a, F b) { return _mm256_sub_ps(a.v, b.v); }
 OPTIM8_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 OPTIM8_HD F square_root(F x) { return _mm256_sqrt_ps(x.v); }
-OPTIM8_HD F divide(F a, F b) { return _mm256_div_ps(a.v, b.v); }
+OPTIM8_HD F reciprocal(F x) { return _mm256_div_ps(_mm256_set1_ps(1.0f), x.v); }
 OPTIM8_HD F maximum(F a, F b) { return _mm256_max_ps(a.v, b.v); }
 OPTIM8_HD F sign(F x) {
     const __m256 moves = _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NEQ_OQ);

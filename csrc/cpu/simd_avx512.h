@@ -35,7 +35,7 @@ OPTIM8_HD F operator+(F a, F b) { return _mm512_add_ps(a.v, b.v); }
 OPTIM8_HD F operator-(F a, F b) { return _mm512_sub_ps(a.v, b.v); }
 OPTIM8_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 OPTIM8_HD F square_root(F x) { return _mm512_sqrt_ps(x.v); }
-OPTIM8_HD F divide(F a, F b) { return _mm512_div_ps(a.v, b.v); }
+OPTIM8_HD F reciprocal(F x) { return _mm512_div_ps(_mm512_set1_ps(1.0f), x.v); }
 OPTIM8_HD F maximum(F a, F b) { return _mm512_max_ps(a.v, b.v); }
 OPTIM8_HD F sign(F x) {
     const __mmask16 moves = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_OQ);

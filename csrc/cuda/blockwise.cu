@@ -19,9 +19,11 @@ OPTIM8_DEVICE uint8_t code_of_any(float x, float scale, const Finite& code_of_fi
 template <Code kind>
 struct DynamicEncoder {
     static constexpr int bits = 8;
-    LaneCode tables = lane_code<kind>();
+    LaneCode<kind> tables = lane_code<kind>();
     OPTIM8_DEVICE uint8_t code(float x, float scale, float reciprocal) const {
-        return code_of_any(x, scale, [&](float finite) { return encode<kind>(finite, reciprocal, tables); });
+        return code_of_any(x, scale, [&](float finite) {
+            return static_cast<uint8_t>(encode_lane<kind>(finite, reciprocal, tables));
+        });
     }
 };
 

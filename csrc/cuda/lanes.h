@@ -8,8 +8,6 @@
 
 OPTIM8_BEGIN
 
-#define OPTIM8_DEVICE __device__ __forceinline__
-
 constexpr unsigned whole_warp = 0xffffffffu;
 constexpr int per_lane = 8;
 constexpr int tile = warp_size * per_lane;
@@ -24,12 +22,37 @@ OPTIM8_DEVICE int64_t warp_of_grid() {
 template <class T>
 struct LaneTable {
     T mine;
-    OPTIM8_DEVICE T operator[](uint32_t i) const { return __shfl_sync(whole_warp, mine, static_cast<int>(i)); }
     OPTIM8_DEVICE T operator[](int32_t i) const { return __shfl_sync(whole_warp, mine, i); }
 };
+// The entry of a binade, as in core/codec.h; a shuffle takes its source modulo 32.
+template <class T>
+OPTIM8_DEVICE T of_binade(LaneTable<T> table, uint32_t exponent) {
+    return table[static_cast<int32_t>(exponent)];
+}
+
+// The larger of a magnitude, as bits, and that of x; above infinity where either is NaN.
+OPTIM8_DEVICE uint32_t larger_magnitude(uint32_t largest, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(float_of(largest)), "f"(fabsf(x)));
+    return bits_of(larger);
+#else
+    return maximum(largest, magnitude_bits(x));
+#endif
+}
+
+OPTIM8_DEVICE uint32_t largest_of_warp(uint32_t x) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(whole_warp, x);
+#else
+    for (int step = warp_size / 2; step > 0; step /= 2) x = maximum(x, __shfl_xor_sync(whole_warp, x, step));
+    return x;
+#endif
+}
 
 // The largest over each run of `lanes` neighbouring lanes, a power of two, in every lane of the run.
 OPTIM8_DEVICE uint32_t largest_of_lanes(uint32_t x, int lanes) {
+    if (lanes == warp_size) return largest_of_warp(x);
     for (int step = lanes / 2; step > 0; step /= 2) x = maximum(x, __shfl_xor_sync(whole_warp, x, step));
     return x;
 }
@@ -113,6 +136,35 @@ OPTIM8_DEVICE void store_tile(T* to, int count, bool well, const T (&from)[per_l
         for (int k = 0; k < per_lane; ++k)
             if (place<span>(k) < count) to[place<span>(k)] = from[k];
     }
+}
+
+// The lane's eight bytes of a whole tile whose address is fit for packets, as two words; spans as for load_tile.
+template <int span>
+OPTIM8_DEVICE void load_bytes(const uint8_t* from, uint32_t (&words)[per_lane / 4]) {
+    if constexpr (span == per_lane) {
+        const uint2 packet = __ldcs(reinterpret_cast<const uint2*>(from + place<span>(0)));
+        words[0] = packet.x;
+        words[1] = packet.y;
+    } else {
+        for (int i = 0; i < 2; ++i) words[i] = __ldcs(reinterpret_cast<const uint32_t*>(from + place<span>(4 * i)));
+    }
+}
+template <int span>
+OPTIM8_DEVICE void store_bytes(uint8_t* to, const uint32_t (&words)[per_lane / 4]) {
+    if constexpr (span == per_lane) {
+        __stcs(reinterpret_cast<uint2*>(to + place<span>(0)), uint2{words[0], words[1]});
+    } else {
+        for (int i = 0; i < 2; ++i) __stcs(reinterpret_cast<uint32_t*>(to + place<span>(4 * i)), words[i]);
+    }
+}
+OPTIM8_DEVICE uint32_t byte_of(const uint32_t (&words)[per_lane / 4], int k) {
+    return __byte_perm(words[k / 4], 0, 0x4440 + k % 4);
+}
+// The lowest bytes of eight words.
+OPTIM8_DEVICE void pack_bytes(const uint32_t (&bytes)[per_lane], uint32_t (&words)[per_lane / 4]) {
+    for (int i = 0; i < 2; ++i)
+        words[i] = __byte_perm(__byte_perm(bytes[4 * i], bytes[4 * i + 1], 0x0040),
+                               __byte_perm(bytes[4 * i + 2], bytes[4 * i + 3], 0x0040), 0x5410);
 }
 
 // How many values of `size` a tile that begins at `at` has, at most 256.

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#define OPTIM8_DEVICE __device__ __forceinline__
+
 namespace optim8 {
 
 constexpr int warp_size = 32;

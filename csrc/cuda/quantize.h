@@ -42,10 +42,8 @@ OPTIM8_DEVICE void load_floats(const T* from, int count, float (&to)[per_lane]) 
 OPTIM8_DEVICE uint32_t largest_of_values(const float (&values)[per_lane], bool finite) {
     uint32_t largest = 0;
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) {
-        const uint32_t bits = magnitude_bits(values[k]);
-        largest = maximum(largest, finite && bits >= inf_bits ? 0u : bits);
-    }
+    for (int k = 0; k < per_lane; ++k)
+        largest = larger_magnitude(largest, finite && !is_finite(values[k]) ? 0.0f : values[k]);
     return largest;
 }
 

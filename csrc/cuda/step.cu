@@ -3,6 +3,7 @@
 // A block of 256 values belongs to one warp, eight values a lane: load, decode, update, block maximum by shuffles,
 // encode, store. No shared memory, no barrier. The tensors' addresses travel in the kernel's parameters.
 #include "cuda/kernels.h"
+#include "cuda/quick.h"
 #include "cuda/tables.h"
 
 #include <algorithm>
@@ -67,6 +68,19 @@ OPTIM8_DEVICE void each_state(const Work& work) {
     each_state<Rule>(work, std::make_integer_sequence<int, Rule::states>{});
 }
 
+// The encoders of all states, loaded once for all blocks of a warp.
+template <class Rule>
+struct LaneCodes {
+    LaneLines lines[Rule::states];
+    OPTIM8_DEVICE LaneCodes() {
+        each_state<Rule>([&](auto s) { lines[s.index] = lane_code<Rule::codes[s.index]>(); });
+    }
+    template <int s>
+    OPTIM8_DEVICE LaneCode<Rule::codes[s]> of() const {
+        return LaneCode<Rule::codes[s]>{lines[s]};
+    }
+};
+
 // A block and where it lies.
 template <class Rule, class P, class G>
 struct Block {
@@ -111,8 +125,68 @@ OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, con
     }
 }
 
+// A whole block at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
+// range of Quick. The same in every lane.
 template <class Rule, class P, class G>
-OPTIM8_DEVICE void step_8bit(const Block<Rule, P, G>& block, const Scalars& scalars) {
+OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const Scalars& scalars,
+                                const LaneCodes<Rule>& lane_codes) {
+    constexpr int span = packet_span<P>;
+    P param[per_lane];
+    G grad[per_lane];
+    uint32_t codes[Rule::states][per_lane / 4];
+    float absmax[Rule::states];
+    load_tile<span>(block.param, tile, true, P{}, param);
+    load_tile<span>(block.grad, tile, true, G{}, grad);
+    each_state<Rule>([&](auto s) {
+        load_bytes<span>(block.codes[s.index], codes[s.index]);
+        absmax[s.index] = *block.absmax[s.index];
+    });
+
+    float now[Rule::states][per_lane];
+    uint32_t largest[Rule::states] = {};
+    bool in_range = true;
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) {
+        Quick p(to_float(param[k])), state[Rule::states];
+        each_state<Rule>([&](auto s) {
+            state[s.index] = Quick(decode<Rule::codes[s.index]>(byte_of(codes[s.index], k)) * absmax[s.index]);
+        });
+        Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars);
+        param[k] = from_float<P>(p.x);
+        in_range = in_range && p.in_range;
+        for (int s = 0; s < Rule::states; ++s) {
+            in_range = in_range && state[s].in_range;
+            now[s][k] = state[s].x;
+            largest[s] = larger_magnitude(largest[s], now[s][k]);
+        }
+    }
+    largest[0] = in_range ? largest[0] : inf_bits;
+    bool good = true;
+    for (int s = 0; s < Rule::states; ++s) {
+        largest[s] = largest_of_warp(largest[s]);
+        good = good && largest[s] < inf_bits;
+    }
+    if (!good) return false;
+
+    store_tile<span>(block.param, tile, true, param);
+    each_state<Rule>([&](auto s) {
+        const auto code = lane_codes.template of<s.index>();
+        const Normalizer normal = normalizer(float_of(largest[s.index]));
+        if (normal.scale != 1.0f)
+            for (float& x : now[s.index]) x *= normal.scale;
+        uint32_t encoded[per_lane], words[per_lane / 4];
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) encoded[k] = encode_lane(now[s.index][k], normal.reciprocal, code);
+        pack_bytes(encoded, words);
+        store_bytes<span>(block.codes[s.index], words);
+        if (lane() == 0) *block.absmax[s.index] = float_of(largest[s.index]);
+    });
+    return true;
+}
+
+// Any block.
+template <class Rule, class P, class G>
+OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const Scalars& scalars) {
     constexpr int span = packet_span<P>;
     P raw_param[per_lane];
     G grad[per_lane];
@@ -164,12 +238,12 @@ OPTIM8_DEVICE void step_8bit(const Block<Rule, P, G>& block, const Scalars& scal
     for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
     store_tile<span>(block.param, block.count, block.well, new_param);
     each_state<Rule>([&](auto s) {
-        const LaneCode code = lane_code<Rule::codes[s.index]>();
+        const auto code = lane_code<Rule::codes[s.index]>();
         const Normalizer normal = normalizer(float_of(largest[s.index]));
         uint8_t encoded[per_lane];
 #pragma unroll
         for (int k = 0; k < per_lane; ++k)
-            encoded[k] = encode<Rule::codes[s.index]>(now[k][s.index] * normal.scale, normal.reciprocal, code);
+            encoded[k] = static_cast<uint8_t>(encode_lane(now[k][s.index] * normal.scale, normal.reciprocal, code));
         store_tile<span>(block.codes[s.index], block.count, block.well, encoded);
         if (lane() == 0) *block.absmax[s.index] = float_of(largest[s.index]);
     });
@@ -211,29 +285,44 @@ OPTIM8_DEVICE int row_of(const StepBatch& batch, int64_t b) {
     return low;
 }
 
-template <class Rule, class P, class G>
-__global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_constant__ StepBatch batch) {
+// visit(row, block of the row, scalars, which it is of the warp's) for each of the warp's blocks.
+template <class Visit>
+OPTIM8_DEVICE void each_block(const StepBatch& batch, const Visit& visit) {
     const int64_t begin = warp_of_grid() * batch.blocks_per_warp;
-    const int64_t left_in_batch = batch.first[batch.rows] - begin;
-    int left = left_in_batch < batch.blocks_per_warp ? static_cast<int>(left_in_batch) : batch.blocks_per_warp;
-    if (left_in_batch <= 0 || (batch.found_inf != nullptr && *batch.found_inf != 0.0f)) return;
-    int r = row_of(batch, begin);
-    for (int64_t block = begin - batch.first[r];; block = 0, ++r) {
+    const int64_t left = batch.first[batch.rows] - begin;
+    const int count = left < batch.blocks_per_warp ? static_cast<int>(left) : batch.blocks_per_warp;
+    int r = count > 0 ? row_of(batch, begin) : 0;
+    for (int i = 0; i < count; ++r) {
         const StepRow& row = batch.row[r];
         const Scalars scalars =
             batch.device_scalars != nullptr ? batch.device_scalars[row.scalars] : batch.scalars[row.scalars];
-        const int64_t left_in_row = batch.first[r + 1] - batch.first[r] - block;
-        int here = left_in_row < left ? static_cast<int>(left_in_row) : left;
-        left -= here;
-        for (; here > 0; --here, ++block) {
-            const Block<Rule, P, G> at(row, block);
-            if (row.precision == Precision::Bits8)
-                step_8bit(at, scalars);
-            else
-                step_32bit(row, at, block * step_block, scalars);
-        }
-        if (left == 0) return;
+        int64_t block = begin + i - batch.first[r];
+        const int64_t end = batch.first[r + 1] - batch.first[r];
+        for (; i < count && block < end; ++i, ++block) visit(row, block, scalars, i);
     }
+}
+
+template <class Rule, class P, class G>
+__global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_constant__ StepBatch batch) {
+    if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
+    // Two passes: what is rare, in the loop of what is not, would take its registers.
+    uint32_t left_over = 0;
+    const LaneCodes<Rule> lane_codes;
+    static_assert(blocks_per_warp <= 32, "a bit for each");
+    each_block(batch, [&](const StepRow& row, int64_t block, const Scalars& scalars, int i) {
+        const Block<Rule, P, G> at(row, block);
+        const bool done = row.precision == Precision::Bits8 && at.well && step_quickly(at, scalars, lane_codes);
+        left_over |= done ? 0u : 1u << i;
+    });
+    if (left_over == 0) return;
+    each_block(batch, [&](const StepRow& row, int64_t block, const Scalars& scalars, int i) {
+        if ((left_over >> i & 1) == 0) return;
+        const Block<Rule, P, G> at(row, block);
+        if (row.precision == Precision::Bits32)
+            step_32bit(row, at, block * step_block, scalars);
+        else
+            step_carefully(at, scalars);
+    });
 }
 
 // Counts the step of every row and derives its scalars, one thread a row; nothing where the step is to be skipped.

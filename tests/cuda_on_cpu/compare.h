@@ -76,10 +76,11 @@ void expect_same(const std::string& what, const Buffer<T>& actual, const Buffer<
     }
 }
 
-enum class Kind { Plain, Wide, Zeros, Subnormal, NotFinite };
-constexpr Kind kinds[] = {Kind::Plain, Kind::Wide, Kind::Zeros, Kind::Subnormal, Kind::NotFinite};
+enum class Kind { Plain, Wide, Zeros, Subnormal, Huge, NotFinite };
+constexpr Kind kinds[] = {Kind::Plain, Kind::Wide, Kind::Zeros, Kind::Subnormal, Kind::Huge, Kind::NotFinite};
 
-// Plain: standard normal. Wide: over many decades, with zeros and one huge value. NotFinite: some NaN and infinities.
+// Plain: standard normal. Wide: over many decades, with zeros and one huge value. Huge: all so large that their squares
+// leave the range of cuda/quick.h. NotFinite: some NaN and infinities.
 template <class T>
 void fill(const Buffer<T>& values, Kind kind) {
     std::normal_distribution<float> normal;
@@ -88,6 +89,7 @@ void fill(const Buffer<T>& values, Kind kind) {
         float x = normal(generator);
         if (kind == Kind::Zeros) x = 0;
         if (kind == Kind::Subnormal) x *= 1e-40f;
+        if (kind == Kind::Huge) x *= 1e17f;
         if (kind == Kind::Wide) x *= i % 7 == 3 ? 0.0f : std::pow(10.0f, decade(generator));
         if (kind == Kind::Wide && i == values.size() / 2) x = 3e4f;
         if (kind == Kind::NotFinite && i % 97 == 11) x = std::numeric_limits<float>::quiet_NaN();
@@ -115,6 +117,7 @@ void each_type(const Work& work) {
     work(TypeOf<float16>{});
 }
 
+void compare_quick();
 void compare_step();
 void compare_blockwise();
 void compare_fourbit();

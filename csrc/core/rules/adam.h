@@ -24,7 +24,7 @@ struct AdamFamily {
         v = fma(F(s.beta2), v, F(s.one_minus_beta2) * g * g);
         // Where m = v = 0 and eps = 0 the quotient must be 0, not NaN: such a parameter stays where it is.
         const F denominator = maximum(fma(square_root(v), F(s.inverse_sqrt_correction2), F(s.eps)), F(smallest_normal));
-        p = fma(F(s.negative_step_size), divide(m, denominator), p);
+        p = fma(F(s.negative_step_size), m * reciprocal(denominator), p);
     }
 };
 

@@ -2,6 +2,7 @@
 // the other, barriers and warp operations check what CUDA leaves undefined. Not a fast way to run a kernel.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -40,7 +41,7 @@ const dim3& thread_index();
 const dim3& block_index();
 
 // What the threads of a barrier or the lanes of a warp operation must agree on, and what a lane gives to it.
-enum class Operation { Shuffle, Vote, Warp };
+enum class Operation { Shuffle, Vote, Largest, Warp };
 // Waits for every lane of `mask`, then gives what lane `source` gave as `value`; ends the program where a lane may not
 // take part so.
 uint64_t meet(Operation operation, unsigned mask, uint64_t value, int source);
@@ -86,7 +87,39 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     return static_cast<unsigned>(cuda_on_cpu::meet(cuda_on_cpu::Operation::Vote, mask, predicate != 0, -1));
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+    return static_cast<unsigned>(cuda_on_cpu::meet(cuda_on_cpu::Operation::Largest, mask, value, -1));
+}
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+// Bytes of the eight in (high, low) by the nibbles of `selector`.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+    return result;
+}
+
+namespace cuda_on_cpu {
+
+// A sum rounded downwards, or towards 0. Exact in a long double for what the
+// kernels add: products of two floats below 2^10, and 2^23.
+inline float round_down(long double sum, bool to_zero) {
+    const float nearest = static_cast<float>(sum);
+    const bool above = to_zero && sum < 0 ? nearest < sum : nearest > sum;
+    return above ? std::nextafter(nearest, to_zero ? 0.0f : -INFINITY) : nearest;
+}
+
+}  // namespace cuda_on_cpu
+
+inline float __fadd_rd(float a, float b) { return cuda_on_cpu::round_down(static_cast<long double>(a) + b, false); }
+inline float __fmaf_rz(float a, float b, float c) {
+    return cuda_on_cpu::round_down(static_cast<long double>(a) * b + c, true);
+}
+// The approximations of csrc/cuda/quick.h; where the hardware's are another ulp, its own sequences allow for that.
+inline float reciprocal_approximately(float x) { return 1.0f / x; }
+inline float inverse_root_approximately(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 
 template <class T>
 T __ldg(const T* from) {

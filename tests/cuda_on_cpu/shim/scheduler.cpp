@@ -232,13 +232,18 @@ uint64_t meet(Operation operation, unsigned mask, uint64_t value, int source) {
         }
     }
     if (complete) {
-        uint64_t votes = 0;
-        for (int l = 0; l < 32; ++l)
-            if (mask >> l & 1) votes |= (fibers[first + static_cast<size_t>(l)].value & 1) << l;
+        uint64_t votes = 0, largest = 0;
+        for (int l = 0; l < 32; ++l) {
+            if ((mask >> l & 1) == 0) continue;
+            const uint64_t given = fibers[first + static_cast<size_t>(l)].value;
+            votes |= (given & 1) << l;
+            largest = std::max(largest, given);
+        }
+        const uint64_t together = operation == Operation::Largest ? largest : votes;
         for (int l = 0; l < 32; ++l) {
             if ((mask >> l & 1) == 0) continue;
             Fiber& other = fibers[first + static_cast<size_t>(l)];
-            other.result = other.source >= 0 ? fibers[first + static_cast<size_t>(other.source)].value : votes;
+            other.result = other.source >= 0 ? fibers[first + static_cast<size_t>(other.source)].value : together;
             other.state = State::Ready;
         }
     } else {

@@ -1,0 +1,59 @@
+// The number type of a step's main path. Its square root and reciprocal are those of `float`, bit for bit, wherever
+// `in_range` is still true at the end: correctly rounded, from the instructions that nvcc itself makes of __fsqrt_rn
+// and __frcp_rn, without a branch for each value. Where it is false the value must be computed anew as a float.
+#pragma once
+
+#include "core/scalar.h"
+#include "cuda/launch.h"
+
+OPTIM8_BEGIN
+
+// The hardware's approximations, good to about an ulp; 0 and infinity for subnormal operands and results. Where no
+// nvcc compiles, whoever stands for CUDA has them.
+#if defined(__CUDACC__)
+OPTIM8_DEVICE float reciprocal_approximately(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+OPTIM8_DEVICE float inverse_root_approximately(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
+
+struct Quick {
+    float x;
+    bool in_range;
+    Quick() = default;
+    OPTIM8_DEVICE explicit Quick(float x, bool in_range = true) : x(x), in_range(in_range) {}
+};
+
+OPTIM8_DEVICE Quick operator*(Quick a, Quick b) { return Quick(a.x * b.x, a.in_range && b.in_range); }
+OPTIM8_DEVICE Quick fma(Quick a, Quick b, Quick c) {
+    return Quick(fma(a.x, b.x, c.x), a.in_range && b.in_range && c.in_range);
+}
+OPTIM8_DEVICE Quick maximum(Quick a, Quick b) { return Quick(maximum(a.x, b.x), a.in_range && b.in_range); }
+OPTIM8_DEVICE Quick sign(Quick a) { return Quick(sign(a.x), a.in_range); }
+
+// From an inverse root by one step of Newton's iteration. At 2^64 times its size no operand below 2^63 under- or
+// overflows on the way, subnormal numbers included; 0 gives 0. A negative number is not in range, nor is a NaN.
+OPTIM8_DEVICE Quick square_root(Quick a) {
+    const float scaled = a.x * 0x1p64f;
+    const float inverse = inverse_root_approximately(maximum(scaled, smallest_normal));  // at 2^-32
+    const float root = scaled * inverse;                                                 // at 2^32
+    const float rest = fma(-root, root, scaled);                                         // at 2^64, exact
+    const float corrected = fma(rest, inverse * 0x1p-33f, root * 0x1p-32f);
+    constexpr uint32_t limit = 0x5f000000u;  // 2^63
+    return Quick(corrected, a.in_range && bits_of(a.x) < limit);
+}
+
+// By one step of Newton's iteration.
+OPTIM8_DEVICE Quick reciprocal(Quick a) {
+    const float inverse = reciprocal_approximately(a.x);
+    const float rest = fma(-a.x, inverse, 1.0f);
+    return Quick(fma(inverse, rest, inverse), a.in_range && a.x < 0x1p126f);  // its reciprocal is normal
+}
+
+OPTIM8_END
