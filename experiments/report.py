@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gpu_budget
 import memory_profile
 import parity
 import quantization_error
@@ -75,6 +76,16 @@ def bench_step(result: Result) -> str:
     )
 
 
+def gpu_budget_table(result: Result) -> str:
+    assumed, commit = result["assumed"], (result["commit"] or "unknown")[:10]
+    return (
+        f"{gpu_budget.rows_table(result['kernels'])}\n\nNot measured. Counted from the machine code for sm_90; assumed "
+        f"{assumed['multiprocessors']} multiprocessors at {assumed['clock'] / 1e9:.2f} GHz and a copy of "
+        f"{assumed['copy_bandwidth'] / 1e12:.2f} TB/s (H100 SXM), and that {assumed['usable']:.0%} of a pipe's peak can "
+        f"be reached; commit {commit}, {result['date'].split()[0]}."
+    )
+
+
 def bench_functional(result: Result) -> str:
     rows = [
         [
@@ -111,6 +122,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "train_lm": train_lm,
     "bench_step": bench_step,
     "bench_functional": bench_functional,
+    "gpu_budget": gpu_budget_table,
     "roofline": kernels,
     "memory_profile": memory_profile.rendered,
     "parity": parity.rendered,

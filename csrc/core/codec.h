@@ -132,11 +132,6 @@ OPTIM8_HD T of_binade(const T (&table)[32], uint32_t exponent) {
     return table[exponent & 31];
 }
 
-// What indices of a zone do not exceed; only its integer part counts.
-OPTIM8_HD float last_on_line(const CodeTables& t, uint32_t zone, float) {
-    return static_cast<float>(of_binade(t.last, zone));
-}
-
 // The index of the magnitude of a quotient y = x / absmax, |y| <= 1 up to rounding, before it is truncated. NaN gives
 // that of 0. `T` is CodeTables, or what stands for it where the lanes of a warp hold the tables; so every look-up is
 // made by every lane.
@@ -145,8 +140,8 @@ OPTIM8_HD float on_line(float y, const T& t) {
     const float clamped = maximum(y, smallest_quotient);
     const uint32_t bits = bits_of(clamped);
     const uint32_t zone = (bits + of_binade(t.carry, bits >> 23)) >> 23;
-    const float offset = of_binade(t.offset, zone);
-    return minimum(fma(clamped, of_binade(t.slope, zone), offset), last_on_line(t, zone, offset));
+    return minimum(fma(clamped, of_binade(t.slope, zone), of_binade(t.offset, zone)),
+                   static_cast<float>(of_binade(t.last, zone)));
 }
 
 // The code of x in a block whose absmax has the given reciprocal.

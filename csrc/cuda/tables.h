@@ -30,44 +30,21 @@ OPTIM8_DEVICE float decode(uint32_t index) {
     return __ldg(device_tables<code>().value + index);
 }
 
-// The encoder's 32 binades, one in each lane; stands for CodeTables in core/codec.h's on_line. `last` needs no look-up:
-// with n cells in a decade, offset is 8 n / 9 - shift and last is 2 n - 1 - shift, so last is a multiple of offset.
+// The encoder's 32 binades, one in each lane; stands for CodeTables in core/codec.h's on_line.
 struct LaneLines {
     LaneTable<uint32_t> carry;
-    LaneTable<float> slope, offset;
+    LaneTable<float> slope, offset, last;
 };
 template <Code code>
 struct LaneCode : LaneLines {};
 
 template <Code code>
-constexpr float last_shift = code == Code::Signed ? -0.5f : 0.75f;
-// Where all is 0, an offset that is above 0, but not as much as 1.
-OPTIM8_HD constexpr float lane_offset(float offset, int32_t last) { return last == 0 ? 0.25f : offset; }
-
-template <Code code>
-OPTIM8_DEVICE float last_on_line(const LaneCode<code>&, uint32_t, float offset) {
-    return fma(offset, 2.25f, last_shift<code>);
-}
-template <Code code>
-constexpr bool last_needs_no_lookup() {
-    for (const Line& line : Tables<code>::all.line) {
-        const float offset = lane_offset(line.offset, line.last);
-        const double last = offset * 2.25 + last_shift<code>;
-        const bool flat = line.slope == 0.0f;
-        if (flat ? static_cast<int32_t>(offset) != line.last || last < line.last
-                 : last < line.last + 0.1 || last > line.last + 0.9)
-            return false;
-    }
-    return true;
-}
-static_assert(last_needs_no_lookup<Code::Signed>() && last_needs_no_lookup<Code::Unsigned>() &&
-              last_needs_no_lookup<Code::Positive>());
-
-template <Code code>
 OPTIM8_DEVICE LaneCode<code> lane_code() {
     const CodeTables& t = device_tables<code>();
-    const float offset = lane_offset(__ldg(t.offset + lane()), __ldg(t.last + lane()));
-    return LaneCode<code>{LaneLines{{__ldg(t.carry + lane())}, {__ldg(t.slope + lane())}, {offset}}};
+    return LaneCode<code>{LaneLines{{__ldg(t.carry + lane())},
+                                    {__ldg(t.slope + lane())},
+                                    {__ldg(t.offset + lane())},
+                                    {static_cast<float>(__ldg(t.last + lane()))}}};
 }
 
 // core/codec.h's encode of a finite x, called by all lanes together; the code is the lowest byte. An addition to 2^23
