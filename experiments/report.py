@@ -81,8 +81,8 @@ def gpu_budget_table(result: Result) -> str:
     return (
         f"{gpu_budget.rows_table(result['kernels'])}\n\nNot measured. Counted from the machine code for sm_90; assumed "
         f"{assumed['multiprocessors']} multiprocessors at {assumed['clock'] / 1e9:.2f} GHz and a copy of "
-        f"{assumed['copy_bandwidth'] / 1e12:.2f} TB/s (H100 SXM), and that {assumed['usable']:.0%} of a pipe's peak can "
-        f"be reached; commit {commit}, {result['date'].split()[0]}."
+        f"{assumed['copy_bandwidth'] / 1e12:.2f} TB/s (H100 SXM), and that {assumed['usable']:.0%} of a pipe's peak "
+        f"can be reached; commit {commit}, {result['date'].split()[0]}."
     )
 
 
