@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch  # first, so that the modules share its OpenMP runtime
 
-__all__ = ["cpu", "cpu_or_none", "cuda_or_none", "mark_stepped", "module_for", "run_step", "threads"]
+__all__ = ["cpu", "cpu_or_none", "cuda_or_none", "mark_stepped", "module_for", "run_step", "steps_elsewhere", "threads"]
 
 _modules: dict[str, ModuleType | None] = {}
 _causes: dict[str, str] = {}
@@ -96,6 +97,16 @@ def run_step(
         ValueError, ImportError: there are no kernels for a device; nothing was changed there.
         RuntimeError: CUDA reports an error, or a graph captures a step that is counted on the host.
     """
+    launch = steps_elsewhere(table, who, grad_scale, found_inf)
+    table.run_cpu(threads(), meanwhile=partial(mark_stepped, table))
+    launch()
+
+
+def steps_elsewhere(
+    table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
+) -> Callable[[], None]:
+    """The part of run_step for rows that are not on the CPU, with the same arguments and errors: what can be found
+    wrong is found at once, the call that comes back steps the rows."""
     elsewhere = table.elsewhere()
     modules = [module_for(torch.device("cuda", rows.device), who) for rows in elsewhere]
     for rows in elsewhere:
@@ -103,13 +114,16 @@ def run_step(
             raise RuntimeError(
                 f"{who}: a step that a CUDA graph captures must be counted on the device. Pass capturable=True."
             )
-    table.run_cpu(threads(), meanwhile=partial(mark_stepped, table))
-    for rows, module in zip(elsewhere, modules, strict=True):
-        scalars = scale = skip = None
-        if rows.count_on_device:
-            device = torch.device("cuda", rows.device)
-            scalars = torch.empty(len(rows) * module.scalars_size, dtype=torch.float32, device=device)
-            scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
-            skip = None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True)
-        module.step(rows.address, len(rows), rows.device, scalars, scale, skip)
-        rows.count()
+
+    def launch() -> None:
+        for rows, module in zip(elsewhere, modules, strict=True):
+            scalars = scale = skip = None
+            if rows.count_on_device:
+                device = torch.device("cuda", rows.device)
+                scalars = torch.empty(len(rows) * module.scalars_size, dtype=torch.float32, device=device)
+                scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
+                skip = None if found_inf is None else found_inf.to(device, torch.float32, non_blocking=True)
+            module.step(rows.address, len(rows), rows.device, scalars, scale, skip)
+            rows.count()
+
+    return launch

@@ -13,7 +13,9 @@ from cases import EVERY, Case, found
 from harness import ALL, DTYPES, hostile, parameter, set_grad, snapshot
 
 import optim8
+from optim8 import _native
 from optim8.paging import Pager
+from optim8.paging.store import Store
 
 KIB = 2**10
 # Around the block; over several buckets of 64 KiB; with strides of its own; scalar; empty.
@@ -186,3 +188,35 @@ def test_a_file_has_no_name_and_goes_with_its_optimizer(tmp_path: Path) -> None:
 def mapped_from(directory: Path) -> list[str]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [line for line in lines if str(directory) in line]
+
+
+def test_rows_on_a_gpu_are_stepped_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """State that the pager leaves on the device is not forgotten; a stub stands for the table and the module."""
+    calls: list[Any] = []
+
+    class Rows:
+        device, count_on_device, address = 0, False, 4096
+
+        def __len__(self) -> int:
+            return 2
+
+        def count(self) -> None:
+            calls.append("counted")
+
+    class Table:
+        params: tuple[torch.Tensor, ...] = ()
+
+        def elsewhere(self) -> list[Rows]:
+            return [Rows()]
+
+        def on_cpu(self) -> None:
+            return None
+
+    class Module:
+        def step(self, *arguments: Any) -> None:
+            calls.append(arguments)
+
+    monkeypatch.setattr(_native, "module_for", lambda device, who: Module())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    Store("AdamW8bit", "adamw", Pager(directory=tmp_path)).run_step(Table(), "AdamW8bit")
+    assert calls == [(4096, 2, 0, None, None, None), "counted"]

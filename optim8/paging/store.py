@@ -93,7 +93,9 @@ class Store:
                 f"{who}: paged state belongs to process {self._process}, which this one ({os.getpid()}) was forked "
                 "from. Make an optimizer here and load the other's state dict."
             )
+        launch = _native.steps_elsewhere(table, who, grad_scale, found_inf)
         _native.mark_stepped(table)
+        launch()
         rows = table.on_cpu()
         if rows is not None:
             on_disk = [segment.span for segment in self.segments if segment.tier == DISK]
