@@ -1,5 +1,5 @@
 // The native half of optim8.functional beyond blockwise codes: 4-bit codes, LLM.int8(), maps.
-#include "bind/arguments.h"
+#include "bind/jobs.h"
 #include "core/codec.h"
 #include "core/storage.h"
 #include "cpu/dispatch.h"
@@ -15,17 +15,9 @@
 namespace optim8 {
 namespace {
 
-Fourbit read_type(const Arguments& check, const std::string& quant_type) {
-    if (quant_type == "nf4") return Fourbit::NF4;
-    if (quant_type == "fp4") return Fourbit::FP4;
-    check.fail("quant_type must be 'nf4' or 'fp4', got '" + quant_type + "'.");
-}
-
 const float* values_of(Fourbit type) {
     return type == Fourbit::NF4 ? FourbitOf<Fourbit::NF4>::all.value : FourbitOf<Fourbit::FP4>::all.value;
 }
-
-int64_t halves(int64_t size) { return size / 2 + size % 2; }
 
 // Values below which waking another thread costs more than it saves.
 constexpr int64_t worth_a_thread = 1 << 14;
@@ -42,42 +34,23 @@ void run(void (*Kernels::*kernel)(const Job&, int64_t, int64_t), const Job& job,
     parallel_for(items, chunk, threads, [&](int64_t begin, int64_t end) { function(job, begin, end); });
 }
 
+int64_t bytes_of(int64_t values, Storage storage) { return values * (storage == Storage::Float32 ? 4 : 2); }
+
 void quantize_4bit(py::handle A, const std::string& quant_type, int64_t blocksize, py::handle out, py::handle absmax,
                    int threads) {
-    const Arguments check{"quantize_4bit"};
-    const Fourbit type = read_type(check, quant_type);
-    check.blocksize(blocksize, 32);
-    const View values = check.floats("A", A);
-    const View packed = check.uint8("out", out, halves(values.size));
-    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
-    const Quantize4Job job{values.data,
-                           static_cast<uint8_t*>(packed.data),
-                           static_cast<float*>(scales.data),
-                           values.size,
-                           blocksize,
-                           values.storage(),
-                           type};
-    prefer_huge_pages(packed.data, packed.bytes());
-    run(&Kernels::quantize_4bit, job, blocks_of(values.size, fourbit_span), fourbit_span, threads);
+    const Quantize4Job job = quantize_4bit_job(Arguments{"quantize_4bit"}, A, quant_type, blocksize, out, absmax);
+    prefer_huge_pages(job.packed, halves(job.size));
+    run(&Kernels::quantize_4bit, job, blocks_of(job.size, fourbit_span), fourbit_span, threads);
 }
 
 void dequantize_4bit(py::handle A, py::handle absmax, const std::string& quant_type, int64_t blocksize, py::handle out,
                      int threads) {
     const Arguments check{"dequantize_4bit"};
     const Fourbit type = read_type(check, quant_type);
-    check.blocksize(blocksize, 32);
-    const View values = check.floats("out", out);
-    const View packed = check.uint8("A", A, halves(values.size));
-    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
-    const Dequantize4Job job{static_cast<const uint8_t*>(packed.data),
-                             static_cast<const float*>(scales.data),
-                             values_of(type),
-                             values.data,
-                             values.size,
-                             blocksize,
-                             values.storage()};
-    prefer_huge_pages(values.data, values.bytes());
-    run(&Kernels::dequantize_4bit, job, blocks_of(values.size, fourbit_span), fourbit_span, threads);
+    Dequantize4Job job = dequantize_4bit_job(check, A, absmax, blocksize, out);
+    job.table = values_of(type);
+    prefer_huge_pages(job.out, bytes_of(job.size, job.storage));
+    run(&Kernels::dequantize_4bit, job, blocks_of(job.size, fourbit_span), fourbit_span, threads);
 }
 
 std::vector<float> widened(const View& values) {
@@ -100,15 +73,9 @@ std::vector<float> widened(const View& values) {
 
 void gemv_4bit(py::handle A, py::handle B, py::handle absmax, py::handle code, int64_t blocksize, py::handle out,
                int threads) {
-    const Arguments check{"gemv_4bit"};
-    check.blocksize(blocksize, 32);
-    const View vector = check.floats("A", A);
-    const View result = check.floats("out", out);
-    int64_t weights = 0;
-    if (__builtin_mul_overflow(vector.size, result.size, &weights)) check.fail("the weight has too many values.");
-    const View packed = check.uint8("B", B, halves(weights));
-    const View scales = check.float32("absmax", absmax, blocks_of(weights, blocksize));
-    const View table = check.float32("code", code, fourbit_size);
+    const Gemv4Arguments of = gemv_4bit_arguments(Arguments{"gemv_4bit"}, A, B, absmax, code, blocksize, out);
+    const View &vector = of.vector, &result = of.result;
+    const int64_t weights = vector.size * result.size;
     const bool whole_groups = vector.size % gemv_group == 0;
     std::vector<float> wide = widened(vector);
     if (whole_groups) {
@@ -121,9 +88,9 @@ void gemv_4bit(py::handle A, py::handle B, py::handle absmax, py::handle code, i
         wide.swap(ordered);
     }
     const Gemv4Job job{wide.data(),
-                       static_cast<const uint8_t*>(packed.data),
-                       static_cast<const float*>(scales.data),
-                       static_cast<const float*>(table.data),
+                       static_cast<const uint8_t*>(of.packed.data),
+                       static_cast<const float*>(of.scales.data),
+                       static_cast<const float*>(of.table.data),
                        result.data,
                        result.size,
                        vector.size,
@@ -138,98 +105,37 @@ void gemv_4bit(py::handle A, py::handle B, py::handle absmax, py::handle code, i
 
 void int8_vectorwise_quant(py::handle A, float threshold, py::handle out, py::handle stats, py::handle outliers,
                            int threads) {
-    const Arguments check{"int8_vectorwise_quant"};
-    const View values = check.floats("A", A);
-    const Rows shape(values);
-    const View codes = check.sized("out", check.int8("out", out), values.size);
-    const View scales = check.float32("stats", stats, shape.rows);
-    if (!outliers.is_none() && !(threshold > 0.0f)) check.fail("threshold must be positive with outliers.");
-    const float limit = outliers.is_none() ? float_of(inf_bits) : threshold;
-    Int8QuantizeJob job{values.data,
-                        static_cast<int8_t*>(codes.data),
-                        static_cast<float*>(scales.data),
-                        nullptr,
-                        shape.rows,
-                        shape.columns,
-                        limit,
-                        values.storage()};
-    if (!outliers.is_none()) {
-        const View flags = check.uint8("outliers", outliers, shape.columns);
-        job.outliers = static_cast<uint8_t*>(flags.data);
-        std::fill_n(job.outliers, shape.columns, uint8_t{0});
-        run(&Kernels::int8_outliers, job, shape.rows, shape.columns, threads);
+    const Int8QuantizeJob job = int8_rows_job(Arguments{"int8_vectorwise_quant"}, A, threshold, out, stats, outliers);
+    if (job.outliers != nullptr) {
+        std::fill_n(job.outliers, job.columns, uint8_t{0});
+        run(&Kernels::int8_outliers, job, job.rows, job.columns, threads);
     }
-    prefer_huge_pages(codes.data, codes.bytes());
-    run(&Kernels::int8_rows, job, shape.rows, shape.columns, threads);
+    prefer_huge_pages(job.codes, job.rows * job.columns);
+    run(&Kernels::int8_rows, job, job.rows, job.columns, threads);
 }
 
-// threshold 0 means none.
 void int8_columnwise_quant(py::handle A, float threshold, py::handle out, py::handle stats, int threads) {
-    const Arguments check{"int8_columnwise_quant"};
-    const View values = check.floats("A", A);
-    const Rows shape(values);
-    const View codes = check.sized("out", check.int8("out", out), values.size);
-    const View scales = check.float32("stats", stats, shape.columns);
-    const float limit = threshold > 0.0f ? threshold : float_of(inf_bits);
-    const Int8ColumnsJob job{values.data,
-                             static_cast<int8_t*>(codes.data),
-                             static_cast<float*>(scales.data),
-                             shape.rows,
-                             shape.columns,
-                             limit,
-                             values.storage()};
-    prefer_huge_pages(codes.data, codes.bytes());
-    run(&Kernels::int8_columns, job, blocks_of(shape.columns, 64), 64 * shape.rows, threads);
+    const Int8ColumnsJob job = int8_columns_job(Arguments{"int8_columnwise_quant"}, A, threshold, out, stats);
+    prefer_huge_pages(job.codes, job.rows * job.columns);
+    run(&Kernels::int8_columns, job, blocks_of(job.columns, 64), 64 * job.rows, threads);
 }
 
 void int8_vectorwise_dequant(py::handle A, py::handle stats, py::handle out, int threads) {
-    const Arguments check{"int8_vectorwise_dequant"};
-    const View codes = check.int8("A", A);
-    const Rows shape(codes);
-    const View scales = check.float32("stats", stats, shape.rows);
-    const View values = check.float32("out", out, codes.size);
-    const Int8DequantizeJob job{static_cast<const int8_t*>(codes.data), static_cast<const float*>(scales.data),
-                                static_cast<float*>(values.data), shape.rows, shape.columns};
-    prefer_huge_pages(values.data, values.bytes());
-    run(&Kernels::int8_dequantize, job, shape.rows, shape.columns, threads);
+    const Int8DequantizeJob job = int8_dequantize_job(Arguments{"int8_vectorwise_dequant"}, A, stats, out);
+    prefer_huge_pages(job.out, bytes_of(job.rows * job.columns, Storage::Float32));
+    run(&Kernels::int8_dequantize, job, job.rows, job.columns, threads);
 }
 
 void int8_mm_dequant(py::handle A, py::handle row_stats, py::handle col_stats, py::handle bias, py::handle out,
                      int threads) {
-    const Arguments check{"int8_mm_dequant"};
-    const View sums = check.int32("A", A);
-    const Rows shape(sums);
-    const View rows = check.float32("row_stats", row_stats, shape.rows);
-    const View columns = check.float32("col_stats", col_stats, shape.columns);
-    const float* added = nullptr;
-    if (!bias.is_none()) added = static_cast<const float*>(check.float32("bias", bias, shape.columns).data);
-    const View values = check.sized("out", check.floats("out", out), sums.size);
-    const Int8ScaleJob job{static_cast<const int32_t*>(sums.data),
-                           static_cast<const float*>(rows.data),
-                           static_cast<const float*>(columns.data),
-                           added,
-                           values.data,
-                           shape.rows,
-                           shape.columns,
-                           values.storage()};
-    prefer_huge_pages(values.data, values.bytes());
-    run(&Kernels::int8_scale, job, shape.rows, shape.columns, threads);
+    const Int8ScaleJob job = int8_scale_job(Arguments{"int8_mm_dequant"}, A, row_stats, col_stats, bias, out);
+    prefer_huge_pages(job.out, bytes_of(job.rows * job.columns, job.storage));
+    run(&Kernels::int8_scale, job, job.rows, job.columns, threads);
 }
 
 void int8_linear_matmul(py::handle A, py::handle B, py::handle out, int threads) {
-    const Arguments check{"int8_linear_matmul"};
-    const View a = check.int8("A", A), b = check.int8("B", B);
-    const Rows left(a), right(b);
-    if (left.columns != right.columns)
-        check.fail("A and B must have the same number of columns, got " + a.describe() + " and " + b.describe() + ".");
-    const View sums = check.sized("out", check.int32("out", out), left.rows * right.rows);
-    const Int8ProductJob job{static_cast<const int8_t*>(a.data),
-                             static_cast<const int8_t*>(b.data),
-                             static_cast<int32_t*>(sums.data),
-                             left.rows,
-                             right.rows,
-                             left.columns};
-    run(&Kernels::int8_product, job, left.rows, left.columns * right.rows, threads);
+    const Int8ProductJob job = int8_product_job(Arguments{"int8_linear_matmul"}, A, B, out);
+    run(&Kernels::int8_product, job, job.rows, job.inner * job.columns, threads);
 }
 
 std::vector<float> fourbit_map(const std::string& quant_type) {

@@ -1,6 +1,6 @@
 // The module optim8._cuda: the functions of optim8._cpu for tensors on CUDA devices, and the step over gathered rows.
 // Work goes to torch's current stream of the tensors' device; nothing here waits for it.
-#include "bind/arguments.h"
+#include "bind/jobs.h"
 #include "core/codec.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -45,14 +45,6 @@ class Device {
 
 // Device memory of torch's allocator, beside `near`. Kernels on the stream may use it when the object is gone.
 py::object float_scratch(py::handle near, int64_t size) { return near.attr("new_empty")(size); }
-
-Fourbit read_type(const Arguments& check, const std::string& quant_type) {
-    if (quant_type == "nf4") return Fourbit::NF4;
-    if (quant_type == "fp4") return Fourbit::FP4;
-    check.fail("quant_type must be 'nf4' or 'fp4', got '" + quant_type + "'.");
-}
-
-int64_t halves(int64_t size) { return size / 2 + size % 2; }
 
 void check_blocksize(const Arguments& check, int64_t blocksize) {
     if (blocksize < 1 || blocksize > 1 << 30)
@@ -103,18 +95,7 @@ void dequantize_blockwise(py::handle A, py::handle absmax, py::handle code, int6
 void quantize_4bit(py::handle A, const std::string& quant_type, int64_t blocksize, py::handle out, py::handle absmax,
                    int) {
     const Arguments check{"quantize_4bit", device_type};
-    const Fourbit type = read_type(check, quant_type);
-    check.blocksize(blocksize, 32);
-    const View values = check.floats("A", A);
-    const View packed = check.uint8("out", out, halves(values.size));
-    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
-    const Quantize4Job job{values.data,
-                           static_cast<uint8_t*>(packed.data),
-                           static_cast<float*>(scales.data),
-                           values.size,
-                           blocksize,
-                           values.storage(),
-                           type};
+    const Quantize4Job job = quantize_4bit_job(check, A, quant_type, blocksize, out, absmax);
     const Device device(check.who, check.device);
     cuda_quantize_4bit(job, device.stream);
 }
@@ -123,130 +104,59 @@ void dequantize_4bit(py::handle A, py::handle absmax, const std::string& quant_t
                      int) {
     const Arguments check{"dequantize_4bit", device_type};
     const Fourbit type = read_type(check, quant_type);
-    check.blocksize(blocksize, 32);
-    const View values = check.floats("out", out);
-    const View packed = check.uint8("A", A, halves(values.size));
-    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
-    const Dequantize4Job job{static_cast<const uint8_t*>(packed.data),
-                             static_cast<const float*>(scales.data),
-                             nullptr,
-                             values.data,
-                             values.size,
-                             blocksize,
-                             values.storage()};
+    const Dequantize4Job job = dequantize_4bit_job(check, A, absmax, blocksize, out);
     const Device device(check.who, check.device);
     cuda_dequantize_4bit(job, type, device.stream);
 }
 
 void gemv_4bit(py::handle A, py::handle B, py::handle absmax, py::handle code, int64_t blocksize, py::handle out, int) {
     const Arguments check{"gemv_4bit", device_type};
-    check.blocksize(blocksize, 32);
-    const View vector = check.floats("A", A);
-    const View result = check.floats("out", out);
-    int64_t weights = 0;
-    if (__builtin_mul_overflow(vector.size, result.size, &weights)) check.fail("the weight has too many values.");
-    const View packed = check.uint8("B", B, halves(weights));
-    const View scales = check.float32("absmax", absmax, blocks_of(weights, blocksize));
-    const View table = check.float32("code", code, fourbit_size);
-    const CudaGemv4Job job{vector.data,
-                           static_cast<const uint8_t*>(packed.data),
-                           static_cast<const float*>(scales.data),
-                           static_cast<const float*>(table.data),
-                           result.data,
-                           result.size,
-                           vector.size,
+    const Gemv4Arguments of = gemv_4bit_arguments(check, A, B, absmax, code, blocksize, out);
+    const CudaGemv4Job job{of.vector.data,
+                           static_cast<const uint8_t*>(of.packed.data),
+                           static_cast<const float*>(of.scales.data),
+                           static_cast<const float*>(of.table.data),
+                           of.result.data,
+                           of.result.size,
+                           of.vector.size,
                            blocksize,
-                           vector.storage(),
-                           result.storage()};
+                           of.vector.storage(),
+                           of.result.storage()};
     const Device device(check.who, check.device);
     cuda_gemv_4bit(job, device.stream);
 }
 
 void int8_vectorwise_quant(py::handle A, float threshold, py::handle out, py::handle stats, py::handle outliers, int) {
     const Arguments check{"int8_vectorwise_quant", device_type};
-    const View values = check.floats("A", A);
-    const Rows shape(values);
-    const View codes = check.sized("out", check.int8("out", out), values.size);
-    const View scales = check.float32("stats", stats, shape.rows);
-    if (!outliers.is_none() && !(threshold > 0.0f)) check.fail("threshold must be positive with outliers.");
-    const float limit = outliers.is_none() ? float_of(inf_bits) : threshold;
-    Int8QuantizeJob job{values.data,
-                        static_cast<int8_t*>(codes.data),
-                        static_cast<float*>(scales.data),
-                        nullptr,
-                        shape.rows,
-                        shape.columns,
-                        limit,
-                        values.storage()};
-    if (!outliers.is_none())
-        job.outliers = static_cast<uint8_t*>(check.uint8("outliers", outliers, shape.columns).data);
+    const Int8QuantizeJob job = int8_rows_job(check, A, threshold, out, stats, outliers);
     const Device device(check.who, check.device);
     cuda_int8_rows(job, device.stream);
 }
 
 void int8_columnwise_quant(py::handle A, float threshold, py::handle out, py::handle stats, int) {
     const Arguments check{"int8_columnwise_quant", device_type};
-    const View values = check.floats("A", A);
-    const Rows shape(values);
-    const View codes = check.sized("out", check.int8("out", out), values.size);
-    const View scales = check.float32("stats", stats, shape.columns);
-    const Int8ColumnsJob job{values.data,
-                             static_cast<int8_t*>(codes.data),
-                             static_cast<float*>(scales.data),
-                             shape.rows,
-                             shape.columns,
-                             threshold > 0.0f ? threshold : float_of(inf_bits),
-                             values.storage()};
+    const Int8ColumnsJob job = int8_columns_job(check, A, threshold, out, stats);
     const Device device(check.who, check.device);
     cuda_int8_columns(job, device.stream);
 }
 
 void int8_vectorwise_dequant(py::handle A, py::handle stats, py::handle out, int) {
     const Arguments check{"int8_vectorwise_dequant", device_type};
-    const View codes = check.int8("A", A);
-    const Rows shape(codes);
-    const View scales = check.float32("stats", stats, shape.rows);
-    const View values = check.float32("out", out, codes.size);
-    const Int8DequantizeJob job{static_cast<const int8_t*>(codes.data), static_cast<const float*>(scales.data),
-                                static_cast<float*>(values.data), shape.rows, shape.columns};
+    const Int8DequantizeJob job = int8_dequantize_job(check, A, stats, out);
     const Device device(check.who, check.device);
     cuda_int8_dequantize(job, device.stream);
 }
 
 void int8_mm_dequant(py::handle A, py::handle row_stats, py::handle col_stats, py::handle bias, py::handle out, int) {
     const Arguments check{"int8_mm_dequant", device_type};
-    const View sums = check.int32("A", A);
-    const Rows shape(sums);
-    const View rows = check.float32("row_stats", row_stats, shape.rows);
-    const View columns = check.float32("col_stats", col_stats, shape.columns);
-    const float* added = nullptr;
-    if (!bias.is_none()) added = static_cast<const float*>(check.float32("bias", bias, shape.columns).data);
-    const View values = check.sized("out", check.floats("out", out), sums.size);
-    const Int8ScaleJob job{static_cast<const int32_t*>(sums.data),
-                           static_cast<const float*>(rows.data),
-                           static_cast<const float*>(columns.data),
-                           added,
-                           values.data,
-                           shape.rows,
-                           shape.columns,
-                           values.storage()};
+    const Int8ScaleJob job = int8_scale_job(check, A, row_stats, col_stats, bias, out);
     const Device device(check.who, check.device);
     cuda_int8_scale(job, device.stream);
 }
 
 void int8_linear_matmul(py::handle A, py::handle B, py::handle out, int) {
     const Arguments check{"int8_linear_matmul", device_type};
-    const View a = check.int8("A", A), b = check.int8("B", B);
-    const Rows left(a), right(b);
-    if (left.columns != right.columns)
-        check.fail("A and B must have the same number of columns, got " + a.describe() + " and " + b.describe() + ".");
-    const View sums = check.sized("out", check.int32("out", out), left.rows * right.rows);
-    const Int8ProductJob job{static_cast<const int8_t*>(a.data),
-                             static_cast<const int8_t*>(b.data),
-                             static_cast<int32_t*>(sums.data),
-                             left.rows,
-                             right.rows,
-                             left.columns};
+    const Int8ProductJob job = int8_product_job(check, A, B, out);
     const Device device(check.who, check.device);
     cuda_int8_product(job, device.stream);
 }
