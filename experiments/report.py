@@ -135,6 +135,7 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "train_lm-loss": ("train_lm", draw_loss),
     "train_lm-memory": ("train_lm", draw_memory),
     "roofline": ("roofline", roofline.draw),
+    "memory_profile": ("memory_profile", memory_profile.draw),
     "parity": ("parity", parity.draw),
     "quantization_error": ("quantization_error", quantization_error.draw),
     "small_gradients": ("small_gradients", small_gradients.draw),
