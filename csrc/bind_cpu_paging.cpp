@@ -1,6 +1,9 @@
 // Paged state: a step in buckets, and the pages of memory-mapped files. What is paged is decided in optim8.paging.
 #include "bind/buckets.h"
 #include "cpu/pages.h"
+#include "cpu/parallel.h"
+
+#include <algorithm>
 
 PYBIND11_MAKE_OPAQUE(optim8::Buckets)
 
@@ -13,6 +16,18 @@ bool release_all(const std::vector<Span>& spans) {
     return taken;
 }
 
+void open_all(const std::vector<Span>& spans, int threads) {
+    constexpr uintptr_t piece = uintptr_t{1} << 20;
+    std::vector<Span> pieces;
+    for (const Span& span : spans)
+        for (uintptr_t at = span.first; at < span.second; at += piece)
+            pieces.emplace_back(at, std::min(span.second, at + piece));
+    parallel_for(static_cast<int64_t>(pieces.size()), 1, threads, [&](int64_t begin, int64_t end) {
+        for (; begin < end; ++begin)
+            open_pages(pieces[static_cast<size_t>(begin)].first, pieces[static_cast<size_t>(begin)].second);
+    });
+}
+
 // One call for the whole step: a signal handler of Python that raises must not end it in the middle.
 void run_cpu(const Buckets& buckets, int threads, int64_t ahead, bool release) {
     const py::gil_scoped_release no_gil;
@@ -23,6 +38,7 @@ void run_cpu(const Buckets& buckets, int threads, int64_t ahead, bool release) {
             for (const Span& span : buckets[fetched].spans) fetch_pages(span.first, span.second);
             waiting += buckets[fetched].bytes;
         }
+        if (release) open_all(buckets[b].spans, threads);
         step_rows(buckets[b].rows, threads);
         waiting -= buckets[b].bytes;
         if (release) release_all(buckets[b].spans);

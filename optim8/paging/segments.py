@@ -148,8 +148,7 @@ def in_file(
             _reserve(handle, size, directory)
             os.pwrite(handle, head, 0)
             for arena, begin in zip(arenas, begins, strict=True):
-                if arena.fill:
-                    _fill(handle, begin, arena)
+                _fill(handle, begin, arena)
         memory = mapped(path, size)
         kept = keep_as is not None
     finally:
@@ -188,11 +187,13 @@ def _reserve(handle: int, size: int, directory: Path) -> None:
 
 
 def _fill(handle: int, begin: int, arena: Arena) -> None:
-    """Through the file and not through its mapping, so that nothing of it becomes memory of this process."""
-    if arena.dtype is not torch.uint8:
+    """Through the file and not through its mapping, so that nothing of it becomes memory of this process. Zeros too:
+    the system then holds the file in large pieces, and not in the single pages that a step would touch."""
+    size = arena.size * arena.dtype.itemsize
+    if arena.dtype is not torch.uint8 and arena.fill:
         raise ValueError(f"paged state of {arena.dtype} can only start as 0, got {arena.fill}.")
-    chunk = bytes([arena.fill]) * min(_CHUNK, arena.size)
-    at, end = begin, begin + arena.size
+    chunk = bytes([arena.fill]) * min(_CHUNK, size)
+    at, end = begin, begin + size
     while at < end:
         at += os.pwrite(handle, chunk[: end - at], at)
 
