@@ -131,11 +131,11 @@ def _panel(panel: Axes) -> dict[str, Any]:
 
 
 def _given_ticks(axis: Any) -> list[str]:
-    """The labels of ticks that the script named; matplotlib chooses the others, from the size of the text."""
-    from matplotlib.category import StrCategoryFormatter
-    from matplotlib.ticker import FixedFormatter
+    """The labels of ticks that the script placed; matplotlib chooses the others, from the size of the text."""
+    from matplotlib.category import StrCategoryLocator
+    from matplotlib.ticker import FixedLocator
 
-    given = isinstance(axis.get_major_formatter(), (FixedFormatter, StrCategoryFormatter))
+    given = isinstance(axis.get_major_locator(), (FixedLocator, StrCategoryLocator))
     return [label.get_text() for label in axis.get_ticklabels()] if given else []
 
 
