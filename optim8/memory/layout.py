@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from optim8.optim import overrides, states
-from optim8.optim.base import BlockwiseOptimizer, _wants_8bit
+from optim8.optim.base import BlockwiseOptimizer
+from optim8.optim.options import wants_8bit
 from optim8.optim.states import Moment
 from optim8.paging import segments
 from optim8.paging.options import Pager
@@ -40,7 +41,7 @@ def wanted(made: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[i
                 )
             changes = {} if resolved is None else resolved.by_id.get(id(param), {})
             entry = made.state.get(param)
-            in_8_bits = made.moments[0].absmax in entry if entry else _wants_8bit({**group, **changes}, param)
+            in_8_bits = made.moments[0].absmax in entry if entry else wants_8bit({**group, **changes}, param)
             found[-1].append((torch.empty(parts[id(param)], device="meta"), in_8_bits))
     return found
 

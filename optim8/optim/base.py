@@ -114,20 +114,28 @@ class BlockwiseOptimizer(PagedState):
         with sharded.LocalStep(type(self).__name__, parts, self.state) as local:
             table, wanted = self._gather(local, relaid)
             if any(w.state or w.layout or w.moved or w.step for w in wanted):
-                for (at, params, _), missing in zip(local.parts, wanted, strict=True):
-                    relaid[at].update({i: _in_layout_of(params[i]) for i in missing.layout})
-                for (at, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
-                    self._allocate(self.param_groups[at], [params[i] for i in missing.state])
-                    self._convert([("", params[i], self._is_8bit(params[i])) for i in missing.moved])
-                local.refresh()
-                for (_, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
-                    states.move_steps([(params[i], self.state[params[i]]) for i in missing.step])
+                self._supply(parts, local, relaid, wanted)
                 table, _ = self._gather(local, relaid)
             run = _native.run_step
             if self._store is not None:
                 self._store.prepare(self.param_groups, self.state)
                 run = self._store.run_step
             run(table, type(self).__name__, scale, found_inf)
+
+    def _supply(
+        self, parts: list[Part], local: sharded.LocalStep, relaid: list[dict[int, torch.Tensor]], wanted: list[Any]
+    ) -> None:
+        """What a step found missing, in the order in which the gather looks: it tells of a parameter's state once
+        its gradient is right, and of its count of steps once its state is there."""
+        for (at, params, _), missing in zip(local.parts, wanted, strict=True):
+            relaid[at].update({i: _in_layout_of(params[i]) for i in missing.layout})
+        # State belongs to the optimizer's own parameters, and what is gathered, to their local shards.
+        for (at, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
+            self._allocate(self.param_groups[at], [params[i] for i in missing.state])
+            self._convert([("", params[i], self._is_8bit(params[i])) for i in missing.moved])
+        local.refresh()
+        for (_, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
+            states.move_steps([(params[i], self.state[params[i]]) for i in missing.step])
 
     def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:
         """The group's scalars; what lives on a device stays there."""
@@ -238,9 +246,10 @@ class BlockwiseOptimizer(PagedState):
         return {} if resolved is None else dict(resolved.by_id.get(id(param), {}))
 
     def _wants_8bit(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        """options.wants_8bit, with the overrides that _resolved has found."""
         known = self._known_overrides
         changes = known.by_id.get(id(param), {}) if known is not None else {}
-        return _wants_8bit({**group, **changes} if changes else group, param)
+        return options.wants_8bit({**group, **changes} if changes else group, param)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's: groups, and state by the position of its parameter. Overrides are not in it.
@@ -294,10 +303,6 @@ class BlockwiseOptimizer(PagedState):
             self._store.end_loading(self.param_groups, self.state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def _wants_8bit(group: dict[str, Any], param: torch.Tensor) -> bool:
-    return bool(group["optim_bits"] == 8 and param.numel() >= group["min_8bit_size"])
 
 
 def _in_layout_of(param: torch.Tensor) -> torch.Tensor:

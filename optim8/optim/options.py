@@ -121,3 +121,8 @@ def check_param(owner: str, group_index: int, index: int, param: torch.Tensor) -
             f"{owner}: parameter {index} of group {group_index} must be dense and float32, bfloat16 or float16, "
             f"got {kind.removeprefix('torch.')} {tuple(param.shape)}. Convert it, or leave it out."
         )
+
+
+def wants_8bit(options: dict[str, Any], param: torch.Tensor) -> bool:
+    """Whether new state of `param` is 8-bit under these options, those of its group or its own."""
+    return bool(options["optim_bits"] == 8 and param.numel() >= options["min_8bit_size"])
