@@ -1,9 +1,14 @@
-"""CPU and CUDA on the same inputs, compared bit for bit. Run as a program: every kernel once, for compute-sanitizer."""
+"""CPU and CUDA on the same inputs, compared bit for bit: `python experiments/gpu_check.py COMPARISON`.
+
+Prints what was found as `ROW` and JSON. The comparison `kernels` runs every kernel a few times, for compute-sanitizer.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,13 +40,13 @@ def hostile(size: int, dtype: torch.dtype, seed: int) -> Iterator[Tensor]:
 
 def same(actual: Tensor, expected: Tensor) -> bool:
     """Every bit; a NaN equals any NaN."""
-    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    actual, expected = actual.detach().cpu().flatten(), expected.detach().cpu().flatten()  # bytes need a dimension
     if actual.is_floating_point():
         nan = torch.isnan(expected)
         if not torch.equal(torch.isnan(actual), nan):
             return False
         actual, expected = actual.masked_fill(nan, 0), expected.masked_fill(nan, 0)
-    return torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    return torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
 
 
 class Comparison:
@@ -76,9 +81,9 @@ def compare_fourbit(compare: Comparison, x: Tensor, what: str) -> None:
         compare(f"dequantize_4bit {what}", F.dequantize_4bit(on_gpu, gpu_state), F.dequantize_4bit(packed, state))
 
 
-def compare_matrices(compare: Comparison) -> None:
+def compare_matrices(compare: Comparison, quick: bool) -> None:
     for dtype in DTYPES:
-        for columns in (128, 100, 1152):
+        for columns in (100,) if quick else (128, 100, 1152):
             weight, vector = torch.randn(96, columns).to(dtype), torch.randn(1, columns).to(dtype)
             packed, state = F.quantize_4bit(weight, quant_type="nf4")
             gpu_packed, gpu_state = F.quantize_4bit(weight.cuda(), quant_type="nf4")
@@ -102,10 +107,10 @@ def _optimizers(make: Any, dtype: torch.dtype, device: str, **options: Any) -> t
     return params, make(params, lr=1e-2, weight_decay=0.03, min_8bit_size=256, **options)
 
 
-def compare_steps(compare: Comparison) -> None:
+def compare_steps(compare: Comparison, quick: bool) -> None:
     """STEPS steps with hostile gradients; on CUDA nothing may wait for the device after the first step."""
     for make in OPTIMIZERS:
-        for dtype in DTYPES:
+        for dtype in DTYPES[:1] if quick else DTYPES:
             cpu, on_cpu = _optimizers(make, dtype, "cpu")
             gpu, on_gpu = _optimizers(make, dtype, "cuda")
             counted, on_counted = _optimizers(make, dtype, "cuda", capturable=True)
@@ -129,7 +134,7 @@ def compare_steps(compare: Comparison) -> None:
                     compare(f"{what} {name}, capturable", on_counted.state[c][name], value)
 
 
-def compare_graph(compare: Comparison) -> None:
+def compare_graph(compare: Comparison, quick: bool) -> None:
     """A captured step, replayed with a learning rate that changes, beside plain steps."""
     lr = torch.tensor(1e-2, device="cuda")
     params, captured = _optimizers(optim8.AdamW8bit, torch.float32, "cuda", capturable=True)
@@ -158,9 +163,9 @@ def compare_graph(compare: Comparison) -> None:
         compare(f"graph, {q.numel()} values", p, q)
 
 
-def compare_quotients(compare: Comparison) -> None:
+def compare_quotients(compare: Comparison, quick: bool) -> None:
     """Every fifth float32 in [0, 1], as blocks whose absmax is 1, through both dynamic codes."""
-    every = torch.arange(0, 0x3F800001, 5, dtype=torch.int32)
+    every = torch.arange(0, 0x3F800001, 5 << 12 if quick else 5, dtype=torch.int32)
     for signed in (True, False):
         code = F.create_dynamic_map(signed)
         for chunk in torch.split(every, 255 << 18):
@@ -173,34 +178,92 @@ def compare_quotients(compare: Comparison) -> None:
             compare(f"quotients, signed={signed}", on_gpu, codes)
 
 
-def compare_all_sizes(compare: Comparison) -> None:
-    for dtype in DTYPES:
-        for size in SIZES:
+def _set_up(make: Any, p: torch.nn.Parameter, squares: Tensor, step: int) -> Any:
+    """An Adam whose state of `p` is 2 for all gradients' means, `squares` for the means of their squares."""
+    optimizer = make([p])
+    p.grad = torch.zeros_like(p)
+    optimizer.step()  # allocates the state
+    state = optimizer.state[p]
+    state["step"].fill_(step)
+    if "exp_avg_absmax" in state:
+        state["exp_avg"].fill_(255)  # the code of 1
+        state["exp_avg_sq"].fill_(255)
+        state["exp_avg_absmax"].fill_(2)
+        state["exp_avg_sq_absmax"].copy_(squares)
+    else:
+        state["exp_avg"].fill_(2)
+        state["exp_avg_sq"].copy_(squares)
+    with torch.no_grad():
+        p.zero_()
+    return optimizer
+
+
+def compare_roots(compare: Comparison, quick: bool) -> None:
+    """Square root and reciprocal of the step's main path on CUDA beside the CPU's, over every mantissa.
+
+    With betas of 0.5, gradients of 0, eps 0, lr 1 and parameters of 0 a step leaves -1 / (sqrt(v) * c) in the
+    parameter, v half of the block's absmax, which runs over every float32 in [2, 8): both parities of the exponent.
+    c is 1 after many steps; after one it is sqrt(1 / (1 - 0.5)), where other denominators tell roots apart.
+    The CPU steps 32-bit state of the same values.
+    """
+    chunk, skip = (1 << 6, 1 << 10) if quick else (1 << 20, 1)
+    every = torch.arange(0x40000000, 0x41000000, skip, dtype=torch.int32).view(torch.float32)
+    options: dict[str, Any] = {"lr": 1.0, "betas": (0.5, 0.5), "eps": 0.0, "weight_decay": 0.0}
+    for step in (1000, 0):
+        for squares in torch.split(every, chunk):
+            wide = torch.nn.Parameter(torch.zeros(squares.numel(), 256, device="cuda"))
+            narrow = torch.nn.Parameter(torch.zeros(squares.numel()))
+            in_8_bits = _set_up(lambda p: optim8.AdamW8bit(p, min_8bit_size=0, **options), wide, squares.cuda(), step)
+            in_32_bits = _set_up(lambda p: optim8.AdamW8bit(p, optim_bits=32, **options), narrow, squares, step)
+            in_8_bits.step()
+            in_32_bits.step()
+            what = f"roots after {step} steps, squares from {float(squares[0])}"
+            compare(what, wide[:, 0], narrow)
+            if not torch.equal(wide, wide[:, :1].expand_as(wide)):
+                compare.differing.append(f"{what}: values of a block")
+            compare(
+                f"{what}, absmax", in_8_bits.state[wide]["exp_avg_sq_absmax"], in_32_bits.state[narrow]["exp_avg_sq"]
+            )
+            if not torch.all(in_8_bits.state[wide]["exp_avg_sq"] == 255):
+                compare.differing.append(f"{what}: codes")
+
+
+def compare_functions(compare: Comparison, quick: bool) -> None:
+    for dtype in DTYPES[:1] if quick else DTYPES:
+        for size in SIZES[-2:-1] if quick else SIZES:
             for kind, x in enumerate(hostile(size, dtype, size)):
                 what = f"{dtype} of {size}, kind {kind}"
                 compare_blockwise(compare, x, what)
                 compare_fourbit(compare, x, what)
 
 
-def compare_everything() -> dict[str, Any]:
-    compare = Comparison()
-    for part in (compare_all_sizes, compare_matrices, compare_steps, compare_graph, compare_quotients):
-        try:
-            part(compare)
-        except Exception as error:  # a report of what went wrong is worth more than no report
-            compare.differing.append(f"{part.__name__}: {type(error).__name__}: {error}")
-        print(f"{part.__name__}: {compare.count} values so far, differing: {compare.differing[:5]}", flush=True)
-    return {"values": compare.count, "differing": compare.differing}
+def compare_kernels(compare: Comparison, quick: bool) -> None:
+    """Every kernel, on little."""
+    compare_matrices(compare, quick)
+    compare_functions(compare, True)
+    compare_steps(compare, quick)
+
+
+COMPARISONS: dict[str, Callable[[Comparison, bool], None]] = {
+    "steps": compare_steps,
+    "graph": compare_graph,
+    "functions": compare_functions,
+    "matrices": compare_matrices,
+    "roots": compare_roots,
+    "quotients": compare_quotients,
+}
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=[*COMPARISONS, "kernels"])
+    parser.add_argument("--quick", action="store_true", help="on fewer values")
+    arguments = parser.parse_args()
     compare = Comparison()
-    compare_matrices(compare)
-    for x in hostile(4095, torch.float32, 1):
-        compare_blockwise(compare, x, "float32")
-        compare_fourbit(compare, x, "float32")
-    compare_steps(compare)
-    print(compare.count, "values compared, differing:", compare.differing)
+    try:
+        {**COMPARISONS, "kernels": compare_kernels}[arguments.comparison](compare, arguments.quick)
+    finally:
+        print("ROW", json.dumps({"values": compare.count, "differing": compare.differing[:100]}), flush=True)
     return 1 if compare.differing else 0
 
 

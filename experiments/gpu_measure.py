@@ -1,19 +1,24 @@
-"""Times on a GPU, by CUDA events: the step beside device copy, torch and the peers; quantization and 4-bit products."""
+"""Times on a GPU, by CUDA events: `python experiments/gpu_measure.py MEASUREMENT`.
+
+The step beside device copy, torch and the peers; quantization and 4-bit products; paged steps are in gpu_paged.py.
+Prints what it finds as `ROW` and JSON, row by row.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gc
 import importlib
+import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import subjects
 import torch
-from common import table
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -22,6 +27,7 @@ import optim8.functional as F
 REPEATS = 20
 SETS = 3  # of buffers in turn, so that a small set is not found in the cache
 COPY_BYTES = 1 << 30
+PEERS = ("bitsandbytes", "flashoptim", "torchao")
 
 
 def median_ms(calls: Sequence[Callable[[], object]], repeats: int = REPEATS) -> float:
@@ -40,10 +46,17 @@ def median_ms(calls: Sequence[Callable[[], object]], repeats: int = REPEATS) -> 
     return float(statistics.median(times))
 
 
-def copy_bandwidth() -> float:
+def give(row: Mapping[str, Any]) -> None:
+    """To the report, at once: what comes later may be ended."""
+    print("ROW", json.dumps(row), flush=True)
+
+
+def measure_copy(quick: bool) -> None:
     """Bytes a second that a device-to-device copy reads and writes."""
-    source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return 2 * COPY_BYTES / (1e-3 * median_ms([lambda: target.copy_(source)]))
+    size = COPY_BYTES >> 10 if quick else COPY_BYTES
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    milliseconds = median_ms([lambda: target.copy_(source)])
+    give({"subject": "copy", "ms": milliseconds, "bytes_per_second": 2 * size / (1e-3 * milliseconds)})
 
 
 def shapes_of_layers(total: int) -> list[tuple[int, ...]]:
@@ -54,11 +67,12 @@ def shapes_of_layers(total: int) -> list[tuple[int, ...]]:
     return (layer * 34)[:300]
 
 
-def workloads() -> dict[str, list[tuple[int, ...]]]:
+def workloads(quick: bool) -> dict[str, list[tuple[int, ...]]]:
+    one, many = (1 << 20, 64) if quick else (1 << 28, 4096)
     return {
-        "one tensor of 256 Mi": [(1 << 28,)],
-        "300 tensors of a model's layers": shapes_of_layers(1 << 28),
-        "4096 tensors of 1024": [(1024,)] * 4096,
+        f"one tensor of {one >> 20} Mi": [(one,)],
+        "300 tensors of a model's layers": shapes_of_layers(one),
+        f"{many} tensors of 1024": [(1024,)] * many,
     }
 
 
@@ -82,54 +96,58 @@ def measure_step(make: subjects.Make, shapes: Sequence[tuple[int, ...]], dtype: 
     return {"ms": milliseconds, "bytes": bytes_moved, "bytes_per_second": bytes_moved / (1e-3 * milliseconds)}
 
 
-def all_subjects(small: bool) -> dict[str, subjects.Make]:
+def add_peers() -> None:
+    """Has OPTIM8_PEERS imported from, after all that is installed."""
     folder = os.environ.get("OPTIM8_PEERS")
     if folder and folder not in sys.path:
         sys.path.append(folder)
-    found = {**subjects.optim8_subjects(small), **subjects.torch_subjects()}
-    try:
-        found.update(subjects.peer_subjects())
-    except Exception as error:  # a peer that is there and does not import
-        print(f"peers: {error}")
-    try:
-        found["flashoptim FlashAdamW"] = importlib.import_module("flashoptim").FlashAdamW
-    except Exception as error:
-        print(f"flashoptim: {error}")
-    return found
 
 
-def measure_steps(bandwidth: float) -> list[dict[str, Any]]:
-    rows = []
-    for workload, shapes in workloads().items():
+def measure_steps(quick: bool, found: Callable[[bool], dict[str, subjects.Make]]) -> None:
+    for workload, shapes in workloads(quick).items():
         for dtype in (torch.float32, torch.bfloat16):
-            for name, make in all_subjects(small=shapes[0] == (1024,)).items():
-                row: dict[str, Any] = {"workload": workload, "dtype": str(dtype), "subject": name}
+            for name, make in found(shapes[0] == (1024,)).items():
+                row: dict[str, Any] = {"workload": workload, "dtype": str(dtype)[6:], "subject": name}
                 try:
                     row.update(measure_step(make, shapes, dtype))
-                    row["of_copy"] = row["bytes_per_second"] / bandwidth
                 except Exception as error:  # a peer that cannot take these tensors
                     row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-                rows.append(row)
-                print(row, flush=True)
+                give(row)
                 gc.collect()
                 torch.cuda.empty_cache()
-    return rows
 
 
-def _row(name: str, bytes_moved: int, calls: Sequence[Callable[[], object]], bandwidth: float) -> dict[str, Any]:
+def measure_ours(quick: bool) -> None:
+    measure_steps(quick, lambda small: {**subjects.optim8_subjects(small), **subjects.torch_subjects()})
+
+
+def measure_peer(library: str, quick: bool) -> None:
+    """The 8-bit AdamW of a peer; whether it is here shows."""
+    add_peers()
+    try:
+        if library == "flashoptim":
+            name, make = "flashoptim FlashAdamW", importlib.import_module("flashoptim").FlashAdamW
+        else:
+            name, make = f"{library} AdamW8bit", subjects.peer(library)
+    except Exception as error:  # it is not here, or does not import
+        give({"subject": library, "error": f"{type(error).__name__}: {str(error)[:200]}"})
+        return
+    measure_steps(quick, lambda small: {name: make})
+
+
+def _row(name: str, bytes_moved: int, calls: Sequence[Callable[[], object]]) -> None:
     milliseconds = median_ms(calls)
-    rate = bytes_moved / (1e-3 * milliseconds)
-    return {"subject": name, "ms": milliseconds, "bytes_per_second": rate, "of_copy": rate / bandwidth}
+    give({"subject": name, "ms": milliseconds, "bytes_per_second": bytes_moved / (1e-3 * milliseconds)})
 
 
-def measure_functions(bandwidth: float) -> list[dict[str, Any]]:
-    rows = []
+def measure_functions(quick: bool) -> None:
+    side = 256 if quick else 16384
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(1 << 28, device="cuda", dtype=dtype)
+        x = torch.randn(side * side, device="cuda", dtype=dtype)
         for blocksize in (256, 4096):
             codes, state = F.quantize_blockwise(x, blocksize=blocksize)
             moved = x.nbytes + codes.nbytes + state.absmax.nbytes
-            name = f"blockwise {blocksize} {dtype}"
+            name = f"blockwise {blocksize} {str(dtype)[6:]}"
 
             def quantize(x: Tensor = x, n: int = blocksize, out: Tensor = codes, absmax: Tensor = state.absmax) -> None:
                 F.quantize_blockwise(x, absmax=absmax, out=out, blocksize=n)
@@ -137,8 +155,8 @@ def measure_functions(bandwidth: float) -> list[dict[str, Any]]:
             def dequantize(codes: Tensor = codes, state: Any = state, out: Tensor = x) -> None:
                 F.dequantize_blockwise(codes, state, out=out)
 
-            rows.append(_row(f"quantize {name}", moved, [quantize], bandwidth))
-            rows.append(_row(f"dequantize {name}", moved, [dequantize], bandwidth))
+            _row(f"quantize {name}", moved, [quantize])
+            _row(f"dequantize {name}", moved, [dequantize])
         packed, state4 = F.quantize_4bit(x, quant_type="nf4")
         moved = x.nbytes + packed.nbytes + state4.absmax.nbytes
 
@@ -148,50 +166,33 @@ def measure_functions(bandwidth: float) -> list[dict[str, Any]]:
         def dequantize4(packed: Tensor = packed, state: Any = state4, out: Tensor = x) -> None:
             F.dequantize_4bit(packed, state, out=out)
 
-        rows.append(_row(f"quantize_4bit {dtype}", moved, [quantize4], bandwidth))
-        rows.append(_row(f"dequantize_4bit {dtype}", moved, [dequantize4], bandwidth))
-        weight = torch.randn(16384, 16384, device="cuda", dtype=dtype)
-        vector = torch.randn(1, 16384, device="cuda", dtype=dtype)
+        _row(f"quantize_4bit {str(dtype)[6:]}", moved, [quantize4])
+        _row(f"dequantize_4bit {str(dtype)[6:]}", moved, [dequantize4])
+        weight = torch.randn(side, side, device="cuda", dtype=dtype)
+        vector = torch.randn(1, side, device="cuda", dtype=dtype)
         held = [F.quantize_4bit(weight, quant_type="nf4") for _ in range(SETS)]
         products = [functools.partial(F.gemv_4bit, vector, p.t(), state=s) for p, s in held]
-        rows.append(_row(f"gemv_4bit {dtype}", held[0][0].nbytes + held[0][1].absmax.nbytes, products, bandwidth))
+        _row(f"gemv_4bit {str(dtype)[6:]}", held[0][0].nbytes + held[0][1].absmax.nbytes, products)
         product = functools.partial(torch.matmul, vector, weight.t())
-        rows.append(_row(f"torch product {dtype}", weight.nbytes, [product], bandwidth))
-    return rows
+        _row(f"torch product {str(dtype)[6:]}", weight.nbytes, [product])
 
 
-def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times longer every other subject takes than optim8's AdamW8bit on the same tensors."""
-    found = []
-    for row in rows:
-        own = next(
-            (
-                r
-                for r in rows
-                if r["subject"] == "optim8 AdamW8bit" and (r["workload"], r["dtype"]) == (row["workload"], row["dtype"])
-            ),
-            {},
-        )
-        if "ms" in row and "ms" in own:
-            found.append({**{k: row[k] for k in ("workload", "dtype", "subject")}, "times": row["ms"] / own["ms"]})
-    return found
+MEASURES: dict[str, Callable[[bool], None]] = {
+    "copy": measure_copy,
+    "steps": measure_ours,
+    "functions": measure_functions,
+    **{library: functools.partial(measure_peer, library) for library in PEERS},
+}
 
 
-def measure_everything() -> dict[str, Any]:
-    bandwidth = copy_bandwidth()
-    print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
-    steps, functions = measure_steps(bandwidth), measure_functions(bandwidth)
-    compared = ratios(steps)
-    times = {(r["workload"], r["dtype"], r["subject"]): r["times"] for r in compared}
-    cells = []
-    for row in steps:
-        of_copy = f"{row['of_copy']:.0%}" if "of_copy" in row else "-"
-        ratio = times.get((row["workload"], row["dtype"], row["subject"]))
-        cells.append(
-            [row["workload"], row["dtype"][6:], row["subject"], f"{row.get('ms', float('nan')):.3f}", of_copy,
-             "-" if ratio is None else f"{ratio:.2f}"]
-        )  # fmt: skip
-    print(table(["workload", "dtype", "subject", "ms", "of copy", "times optim8 AdamW8bit"], cells))
-    names = [[r["subject"], f"{r['ms']:.3f}", f"{r['of_copy']:.0%}"] for r in functions]
-    print(table(["function", "ms", "of copy"], names))
-    return {"copy_bytes_per_second": bandwidth, "steps": steps, "functions": functions, "ratios": compared}
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measurement", choices=list(MEASURES))
+    parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
+    arguments = parser.parse_args()
+    MEASURES[arguments.measurement](arguments.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """What only a machine with a GPU can show: `python experiments/gpu_report.py PART`, or all parts one after the other.
 
-Parts: build (installs the project here, without network), test (the whole suite on cuda), check (CPU and CUDA bit for
-bit, then compute-sanitizer), measure (times beside device copy and the peers). Each part adds to
+Parts: build (installs the project here, without network), test (the suite on cuda), check (CPU and CUDA bit for bit,
+and compute-sanitizer), measure (times beside device copy and the peers). Each part ends within 8 minutes: what is not
+finished by then is ended and named in the result, what is finished is kept. Each part adds to
 experiments/results/gpu-<name of the GPU>.json. OPTIM8_PEERS names a folder of unpacked packages to measure against.
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,66 +22,101 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, provenance, write_json
+from commands import FINISHED, Command, Deadline, Outcome, run_all
+from common import RESULTS, ROOT, RUNS, provenance, write_json
+from gpu_results import related, rendered
 
-PART_SECONDS = 8 * 60
+PART_SECONDS = 8 * 60 - 15.0  # the rest is for starting, killing and writing
+TESTS_AT_ONCE = 6
+CHECKS_AT_ONCE = 4
+PEER_SECONDS = 150.0  # for each; what one has not measured by then is left out
+LAST_LINES = 40  # of the output of what failed
+NO_TESTS = 5  # what pytest returns for a file all of whose tests need an extra that is not installed
+EXPERIMENTS = Path(__file__).resolve().parent
 
-
-def result_path() -> Path:
-    return RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-')}.json"
-
-
-def save(part: str, content: dict[str, Any]) -> None:
-    path = result_path()
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[part] = {**provenance({"part": part}), **content}
-    write_json(path, known)
-    print(f"{part}: written to {path.relative_to(ROOT)}")
-
-
-def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the project's root with its output shown and kept; ends it where a part would take too long."""
-    print("$", " ".join(command), flush=True)
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        lines = []
-        deadline = time.monotonic() + PART_SECONDS
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-            if time.monotonic() > deadline:
-                process.kill()
-                lines.append(f"ended after {PART_SECONDS} s\n")
-                break
-    return subprocess.CompletedProcess(list(command), process.returncode, "".join(lines))
+# These compile or install the project anew, or need no GPU and are run where there is none.
+LEFT_OUT = ("test_install", "test_cuda_")
 
 
-def build() -> bool:
-    start = time.perf_counter()
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
-    done = run([*pip, "--editable", "."], OPTIM8_CUDA="1", OPTIM8_CUDA_ARCHS="native")
-    seen = run([sys.executable, "-m", "optim8"])
-    save("build", {"ok": done.returncode == 0, "seconds": time.perf_counter() - start, "installed": seen.stdout})
-    return done.returncode == 0
+class Result:
+    """The file that the parts add to. Written after each command, so that an interrupt loses only what runs."""
+
+    def __init__(self, part: str, arguments: argparse.Namespace) -> None:
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        default = RUNS / f"gpu-{name}-quick.json" if arguments.quick else RESULTS / f"gpu-{name}.json"
+        self.path: Path = arguments.json or default
+        self.part, self.start = part, time.perf_counter()
+        self._head = provenance({"part": part, "quick": arguments.quick, "seconds": arguments.seconds})
+
+    def save(self, ok: bool, complete: bool, **content: Any) -> bool:
+        """Replace this part in the file; gives whether all of it was done, and done well."""
+        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        state = {"ok": ok and complete, "complete": complete, "seconds": time.perf_counter() - self.start}
+        known[self.part] = {**self._head, **state, **content}
+        write_json(self.path, known)
+        return ok and complete
 
 
-def test() -> bool:
-    """The suite on cuda, without what builds and installs the project anew."""
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda", "tests"]
-    done = run([*command, "--ignore-glob=*test_install*", "--ignore-glob=*test_cuda_*"])
-    lines = done.stdout.splitlines()
-    failed = [line for line in lines if re.match(r"(FAILED|ERROR) ", line)]
-    content = {"ok": done.returncode == 0, "seconds": time.perf_counter() - start, "failed": failed}
-    save("test", {**content, "summary": lines[-1] if lines else ""})
-    return done.returncode == 0
+def described(outcome: Outcome) -> dict[str, Any]:
+    ok = outcome.returncode in (0, NO_TESTS)
+    shown: dict[str, Any] = {"ok": ok, "state": outcome.state, "seconds": outcome.seconds}
+    return shown if ok else {**shown, "returncode": outcome.returncode, "output": outcome.lines[-LAST_LINES:]}
+
+
+def build(arguments: argparse.Namespace, deadline: Deadline) -> bool:
+    result = Result("build", arguments)
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
+    only_here = {"OPTIM8_CUDA": "1", "OPTIM8_CUDA_ARCHS": "native"}
+    commands = [
+        Command("install", [*pip, "--editable", "."], only_here),
+        Command("installed", [sys.executable, "-m", "optim8"]),
+    ]
+    found = run_all(commands, deadline)
+    complete = all(outcome.state == FINISHED for outcome in found.values())
+    return result.save(
+        all(outcome.ok for outcome in found.values()),
+        complete,
+        commands={name: described(outcome) for name, outcome in found.items()},
+        installed=found["installed"].lines,
+    )
+
+
+def test_files() -> list[Path]:
+    """First those whose tensors go to the device; the one that starts processes takes longest and begins."""
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if not path.name.startswith(LEFT_OUT)]
+
+    def order(path: Path) -> tuple[bool, bool]:
+        return path.stem != "test_distributed", "device: torch.device" not in path.read_text(encoding="utf-8")
+
+    return sorted(files, key=order)
+
+
+def test(arguments: argparse.Namespace, deadline: Deadline) -> bool:
+    """The suite on cuda, a process for each file; test_distributed.py goes through NCCL."""
+    result = Result("test", arguments)
+    files = [path.resolve() for path in arguments.tests or test_files()]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda", "-rfE", "--tb=short"]
+    threads = {"OMP_NUM_THREADS": str(max(2, (os.cpu_count() or 1) // TESTS_AT_ONCE))}
+    commands = [Command(path.stem, [*pytest, str(path)], threads) for path in files]
+    found: dict[str, dict[str, Any]] = {}
+
+    def done(name: str, outcome: Outcome) -> None:
+        failed = [line for line in outcome.lines if re.match(r"(FAILED|ERROR) ", line)]
+        found[name] = {**described(outcome), "summary": outcome.lines[-1] if outcome.lines else "", "failed": failed}
+        unfinished = [command.name for command in commands if found.get(command.name, {}).get("state") != FINISHED]
+        result.save(
+            all(entry["ok"] for entry in found.values()),
+            not unfinished,
+            unfinished=unfinished,
+            failed=[line for entry in found.values() for line in entry["failed"]],
+            left_out=[f"tests/{prefix}*" for prefix in LEFT_OUT],
+            nccl="tests/test_distributed.py: the scenarios of up to as many processes as there are GPUs, "
+            f"{torch.cuda.device_count()}",
+            files=found,
+        )
+
+    run_all(commands, deadline, TESTS_AT_ONCE, done)
+    return len(found) == len(commands) and all(entry["ok"] for entry in found.values())
 
 
 def sanitizer() -> str | None:
@@ -89,44 +126,110 @@ def sanitizer() -> str | None:
     )
 
 
-def check() -> bool:
+def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
+    """What a script printed as `ROW` and JSON, also if it was ended before its end."""
+    return [json.loads(line[4:]) for line in outcome.lines if line.startswith("ROW {") and line.endswith("}")]
+
+
+def check(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     import gpu_check
 
-    start = time.perf_counter()
-    findings = gpu_check.compare_everything()
-    tools: dict[str, Any] = {}
+    result = Result("check", arguments)
+    script = [sys.executable, str(EXPERIMENTS / "gpu_check.py")]
+    quick = ["--quick"] if arguments.quick else []
+    commands = [Command(name, [*script, *quick, name]) for name in gpu_check.COMPARISONS]
     tool = sanitizer()
     for name in ("memcheck", "racecheck") if tool else ():
-        script = [sys.executable, str(ROOT / "experiments/gpu_check.py")]
-        done = run([str(tool), "--tool", name, "--error-exitcode", "9", *script])
-        tools[name] = {"ok": done.returncode == 0, "output": done.stdout[-2000:]}
-    ok = not findings["differing"] and all(entry["ok"] for entry in tools.values())
-    seconds = time.perf_counter() - start
-    save("check", {"ok": ok, "seconds": seconds, **findings, "sanitizer": tools or "compute-sanitizer is not here"})
-    return ok
+        commands.append(
+            Command(name, [str(tool), "--tool", name, "--error-exitcode", "9", *script, "--quick", "kernels"])
+        )
+    found: dict[str, dict[str, Any]] = {}
+
+    def done(name: str, outcome: Outcome) -> None:
+        found[name] = described(outcome)
+        for row in rows_of(outcome):
+            found[name].update(row)
+        unfinished = [command.name for command in commands if found.get(command.name, {}).get("state") != FINISHED]
+        result.save(
+            all(entry["ok"] for entry in found.values()),
+            not unfinished,
+            unfinished=unfinished,
+            sanitizer=tool is not None,
+            values=sum(entry.get("values", 0) for entry in found.values()),
+            differing=[what for entry in found.values() for what in entry.get("differing", [])],
+            commands=found,
+        )
+
+    run_all(commands, deadline, CHECKS_AT_ONCE, done)
+    return len(found) == len(commands) and all(entry["ok"] for entry in found.values())
 
 
-def measure() -> bool:
+def measure(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     import gpu_measure
 
-    save("measure", gpu_measure.measure_everything())
-    return True
+    result = Result("measure", arguments)
+    script = [sys.executable, str(EXPERIMENTS / "gpu_measure.py")]
+    quick = ["--quick"] if arguments.quick else []
+    # One at a time; ours come first, and of the peers the one that compiles for minutes comes last.
+    own = [
+        *[Command(name, [*script, name, *quick]) for name in ("copy", "steps", "functions")],
+        Command("paged", [sys.executable, str(EXPERIMENTS / "gpu_paged.py"), *quick]),
+    ]
+    peers = [Command(name, [*script, name, *quick], seconds=PEER_SECONDS) for name in gpu_measure.PEERS]
+    commands = [*own, *peers]
+    found: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
+
+    def done(name: str, outcome: Outcome) -> None:
+        found[name] = described(outcome)
+        rows.extend({"measurement": name, **row} for row in rows_of(outcome))
+        unfinished = [command.name for command in commands if found.get(command.name, {}).get("state") != FINISHED]
+        ok = all(found[command.name]["ok"] for command in own if command.name in found)
+        result.save(ok, not unfinished, unfinished=unfinished, commands=found, **related(rows))
+
+    run_all(commands, deadline, done=done)
+    print(rendered(related(rows)))
+    return all(found[command.name]["ok"] for command in own)
 
 
-PARTS: dict[str, Callable[[], bool]] = {"build": build, "test": test, "check": check, "measure": measure}
+PARTS: dict[str, Callable[[argparse.Namespace, Deadline], bool]] = {
+    "build": build,
+    "test": test,
+    "check": check,
+    "measure": measure,
+}
 
 
-def main() -> int:
+def run_part(command: Sequence[str]) -> int:
+    """Runs one part. Where this process is ended the part is told, so that it ends what it started."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=list(PARTS), help="one part; all of them where it is left out")
-    part = parser.parse_args().part
+    parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
+    parser.add_argument("--json", type=Path, help="result file; by default in experiments/results, or runs if --quick")
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="limit of a part")
+    parser.add_argument("--tests", type=Path, nargs="+", help="files of the part test; by default all")
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu_report: needs a CUDA device that torch sees, and sees none.", file=sys.stderr)
         return 4
-    if part is not None:
-        return 0 if PARTS[part]() else 1
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds: ends what was started
+    if arguments.part is not None:
+        ok = PARTS[arguments.part](arguments, Deadline(arguments.seconds))
+        print(f"{arguments.part}: {'done' if ok else 'not all is well, see the result file'}", flush=True)
+        return 0 if ok else 1
     # Each in a process of its own: what `build` installs must be seen by the parts after it.
-    return max(run([sys.executable, str(Path(__file__).resolve()), name]).returncode for name in PARTS)
+    given = sys.argv[1:] if argv is None else list(argv)
+    script = [sys.executable, str(Path(__file__).resolve())]
+    return max([run_part([*script, name, *given]) for name in PARTS])
 
 
 if __name__ == "__main__":
