@@ -1,7 +1,8 @@
 """What does it cost to watch: the memory profiler in every step, and the monitor of quantized state at every 100th.
 
-A training step runs alone and with each tool, in turn. The profiler's cost includes what it does when the block ends.
-The monitor's is that of one look, with its log written by TensorBoard, spread over the steps between two looks.
+Some training steps run with each tool, and the same number alone before and behind them; the cost is the median of
+these ratios. The profiler's includes what it does when a block of 20 steps begins and ends. The monitor's is that of
+one look, with its log written by TensorBoard, spread over the steps between two looks.
 """
 
 import argparse
@@ -18,11 +19,13 @@ import torch
 from common import RESULTS, provenance, spread, write_json
 from lm.model import GPT, Shape
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 import optim8
 
 LIMITS = {"memory.profile": 0.03, "monitor": 0.01}  # of the time of training
 EVERY = 100
+STEPS_OF_A_BLOCK = 20
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,8 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20, help="steps of a profiled block")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="steps that are timed at once")
+    parser.add_argument("--rounds", type=int, default=14)
     parser.add_argument("--json", type=Path, default=None, help=f"such as {RESULTS.name}/bench_monitoring.json")
     return parser.parse_args()
 
@@ -60,38 +63,53 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def profiled(training: Training, steps: int, source: str, taken: list[float]) -> float:
-    """Adds the seconds of each step; gives those of beginning and ending the block."""
+def profiled(training: Training, steps: int, source: str, ends: list[float]) -> float:
+    """Seconds of the steps in a profiled block; adds those of beginning and ending the block to `ends`."""
     prof = optim8.memory.profile(training.model, training.optimizer, source=source)
     around = seconds(prof.__enter__)
-    taken += [seconds(lambda: training.run(1)) for _ in range(steps)]
-    return around + seconds(lambda: prof.__exit__(None, None, None))
+    taken = seconds(lambda: training.run(steps))
+    ends.append(around + seconds(lambda: prof.__exit__(None, None, None)))
+    return taken
 
 
 def measure(training: Training, steps: int, rounds: int, writer: SummaryWriter) -> dict[str, Any]:
-    """Seconds of a step alone, in a profiled block, and with a look of the monitor, taken in turn."""
-    taken: dict[str, list[float]] = {"alone": [], "allocations": [], "rss": [], "monitor": []}
-    around: dict[str, list[float]] = {"allocations": [], "rss": []}
-    training.run(3)
-    for _ in range(rounds):
-        taken["alone"] += [seconds(lambda: training.run(1)) for _ in range(steps)]
-        for source, ends in around.items():
-            ends.append(profiled(training, steps, source, taken[source]))
+    """Steps with each tool, between steps alone: a machine whose speed drifts is compared with itself."""
+    ends: dict[str, list[float]] = {"allocations": [], "rss": []}
+    looked: dict[str, Any] = {}
+
+    def watched() -> float:
         with optim8.monitor(training.optimizer, writer, every=1) as watch:
-            taken["monitor"] += [seconds(lambda: training.run(1)) for _ in range(steps)]
-    alone = statistics.median(taken["alone"])
-    costs = {
-        f"memory.profile ({source})": statistics.median(taken[source]) / alone
-        - 1
-        + statistics.median(ends) / (steps * alone)
-        for source, ends in around.items()
+            taken = seconds(lambda: training.run(steps))
+        looked.update(watch.latest)
+        return taken
+
+    tools: dict[str, Callable[[], float]] = {
+        "allocations": lambda: profiled(training, steps, "allocations", ends["allocations"]),
+        "rss": lambda: profiled(training, steps, "rss", ends["rss"]),
+        "monitor": watched,
     }
-    costs[f"monitor (every={EVERY})"] = (statistics.median(taken["monitor"]) - alone) / (EVERY * alone)
-    moments = [moment for health in watch.latest.values() for moment in health.moments.items()]
+    alone: list[float] = []
+    extra: dict[str, list[float]] = {name: [] for name in tools}  # seconds of a tool's steps over those alone, - 1
+    training.run(3)
+    for _ in tqdm(range(rounds), desc="rounds"):
+        alone.append(seconds(lambda: training.run(steps)))
+        for name, tool in tools.items():
+            taken = tool()
+            alone.append(seconds(lambda: training.run(steps)))
+            extra[name].append(2 * taken / (alone[-2] + alone[-1]) - 1)
+    of_block = statistics.median(alone)
+    costs = {
+        f"memory.profile ({source})": statistics.median(extra[source])
+        + statistics.median(ends[source]) / (STEPS_OF_A_BLOCK * of_block / steps)
+        for source in ends
+    }
+    costs[f"monitor (every={EVERY})"] = statistics.median(extra["monitor"]) / EVERY
+    moments = [moment for health in looked.values() for moment in health.moments.items()]
     return {
         "largest_error": {name: max(of.error for key, of in moments if key == name) for name, _ in moments},
-        "step": {name: spread(values) for name, values in taken.items()},
-        "begin_and_end_of_block": {name: spread(values) for name, values in around.items()},
+        "step": spread([taken / steps for taken in alone]),
+        "extra": {name: statistics.quantiles(values, n=4) for name, values in extra.items()},
+        "begin_and_end_of_block": {name: spread(values) for name, values in ends.items()},
         "cost": costs,
         "limits": LIMITS,
     }
