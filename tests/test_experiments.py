@@ -101,7 +101,7 @@ def test_interrupted_training_leaves_no_half_written_file(tiny: list[str], tmp_p
     while not list(tmp_path.glob("tensorboard/adamw/events*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the script and the process that trains
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "--resume" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
