@@ -149,6 +149,15 @@ DeviceRows& StepTable::rows_on(const View& param, bool count_on_device) {
     return devices_.back();
 }
 
+bool StepTable::reaches(const View& param, const View& state) const {
+    if (state.same_device(param)) return true;
+    if (!state.on_cpu()) return false;
+    const auto begin = reinterpret_cast<uintptr_t>(state.data), end = begin + static_cast<uintptr_t>(state.bytes());
+    return std::any_of(host_.begin(), host_.end(), [&](const Span& span) {
+        return state.size == 0 || (span.first <= begin && end <= span.second);
+    });
+}
+
 std::vector<DeviceRows*> StepTable::elsewhere() {
     std::vector<DeviceRows*> found;
     for (DeviceRows& known : devices_)
@@ -163,6 +172,7 @@ void StepTable::clear() {
         known.next_steps.clear();
     }
     hypers_.clear();
+    host_.clear();
     params_ = py::list();
     asked_ = 0;
     next_entry_ = 0;
@@ -246,7 +256,7 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
                 state_view(entry_of(values_of, key.state[s], state_names[s], place), state_names[s], place, hint);
             const bool codes = values.is_uint8();
             const Precision precision = codes ? Precision::Bits8 : Precision::Bits32;
-            if ((!codes && !values.is_float32()) || !values.same_shape(p) || !values.same_device(p) ||
+            if ((!codes && !values.is_float32()) || !values.same_shape(p) || !reaches(p, values) ||
                 (s > 0 && precision != row.precision))
                 place.fail("needs a " + quoted(state_names[s]) + " of uint8 codes or float32, like the parameter " +
                            p.describe() + " in shape and device, got " + values.describe() +
@@ -257,7 +267,7 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
             if (!codes) continue;
             const View absmax =
                 state_view(entry_of(values_of, key.absmax[s], absmax_names[s], place), absmax_names[s], place, hint);
-            if (!absmax.is_float32() || absmax.size != blocks || !absmax.contiguous() || !absmax.same_device(p))
+            if (!absmax.is_float32() || absmax.size != blocks || !absmax.contiguous() || !reaches(p, absmax))
                 place.fail("needs a " + quoted(absmax_names[s]) + " of float32 [" + std::to_string(blocks) +
                            "] beside the parameter, got " + absmax.describe() +
                            ". Load the checkpoint with load_state_dict.");

@@ -84,6 +84,8 @@ void bind_step(py::module_& m) {
         .def("add", &StepTable::add, py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("hyper"),
              py::arg("owner"), py::arg("group"), py::arg("relaid"))
         .def("clear", &StepTable::clear)
+        .def("allow_host", &StepTable::allow_host, py::arg("spans"),
+             "Addresses [begin, end) of pinned memory in which state of CUDA parameters may be, until `clear`.")
         .def("run_cpu", &StepTable::run_cpu, py::arg("threads"), py::arg("meanwhile"))
         .def("on_cpu", &StepTable::on_cpu, py::return_value_policy::reference_internal)
         .def_property_readonly("params", &StepTable::params)

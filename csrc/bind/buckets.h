@@ -10,8 +10,6 @@
 
 namespace optim8 {
 
-using Span = std::pair<uintptr_t, uintptr_t>;  // addresses: first, one past the last
-
 struct Bucket {
     std::vector<Row> rows;    // whole tensors, or runs of blocks of large ones
     std::vector<Span> spans;  // the paged memory that the rows use, in whole pages, sorted and apart from each other

@@ -12,11 +12,15 @@
 
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <deque>
 #include <functional>
+#include <utility>
 #include <vector>
 
 namespace optim8 {
+
+using Span = std::pair<uintptr_t, uintptr_t>;  // addresses: first, one past the last
 
 // What a step needs from Python before a row can be made.
 struct Wanted {
@@ -73,8 +77,12 @@ struct Asked {
 
 class StepTable {
   public:
-    // Starts another step: no rows, but the hints of the last one.
+    // Starts another step: no rows and no host memory, but the hints of the last one.
     void clear();
+
+    // State in this memory of the host may be stepped by kernels of other devices, which then use it by its address:
+    // CUDA gives pinned memory one address for the host and all devices.
+    void allow_host(std::vector<Span> spans) { host_ = std::move(spans); }
 
     // Gathers one parameter group. `params` is a list of tensors, `state` the optimizer's state dict, `relaid` maps
     // indices to gradients copied into the parameter's layout. Throws ValueError that names `owner`, group and index.
@@ -97,9 +105,12 @@ class StepTable {
 
   private:
     DeviceRows& rows_on(const View& param, bool count_on_device);
+    // Whether kernels that step `param` may use the memory of `state`, which is taken to be without gaps.
+    bool reaches(const View& param, const View& state) const;
 
     std::deque<DeviceRows> devices_;  // the CPU first
     std::deque<Hyper> hypers_;        // by group; rows point to them
+    std::vector<Span> host_;
     py::list params_;
     std::vector<Hint> hints_;  // by order of asking
     size_t asked_ = 0;

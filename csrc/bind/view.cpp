@@ -1,6 +1,8 @@
 // Reading a torch tensor object into a View.
 #include "bind/view.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 
 namespace optim8 {

@@ -91,7 +91,9 @@ def _moments(
     old: dict[str, torch.Tensor] = {"step": sharded.local(entry["step"]).clone()}
     for moment in optimizer.moments:
         codes, absmax = _sample(sharded.local(entry[moment.name]), chosen), sharded.local(entry[moment.absmax])
-        old[moment.name] = states.dequantize(moment, codes, absmax if chosen is None else absmax[chosen])
+        absmax = absmax if chosen is None else absmax[chosen.to(absmax.device)]
+        # Paged state of a GPU's parameter is in memory of the host.
+        old[moment.name] = states.dequantize(moment, codes.to(whole.device), absmax.to(whole.device))
     scale = getattr(optimizer, "grad_scale", None)
     table, hyper = _native.cpu().StepTable(), optimizer._hyper(group, scale, None)
     if table.add([values], {values: old}, optimizer.rule, hyper, "monitor", 0, {}).step:
@@ -113,7 +115,7 @@ def _sample(tensor: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
     flat = states.flat(tensor)
     if chosen is None:
         return flat.clone()
-    return flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[chosen].view(-1)
+    return flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[chosen.to(flat.device)].view(-1)
 
 
 def _laid_out_as(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

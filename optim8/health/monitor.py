@@ -10,6 +10,7 @@ import torch
 from optim8.health import measures
 from optim8.health.measures import ParameterHealth
 from optim8.optim.base import BlockwiseOptimizer
+from optim8.paging import launches
 
 ERROR_LIMIT = 0.1  # several times what moments of usual training show
 _SAMPLE = 8192  # values of a parameter, 32 blocks: mean errors to about 1 % of themselves
@@ -62,6 +63,7 @@ class Monitor:
         found_inf = getattr(self.optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf.item())
         self.latest = {}
+        launches.settle()
         for index, position, group, param, grad in measures.trained(self.optimizer):
             name, target = self._called(group, index, position, param)
             entry = self.optimizer.state.get(param) or {}

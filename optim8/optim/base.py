@@ -14,6 +14,7 @@ from optim8 import _native
 from optim8.optim import checkpoint, formats, options, overrides, sharded, states
 from optim8.optim.paged import PagedState
 from optim8.optim.sharded import Part
+from optim8.paging import launches
 from optim8.paging.options import pager_of
 
 
@@ -63,6 +64,8 @@ class BlockwiseOptimizer(PagedState):
             options.check_group(type(self).__name__, group)
             for index, param in enumerate(group["params"]):
                 options.check_param(type(self).__name__, count, index, param)
+            if self._store is not None:
+                self._store.check_reach(group["params"])
         except (TypeError, ValueError):
             del self.param_groups[count]
             raise
@@ -184,6 +187,8 @@ class BlockwiseOptimizer(PagedState):
         """All tensors of a step as one native table, and for each part what is still missing."""
         table = self._table
         table.clear()
+        if self._store is not None:
+            table.allow_host(self._store.pinned_spans)
         owner = type(self).__name__
         wanted = [
             table.add(params, state, self.rule, hyper, owner, at, relaid[at])
@@ -208,6 +213,8 @@ class BlockwiseOptimizer(PagedState):
         by_device: dict[torch.device, list[tuple[str, torch.Tensor, dict[str, Any], bool]]] = {}
         for name, param, in_8_bits in wanted:
             by_device.setdefault(param.device, []).append((name, param, self.state[param], in_8_bits))
+        if wanted:
+            launches.settle()
         for of_device in by_device.values():
             shards = [(name, sharded.local(param), entry, in_8_bits) for name, param, entry, in_8_bits in of_device]
             fresh = checkpoint.converted(self.moments, shards, self._store)
@@ -262,6 +269,7 @@ class BlockwiseOptimizer(PagedState):
         """
         self._note_state_dict()
         self._resolved()
+        launches.settle()
         sharded.check_can_save(type(self).__name__, self.param_groups)
         params = [param for group in self.param_groups for param in group["params"]]
         return sharded.saved_state_dict(self.moments, params, super().state_dict())
@@ -279,6 +287,7 @@ class BlockwiseOptimizer(PagedState):
         Raises:
             ValueError: the dict does not fit; names the first key that does not.
         """
+        launches.settle()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)

@@ -12,7 +12,7 @@ import torch
 
 from optim8.optim import carried, sharded
 from optim8.optim.states import Moment
-from optim8.paging import Pager, Place, Placement
+from optim8.paging import Pager, Place, Placement, launches
 from optim8.paging.segments import tensors_of
 from optim8.paging.store import Store, placed
 
@@ -38,8 +38,10 @@ class PagedState(torch.optim.Optimizer):
         if pager is None:
             return
         self._store = store = Store(type(self).__name__, self.rule, pager)
+        store.state = self.state
         if store.kept is not None:
             try:
+                store.check_reach(param for group in self.param_groups for param in group["params"])
                 self._take_kept(0)
             except BaseException:
                 store.kept.journal.close()
@@ -118,6 +120,7 @@ class PagedState(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         if self._store is not None:
+            launches.settle()
             self._relay()
             state["state"] = carried.Carried(self._store, self.moments, self.state)
         return state
@@ -128,9 +131,11 @@ class PagedState(torch.optim.Optimizer):
         state: dict[str, Any] = super().__getstate__()
         if self._store is not None:
             del state["state"]
+            launches.settle()
             store, fresh = carried.copied(self._store, self.moments, self.state, memo)
             twin.__setstate__({**deepcopy(state, memo), "state": fresh})
             twin._store = store
+            store.state = twin.state
         else:
             twin.__setstate__(deepcopy(state, memo))
         return twin
@@ -142,6 +147,7 @@ class PagedState(torch.optim.Optimizer):
         super().__setstate__(state)
         if self._store is not None:
             self._store.groups = self.param_groups
+            self._store.state = self.state
 
     def _relay(self) -> None:
         """Lay out the states of parameters whose strides have changed anew."""

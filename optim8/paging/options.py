@@ -39,8 +39,8 @@ class Pager:
     """Where the state of an optimizer may live. `paged=True` is `paged=Pager()`.
 
     State fills the fastest tier first, parameter by parameter: memory of the parameter's device, memory of the host
-    (pinned for CUDA parameters), a memory-mapped file. On a machine's CPU the first two are one. A step streams what
-    is not beside its parameter in buckets and gives the bits that it would give otherwise.
+    (pinned for CUDA parameters), a memory-mapped file (for parameters on the CPU only). On a machine's CPU the first
+    two are one. A step streams what is in the file in buckets, and gives the bits that it would give otherwise.
 
     Args:
         device_budget: bytes of state on a CUDA device, a number or a text such as "2GiB". None: what is free when
@@ -51,7 +51,7 @@ class Pager:
         directory: folder of the file. None: that of temporary files, which TMPDIR names; mind that some systems have
             that in memory. It must be there, except with `keep`.
         keep: keep the file. All state is in `directory` then, which is a checkpoint of its own. It belongs to one
-            optimizer at a time.
+            optimizer at a time, whose parameters are on the CPU.
         resume: go on with the state that an earlier optimizer kept in `directory`; needs `keep`.
         bucket: bytes of state that are stepped at a time.
         device_reserve: bytes to leave free on a CUDA device where `device_budget` is None.

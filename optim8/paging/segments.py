@@ -40,6 +40,7 @@ class Segment:
     memory: torch.Tensor  # uint8, flat
     path: Path | None = None  # of a kept file; one that is not kept has no name
     limited: bool = False  # mapped, and there is a limit on the pages that are in memory
+    pinned: bool = False  # CUDA kernels may use it by its addresses
 
     def __post_init__(self) -> None:
         if self.limited:
@@ -118,7 +119,7 @@ def in_memory(arenas: Sequence[Arena], pinned: bool) -> Segment:
     cut(memory, arenas, begins)
     for arena in arenas:
         arena.flat.fill_(arena.fill)
-    return Segment(HOST, memory)
+    return Segment(HOST, memory, pinned=pinned)
 
 
 def in_file(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from optim8 import _native
-from optim8.paging import segments
+from optim8.paging import launches, segments
 from optim8.paging.journal import LOADING, STEPPING
 from optim8.paging.kept import Groups, Kept
 from optim8.paging.options import Pager
@@ -35,12 +36,14 @@ class Store:
         self.segments: list[Segment] = []
         self.kept: Kept | None = None
         self.groups: Groups = []  # of the optimizer
+        self.state: Mapping[Any, Any] = {}  # of the optimizer
         if pager.keep:
             self.kept = Kept(owner, rule, self.directory, pager.resume)
             self.segments += self.kept.reopened(self.limited)
         else:
             segments.check_directory(self.directory)
         self._process = os.getpid()
+        weakref.finalize(self, launches.settle)  # before its memory goes
 
     @property
     def limited(self) -> bool:
@@ -48,10 +51,47 @@ class Store:
         return self.pager.host_bytes is not None
 
     def assign(self, sizes: Sequence[int], device: torch.device) -> tuple[str, ...]:
-        """The tier of each new state of `sizes` bytes of parameters on `device`: the first that has room for it."""
+        """The tier of each new state of `sizes` bytes of parameters on `device`: the first that has room for it.
+
+        Raises:
+            ValueError: that is the disk, which a GPU cannot reach.
+        """
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        host_taken = sum(segment.memory.numel() for segment in self.segments if segment.tier == HOST)
-        return plan(self.pager, sizes, device.type, device_free=free, host_taken=host_taken).tiers
+        planned = plan(
+            self.pager,
+            sizes,
+            device.type,
+            device_free=free,
+            device_taken=sum(t.nbytes for t in self._tensors() if t.device == device),
+            host_taken=sum(segment.memory.numel() for segment in self.segments if segment.tier == HOST),
+        )
+        if device.type == "cuda" and DISK in planned.tiers:
+            self._refuse_disk(device, planned.bytes_by_tier()[DISK])
+        return planned.tiers
+
+    def check_reach(self, params: Iterable[torch.Tensor]) -> None:
+        """Raise ValueError where state of these parameters can only be out of their reach."""
+        for param in params:
+            if self.kept is not None and param.device.type == "cuda":
+                raise ValueError(
+                    f"{self.owner}: a kept directory holds state of parameters on the CPU, got one on {param.device}: "
+                    "a GPU cannot use a mapped file. Pass a Pager without keep, and save state dicts."
+                )
+
+    def _refuse_disk(self, device: torch.device, size: int) -> None:
+        raise ValueError(
+            f"{self.owner}: state of parameters on {device} must be in its memory or in that of the host, but "
+            f"{size / 2**20:.1f} MiB find no room there under this Pager, and a GPU cannot use a mapped file. Raise "
+            "host_budget (None: no limit) or device_budget, or keep less state (optim_bits=8, fewer parameters)."
+        )
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for entry in self.state.values() for tensor in segments.tensors_of(entry)]
+
+    @property
+    def pinned_spans(self) -> list[tuple[int, int]]:
+        """The addresses of this store's memory that CUDA kernels may use."""
+        return [segment.span for segment in self.segments if segment.pinned]
 
     def allocate(self, tier: str, device: torch.device, arenas: Sequence[Arena]) -> None:
         """Memory of a tier other than the device for all arenas, filled.
@@ -76,6 +116,7 @@ class Store:
     def keep_only(self, entries: Iterable[dict[str, Any]]) -> None:
         """Let go of the segments in which none of these states lies."""
         tensors = [tensor for entry in entries for tensor in segments.tensors_of(entry)]
+        launches.settle()
         self.segments = [segment for segment in self.segments if any(map(segment.holds, tensors))]
         if self.kept is not None:
             self.kept.stale = True
@@ -95,7 +136,11 @@ class Store:
             )
         launch = _native.steps_elsewhere(table, who, grad_scale, found_inf)
         _native.mark_stepped(table)
-        launch()
+        try:
+            launch()
+        finally:
+            if any(segment.pinned for segment in self.segments):
+                launches.note({rows.device for rows in table.elsewhere()})
         rows = table.on_cpu()
         if rows is not None:
             on_disk = [segment.span for segment in self.segments if segment.tier == DISK]
