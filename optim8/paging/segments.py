@@ -189,7 +189,7 @@ def _reserve(handle: int, size: int, directory: Path) -> None:
 
 def _fill(handle: int, begin: int, arena: Arena) -> None:
     """Through the file and not through its mapping, so that nothing of it becomes memory of this process. Zeros too:
-    the system then holds the file in large pieces, and not in the single pages that a step would touch."""
+    the first step then finds what every later one finds, and not blocks that are only reserved."""
     size = arena.size * arena.dtype.itemsize
     if arena.dtype is not torch.uint8 and arena.fill:
         raise ValueError(f"paged state of {arena.dtype} can only start as 0, got {arena.fill}.")
