@@ -96,12 +96,17 @@ def test_resume_refuses_other_settings(tiny: list[str], trained: tuple[Path, str
 def test_interrupted_training_leaves_no_half_written_file(tiny: list[str], tmp_path: Path) -> None:
     arguments = [*tiny, "--steps", "1000000", "--optimizers", "adamw", "--out", str(tmp_path)]
     command = [sys.executable, str(EXPERIMENTS / "train_lm.py"), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # What runs in the background of a shell ignores SIGINT, and so would all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("tensorboard/adamw/events*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the script and the process that trains
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
