@@ -16,6 +16,9 @@ settings.register_profile(
 )
 settings.load_profile("bounded")
 
+# --doctest-modules imports every file here; that one makes the process that imports it take its CPU for a GPU.
+collect_ignore = ["fake_cuda"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the tensors of the tests live: cpu (default) or cuda")

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from experiments_harness import EXPERIMENTS, read
 
 FAKE = Path(__file__).resolve().parent / "fake_cuda"
@@ -30,6 +31,11 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
+
+
+def test_this_process_has_no_fake_gpu() -> None:
+    """Which it gets when a run that reads docstrings imports every file here."""
+    assert torch.cuda.Event.__module__ == "torch.cuda.streams"
 
 
 def left_of(group: int) -> list[str]:
