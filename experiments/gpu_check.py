@@ -134,6 +134,68 @@ def compare_steps(compare: Comparison, quick: bool) -> None:
                     compare(f"{what} {name}, capturable", on_counted.state[c][name], value)
 
 
+def compare_large(compare: Comparison, quick: bool) -> None:
+    """What takes several blocks a warp and several launches: a large tensor, an unaligned one, many small ones."""
+    sizes = [(1 << 16 if quick else 1 << 24) + 12345, 100003, *[300] * (20 if quick else 700)]
+    dtypes = DTYPES[:1] if quick else DTYPES[:2]
+
+    def values(kind: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
+        found = [list(hostile(size + 1, dtype, seed + i))[kind] for i, size in enumerate(sizes)]
+        return [x[1:] if i == 1 else x[:-1] for i, x in enumerate(found)]
+
+    for make in OPTIMIZERS[1:]:
+        for dtype in dtypes:
+            start, gradients = values(1, 0, dtype), [values(kind, 1000 * kind, dtype) for kind in (1, 4)]
+            made = []
+            for device in ("cpu", "cuda"):
+                params = [torch.nn.Parameter(_with_storage(x, device)) for x in start]
+                optimizer = make(params, lr=1e-2, weight_decay=0.03, min_8bit_size=0)
+                for of_step in gradients:
+                    for p, g in zip(params, of_step, strict=True):
+                        p.grad = _with_storage(g, device)
+                    optimizer.step()
+                made.append((params, optimizer))
+            (on_cpu, cpu), (on_gpu, gpu) = made
+            for a, b in zip(on_cpu, on_gpu, strict=True):
+                what = f"large: {make.__name__} {dtype} of {a.numel()}"
+                compare(what, b, a)
+                for name, value in cpu.state[a].items():
+                    compare(f"{what} {name}", gpu.state[b][name], value)
+
+
+def _with_storage(x: Tensor, device: str) -> Tensor:
+    """A copy of a flat tensor, as far from the beginning of its storage: an unaligned one stays unaligned."""
+    skipped = x.storage_offset()
+    copied = torch.empty(skipped + x.numel(), dtype=x.dtype, device=device)[skipped:]
+    return copied.copy_(x)
+
+
+def compare_huge(compare: Comparison, quick: bool) -> None:
+    """More than 2^31 values; their ends beside the same values alone on the CPU."""
+    size = (1 << 16 if quick else 1 << 31) + 257
+    begin = (size // 4096 - 1) * 4096
+    p = torch.nn.Parameter(torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_())
+    p.grad = torch.empty_like(p).normal_()
+    end = torch.nn.Parameter(p.detach()[begin:].cpu().clone())
+    end.grad = p.grad[begin:].cpu().clone()
+    for blocksize in (256, 4096):
+        codes, state = F.quantize_blockwise(p.detach(), blocksize=blocksize)
+        of_end, end_state = F.quantize_blockwise(end.detach(), blocksize=blocksize)
+        what = f"huge, {blocksize}"
+        compare(f"quantize_blockwise {what}", codes[begin:], of_end)
+        compare(f"quantize_blockwise absmax {what}", state.absmax[begin // blocksize :], end_state.absmax)
+        back, of_codes = F.dequantize_blockwise(codes, state)[begin:], F.dequantize_blockwise(of_end, end_state)
+        compare(f"dequantize_blockwise {what}", back, of_codes)
+        del codes, state, back
+    on_gpu, on_cpu = (optim8.AdamW8bit([q], lr=1e-2, weight_decay=0.03) for q in (p, end))
+    on_gpu.step()
+    on_cpu.step()
+    compare("huge step", p[begin:], end)
+    for name, value in on_cpu.state[end].items():
+        first = 0 if name == "step" else begin // 256 if name.endswith("absmax") else begin
+        compare(f"huge step {name}", on_gpu.state[p][name].flatten()[first:], value)
+
+
 def compare_graph(compare: Comparison, quick: bool) -> None:
     """A captured step, replayed with a learning rate that changes, beside plain steps."""
     lr = torch.tensor(1e-2, device="cuda")
@@ -246,6 +308,8 @@ def compare_kernels(compare: Comparison, quick: bool) -> None:
 
 COMPARISONS: dict[str, Callable[[Comparison, bool], None]] = {
     "steps": compare_steps,
+    "large": compare_large,
+    "huge": compare_huge,
     "graph": compare_graph,
     "functions": compare_functions,
     "matrices": compare_matrices,

@@ -10,6 +10,7 @@ import argparse
 import functools
 import gc
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -24,25 +25,29 @@ from torch.nn import Parameter
 
 import optim8.functional as F
 
-REPEATS = 20
+REPEATS = 15
+AT_ONCE = 4  # calls between two looks at the clock: as in a training, the host is ahead of the device where it can be
 SETS = 3  # of buffers in turn, so that a small set is not found in the cache
 COPY_BYTES = 1 << 30
 PEERS = ("bitsandbytes", "flashoptim", "torchao")
 
 
-def median_ms(calls: Sequence[Callable[[], object]], repeats: int = REPEATS) -> float:
-    """The median time of a call; the calls take turns."""
+def median_ms(calls: Sequence[Callable[[], object]], quick: bool) -> float:
+    """The median time of a call, of AT_ONCE in a row; the calls take turns."""
+    repeats, at_once = (1, 1) if quick else (REPEATS, AT_ONCE)
     for call in calls:
         call()
         call()
     times = []
-    for turn in range(repeats):
+    turns = itertools.cycle(calls)
+    for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        calls[turn % len(calls)]()
+        for _ in range(at_once):
+            next(turns)()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / at_once)
     return float(statistics.median(times))
 
 
@@ -55,7 +60,7 @@ def measure_copy(quick: bool) -> None:
     """Bytes a second that a device-to-device copy reads and writes."""
     size = COPY_BYTES >> 10 if quick else COPY_BYTES
     source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-    milliseconds = median_ms([lambda: target.copy_(source)])
+    milliseconds = median_ms([lambda: target.copy_(source)], quick)
     give({"subject": "copy", "ms": milliseconds, "bytes_per_second": 2 * size / (1e-3 * milliseconds)})
 
 
@@ -83,7 +88,9 @@ def _parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[P
     return params
 
 
-def measure_step(make: subjects.Make, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]:
+def measure_step(
+    make: subjects.Make, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, quick: bool
+) -> dict[str, Any]:
     sets = SETS if sum(torch.Size(shape).numel() for shape in shapes) < 1 << 26 else 1
     steps, bytes_moved = [], 0
     for _ in range(sets):
@@ -92,7 +99,7 @@ def measure_step(make: subjects.Make, shapes: Sequence[tuple[int, ...]], dtype: 
         optimizer.step()
         bytes_moved = subjects.least_traffic(params, optimizer)
         steps.append(optimizer.step)
-    milliseconds = median_ms(steps)
+    milliseconds = median_ms(steps, quick)
     return {"ms": milliseconds, "bytes": bytes_moved, "bytes_per_second": bytes_moved / (1e-3 * milliseconds)}
 
 
@@ -109,7 +116,7 @@ def measure_steps(quick: bool, found: Callable[[bool], dict[str, subjects.Make]]
             for name, make in found(shapes[0] == (1024,)).items():
                 row: dict[str, Any] = {"workload": workload, "dtype": str(dtype)[6:], "subject": name}
                 try:
-                    row.update(measure_step(make, shapes, dtype))
+                    row.update(measure_step(make, shapes, dtype, quick))
                 except Exception as error:  # a peer that cannot take these tensors
                     row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 give(row)
@@ -135,8 +142,8 @@ def measure_peer(library: str, quick: bool) -> None:
     measure_steps(quick, lambda small: {name: make})
 
 
-def _row(name: str, bytes_moved: int, calls: Sequence[Callable[[], object]]) -> None:
-    milliseconds = median_ms(calls)
+def _row(name: str, bytes_moved: int, calls: Sequence[Callable[[], object]], quick: bool) -> None:
+    milliseconds = median_ms(calls, quick)
     give({"subject": name, "ms": milliseconds, "bytes_per_second": bytes_moved / (1e-3 * milliseconds)})
 
 
@@ -155,8 +162,8 @@ def measure_functions(quick: bool) -> None:
             def dequantize(codes: Tensor = codes, state: Any = state, out: Tensor = x) -> None:
                 F.dequantize_blockwise(codes, state, out=out)
 
-            _row(f"quantize {name}", moved, [quantize])
-            _row(f"dequantize {name}", moved, [dequantize])
+            _row(f"quantize {name}", moved, [quantize], quick)
+            _row(f"dequantize {name}", moved, [dequantize], quick)
         packed, state4 = F.quantize_4bit(x, quant_type="nf4")
         moved = x.nbytes + packed.nbytes + state4.absmax.nbytes
 
@@ -166,15 +173,15 @@ def measure_functions(quick: bool) -> None:
         def dequantize4(packed: Tensor = packed, state: Any = state4, out: Tensor = x) -> None:
             F.dequantize_4bit(packed, state, out=out)
 
-        _row(f"quantize_4bit {str(dtype)[6:]}", moved, [quantize4])
-        _row(f"dequantize_4bit {str(dtype)[6:]}", moved, [dequantize4])
+        _row(f"quantize_4bit {str(dtype)[6:]}", moved, [quantize4], quick)
+        _row(f"dequantize_4bit {str(dtype)[6:]}", moved, [dequantize4], quick)
         weight = torch.randn(side, side, device="cuda", dtype=dtype)
         vector = torch.randn(1, side, device="cuda", dtype=dtype)
         held = [F.quantize_4bit(weight, quant_type="nf4") for _ in range(SETS)]
         products = [functools.partial(F.gemv_4bit, vector, p.t(), state=s) for p, s in held]
-        _row(f"gemv_4bit {str(dtype)[6:]}", held[0][0].nbytes + held[0][1].absmax.nbytes, products)
+        _row(f"gemv_4bit {str(dtype)[6:]}", held[0][0].nbytes + held[0][1].absmax.nbytes, products, quick)
         product = functools.partial(torch.matmul, vector, weight.t())
-        _row(f"torch product {str(dtype)[6:]}", weight.nbytes, [product])
+        _row(f"torch product {str(dtype)[6:]}", weight.nbytes, [product], quick)
 
 
 MEASURES: dict[str, Callable[[bool], None]] = {

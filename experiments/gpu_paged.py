@@ -22,7 +22,7 @@ TENSORS = 64
 STEPS = 10  # of the training
 
 
-def measure_link(size: int) -> float:
+def measure_link(size: int, quick: bool) -> float:
     """Bytes a second over the link, to the device, from it, and both ways at once; gives the last."""
     hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     devices = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2)]
@@ -48,13 +48,13 @@ def measure_link(size: int) -> float:
     ]
     rate = 0.0
     for name, copy, moved in ways:
-        milliseconds = median_ms([copy])
+        milliseconds = median_ms([copy], quick)
         rate = moved / (1e-3 * milliseconds)
         give({"subject": name, "ms": milliseconds, "link_bytes_per_second": rate})
     return rate
 
 
-def measure_paged_steps(numel: int, link: float) -> None:
+def measure_paged_steps(numel: int, link: float, quick: bool) -> None:
     """AdamW8bit with its state beside the parameters, half of it in pinned host memory, and all of it there."""
     for dtype in (torch.float32, torch.bfloat16):
         params = [Parameter(torch.randn(numel // TENSORS, device="cuda", dtype=dtype)) for _ in range(TENSORS)]
@@ -66,7 +66,7 @@ def measure_paged_steps(numel: int, link: float) -> None:
         give(
             {
                 "subject": f"resident, without a pager, {str(dtype)[6:]}",
-                "ms": median_ms([plain.step]),
+                "ms": median_ms([plain.step], quick),
                 "state_bytes": state,
             }
         )
@@ -78,7 +78,7 @@ def measure_paged_steps(numel: int, link: float) -> None:
                 optimizer = optim8.AdamW8bit(params, paged=pager)
                 optimizer.step()
                 tiers = optimizer.placement().bytes_by_tier()
-                row.update(bytes_by_tier=tiers, ms=median_ms([optimizer.step]))
+                row.update(bytes_by_tier=tiers, ms=median_ms([optimizer.step], quick))
                 if "host" in tiers:  # read and written
                     row["of_link"] = 2 * tiers["host"] / (1e-3 * row["ms"]) / link
                 del optimizer
@@ -134,8 +134,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
     quick = parser.parse_args().quick
-    link = measure_link(1 << 20 if quick else 1 << 30)
-    measure_paged_steps(1 << 20 if quick else 1 << 28, link)
+    link = measure_link(1 << 20 if quick else 1 << 30, quick)
+    measure_paged_steps(1 << 20 if quick else 1 << 28, link, quick)
     measure_training(*((64, 2) if quick else (4096, 16)))
     return 0
 

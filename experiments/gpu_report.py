@@ -9,6 +9,7 @@ experiments/results/gpu-<name of the GPU>.json. OPTIM8_PEERS names a folder of u
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -35,7 +36,12 @@ NO_TESTS = 5  # what pytest returns for a file all of whose tests need an extra 
 EXPERIMENTS = Path(__file__).resolve().parent
 
 # These compile or install the project anew, or need no GPU and are run where there is none.
-LEFT_OUT = ("test_install", "test_cuda_")
+LEFT_OUT = ("test_install", "test_cuda_", "test_experiments_gpu")
+
+# Only what kernels do counts as an error: torch itself makes calls that fail, such as asking whose a pointer is. With
+# the allocator's cache every tensor would lie in a large block, in which no access beyond it is noticed.
+SANITIZER = ("--error-exitcode", "9", "--report-api-errors", "no")
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 class Result:
@@ -66,7 +72,8 @@ def described(outcome: Outcome) -> dict[str, Any]:
 def build(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     result = Result("build", arguments)
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
-    only_here = {"OPTIM8_CUDA": "1", "OPTIM8_CUDA_ARCHS": "native"}
+    major, minor = torch.cuda.get_device_capability()
+    only_here = {"OPTIM8_CUDA": "1", "OPTIM8_CUDA_ARCHS": f"{major}{minor}"}
     commands = [
         Command("install", [*pip, "--editable", "."], only_here),
         Command("installed", [sys.executable, "-m", "optim8"]),
@@ -140,9 +147,8 @@ def check(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     commands = [Command(name, [*script, *quick, name]) for name in gpu_check.COMPARISONS]
     tool = sanitizer()
     for name in ("memcheck", "racecheck") if tool else ():
-        commands.append(
-            Command(name, [str(tool), "--tool", name, "--error-exitcode", "9", *script, "--quick", "kernels"])
-        )
+        sanitized = [str(tool), "--tool", name, *SANITIZER, *script, "--quick", "kernels"]
+        commands.append(Command(name, sanitized, UNCACHED))
     found: dict[str, dict[str, Any]] = {}
 
     def done(name: str, outcome: Outcome) -> None:
@@ -175,10 +181,16 @@ def measure(arguments: argparse.Namespace, deadline: Deadline) -> bool:
         *[Command(name, [*script, name, *quick]) for name in ("copy", "steps", "functions")],
         Command("paged", [sys.executable, str(EXPERIMENTS / "gpu_paged.py"), *quick]),
     ]
-    peers = [Command(name, [*script, name, *quick], seconds=PEER_SECONDS) for name in gpu_measure.PEERS]
+    gpu_measure.add_peers()
+    here = [name for name in gpu_measure.PEERS if importlib.util.find_spec(name) is not None]
+    peers = [Command(name, [*script, name, *quick], seconds=PEER_SECONDS) for name in here]
     commands = [*own, *peers]
     found: dict[str, dict[str, Any]] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [
+        {"measurement": name, "subject": name, "error": "not installed, nor in OPTIM8_PEERS"}
+        for name in gpu_measure.PEERS
+        if name not in here
+    ]
 
     def done(name: str, outcome: Outcome) -> None:
         found[name] = described(outcome)
@@ -198,6 +210,18 @@ PARTS: dict[str, Callable[[argparse.Namespace, Deadline], bool]] = {
     "check": check,
     "measure": measure,
 }
+
+
+def missing() -> str | None:
+    """Why the parts after `build` cannot run here yet, or None."""
+    try:
+        from optim8 import _native
+    except ImportError:
+        return "optim8 is not installed"
+    here = Path(_native.__file__).resolve().parent
+    if here != ROOT / "optim8":
+        return f"the optim8 that is installed is not this tree's but that in {here}"
+    return None if _native.cuda_or_none() is not None else "this tree's optim8._cuda is not built or does not load"
 
 
 def run_part(command: Sequence[str]) -> int:
@@ -222,6 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gpu_report: needs a CUDA device that torch sees, and sees none.", file=sys.stderr)
         return 4
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds: ends what was started
+    if arguments.part not in (None, "build") and (why := missing()) is not None:
+        print(f"gpu_report: {why}. Run the part `build` first.", file=sys.stderr)
+        return 5
     if arguments.part is not None:
         ok = PARTS[arguments.part](arguments, Deadline(arguments.seconds))
         print(f"{arguments.part}: {'done' if ok else 'not all is well, see the result file'}", flush=True)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch  # first, so that the modules share its OpenMP runtime
 
-__all__ = ["cpu", "cpu_or_none", "cuda_or_none", "mark_stepped", "module_for", "run_step", "steps_elsewhere", "threads"]
+__all__ = [
+    "check_not_capturing",
+    "cpu",
+    "cpu_or_none",
+    "cuda_or_none",
+    "mark_stepped",
+    "module_for",
+    "run_step",
+    "steps_elsewhere",
+    "threads",
+]
 
 _modules: dict[str, ModuleType | None] = {}
 _causes: dict[str, str] = {}
@@ -74,6 +84,16 @@ def module_for(device: torch.device, who: str) -> ModuleType:
 def threads() -> int:
     """The number of threads that kernels on the CPU use: torch's."""
     return torch.get_num_threads()
+
+
+def check_not_capturing(who: str, params: Iterable[torch.Tensor]) -> None:
+    """Raise RuntimeError where a CUDA graph captures a step that first makes or moves state of `params`: every replay
+    would do that again, and begin with the state of that moment."""
+    if any(param.is_cuda for param in params) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{who}: a step that a CUDA graph captures needs state that is there already. "
+            "Make a step with capturable=True before the capture."
+        )
 
 
 def mark_stepped(table: Any) -> None:

@@ -234,6 +234,32 @@ def check_graph(gpu: Gpu) -> None:
     launches._forget()
 
 
+def check_capture_without_state(gpu: Gpu) -> None:
+    """A graph that captured how state is made would make it anew with every replay."""
+    params = params_of("cuda")
+    optimizer = optim8.AdamW8bit(params, capturable=True)
+    before = bits(params[0])
+    gpu.capturing = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"AdamW8bit: a step that .* needs state"):
+            steps(params, optimizer, 2, 3)
+        assert not optimizer.state
+    gpu.capturing = False
+    steps(params, optimizer, 2, 3)
+    for p in params:
+        optimizer.state[p]["step"] = plain(optimizer.state[p]["step"]).clone()
+    gpu.capturing = True
+    launched = gpu.launched
+    with pytest.raises(RuntimeError, match="needs state that is there already"):
+        steps(params, optimizer, 3, 4)
+    assert (gpu.launched, bits(params[0]) != before) == (launched, True)
+    gpu.capturing = False
+    steps(params, optimizer, 3, 4)
+    gpu.capturing = True
+    steps(params, optimizer, 4, 5)
+    assert float(optimizer.state[params[0]]["step"]) == 3
+
+
 def refused(call: Callable[[], Any], *words: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call()
@@ -286,6 +312,7 @@ CHECKS: dict[str, Callable[[Gpu], None]] = {
     "waits: end": check_end,
     "waits: graph": check_graph,
     "counted on the device": check_counted_on_the_device,
+    "capture without state": check_capture_without_state,
     "refusals": check_refusals,
     "budget of the device": check_budget_of_the_device,
 }

@@ -133,11 +133,14 @@ class BlockwiseOptimizer(PagedState):
         for (at, params, _), missing in zip(local.parts, wanted, strict=True):
             relaid[at].update({i: _in_layout_of(params[i]) for i in missing.layout})
         # State belongs to the optimizer's own parameters, and what is gathered, to their local shards.
+        owner = type(self).__name__
         for (at, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
+            _native.check_not_capturing(owner, [params[i] for i in (*missing.state, *missing.moved, *missing.step)])
             self._allocate(self.param_groups[at], [params[i] for i in missing.state])
             self._convert([("", params[i], self._is_8bit(params[i])) for i in missing.moved])
         local.refresh()
         for (_, params, _), missing in zip(parts, self._gather(local, relaid)[1], strict=True):
+            _native.check_not_capturing(owner, [params[i] for i in missing.step])
             states.move_steps([(params[i], self.state[params[i]]) for i in missing.step])
 
     def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:

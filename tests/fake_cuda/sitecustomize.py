@@ -14,6 +14,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import optim8
+from optim8 import _native
+
+_native._modules["_cuda"] = _native.cpu()
 
 
 def _here(value: object) -> object:
