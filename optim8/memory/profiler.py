@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from optim8.memory import sources
 from optim8.memory.profiles import Profile, Record
 from optim8.optim import sharded
+from optim8.paging.segments import DEVICE, HOST
 from optim8.paging.store import placed
 
 _FLUSH = 500  # marks after which a source's readings are taken, so that it keeps no more
@@ -66,6 +67,7 @@ class profile(Profile):
         self._output_hooks: list[Any] = []
         self._open: list[_Mark] = []  # of which the source was not asked yet
         self._step, self._phase, self._in_step, self._running = 0, BETWEEN, False, False
+        self._known: list[torch.nn.Parameter] = []
         self._parameters: dict[str, int] = {}
         self._state: dict[str, int] = {}
         self._mapped = self._mapped_before = 0  # bytes of files that hold state
@@ -137,12 +139,13 @@ class profile(Profile):
         self._phase = phase
 
     def _kinds(self) -> dict[str, int]:
-        gradients = sum(sharded.local(p.grad).nbytes for p in self._model.parameters() if p.grad is not None)
+        gradients = _nbytes(p.grad for p in self._known)
         return {**self._parameters, "gradients": gradients, **self._state}
 
     def _measure_state(self) -> None:
-        """Bytes that only a step changes: of parameters, and of optimizer state by tier."""
-        self._parameters = {"parameters": sum(sharded.local(p).nbytes for p in self._model.parameters())}
+        """What only a step changes: the parameters, and bytes of them and of optimizer state by tier."""
+        self._known = list(self._model.parameters())
+        self._parameters = {"parameters": _nbytes(self._known)}
         self._state = {f"state ({tier})": count for tier, count in _tiers(self._optimizer).items()}
         store = getattr(self._optimizer, "_store", None)
         segments = [] if store is None else store.segments
@@ -190,13 +193,31 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def _nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes that this process has of these tensors. It is asked several times a step, and so spares plain tensors the
+    question whether they are shards."""
+    return sum(
+        tensor.nbytes if type(tensor) in _PLAIN else sharded.local(tensor).nbytes
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def _tiers(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of an optimizer's state by tier."""
     store = getattr(optimizer, "_store", None)
-    found: dict[str, int] = {}
-    for entry in optimizer.state.values():
-        for value in entry.values():
-            if isinstance(value, torch.Tensor):
-                tier, _ = placed(store, sharded.local(value))
-                found[tier] = found.get(tier, 0) + sharded.local(value).nbytes
-    return found
+    tensors = [
+        value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, torch.Tensor)
+    ]
+    by_tier: dict[str, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        part = tensor if type(tensor) in _PLAIN else sharded.local(tensor)
+        if store is None:
+            tier = DEVICE if part.is_cuda else HOST
+        else:
+            tier, _ = placed(store, part)
+        by_tier.setdefault(tier, []).append(part)
+    return {tier: _nbytes(parts) for tier, parts in by_tier.items()}
