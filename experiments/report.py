@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bench_monitoring
 import gpu_budget
 import memory_profile
 import parity
@@ -122,6 +123,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "train_lm": train_lm,
     "bench_step": bench_step,
     "bench_functional": bench_functional,
+    "bench_monitoring": bench_monitoring.rendered,
     "gpu_budget": gpu_budget_table,
     "roofline": kernels,
     "memory_profile": memory_profile.rendered,

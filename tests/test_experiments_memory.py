@@ -58,3 +58,32 @@ def test_a_peer_that_fails_is_told(memory_profile: ModuleType, monkeypatch: pyte
     monkeypatch.setattr(memory_profile, "in_own_process", lambda *_: "Killed")
     with pytest.raises(RuntimeError, match="torch AdamW, 1 layers of 1024: Killed"):
         memory_profile.measure(memory_profile.parse_arguments(["--quick"]))
+
+
+def test_the_cost_of_watching(tmp_path: Path) -> None:
+    done = run("bench_monitoring.py", "--quick", "--json", tmp_path / "b.json")
+    assert done.returncode == 0, done.stderr
+    result = read(tmp_path / "b.json")
+    (training,) = result["trainings"]
+    assert training["tokens"] == 2 * 32
+    assert set(training["costs"]) == {"memory.profile (allocations)", "memory.profile (rss)", "monitor (every=100)"}
+    for name, found in training["costs"].items():
+        assert f"| {name} " in done.stdout
+        assert found["lower"] <= found["cost"] <= found["upper"]
+    assert result["short_step"]["alone"]["repeats"] == result["short_step"]["rss"]["repeats"] >= 3
+
+
+def test_a_cost_is_work_over_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import bench_monitoring as module
+
+    # 1 ms in each step and 40 ms in each block of 20 steps, of steps of 100 ms; medians, so one outlier is none.
+    found = module.interval([0.001] * 9 + [5.0], [0.1] * 20, [0.04] * 3, 1)
+    assert found["ms"] == pytest.approx(3.0)
+    assert found["cost"] == found["lower"] == pytest.approx(0.03)
+    spread_out = module.interval([0.001, 0.002, 0.003] * 5, [0.1] * 20, [], 1 / 100)
+    assert spread_out["cost"] == pytest.approx(0.0002)
+    assert spread_out["lower"] < spread_out["cost"] < spread_out["upper"]
+    alone, ends = module.long_steps(module.Training(1, 16, 8, 1), 2, 1)
+    assert len(alone) == 2
+    assert {key: len(values) for key, values in ends.items()} == {"allocations": 1, "rss": 1}
