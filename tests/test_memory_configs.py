@@ -195,6 +195,28 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert content["options"]["as planned"]["fits"] is False
 
 
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--paged", "--host-budget=1GiB"], 2, "Raise host_budget to 15"),
+        (["--paged", "--host-budget=20GiB"], 0, "codes (host)"),
+        (["--optimizer=pagedadamw8bit", "--host-budget=1GiB", "--device=cpu"], 0, "codes (disk)"),
+        (["--paged", "--budget=32GiB"], 0, " host\n"),
+        (["--host-budget=1GiB"], 2, "--host-budget is for paged state. Pass --paged too"),
+        (["--paged", "--host-budget=1"], 2, "host_budget must have room for one bucket"),
+    ],
+)
+def test_the_command_plans_paged_state(
+    arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_8B))
+    assert main(["plan", str(path), *arguments]) == code
+    printed = capsys.readouterr()
+    assert words in (printed.err if code else printed.out)
+    assert bool(printed.out) == (code == 0)
+
+
 def test_what_fits_a_budget() -> None:
     planned = optim8.memory.plan(LLAMA_7B, "torch-adamw")
     need = planned.tiers["device"]

@@ -122,9 +122,30 @@ def test_paged_state_of_a_gpu_takes_what_is_free() -> None:
     half = optim8.memory.plan(sizes, paged=Pager(device_reserve=0), budget=fixed + state // 2)
     assert fixed + 0.4 * state < half.tiers["device"] <= fixed + state // 2
     assert half.tiers["host"] > 0.4 * state
-    on_disk = optim8.memory.plan(sizes, paged=Pager(device_budget=0, host_budget="16MiB"))
-    assert on_disk.tiers["disk"] >= state
-    assert on_disk.bytes["buffers"] >= 16 * 2**20
+
+
+def test_paged_state_of_a_gpu_that_fits_nowhere_is_refused() -> None:
+    """As training refuses it; the error names a budget that makes it fit."""
+    sizes = {"parameters": {str(i): [1000, 1000] for i in range(10)}}
+    with pytest.raises(ValueError, match=r"^optim8\.memory\.plan: .*host_budget to (\d+)MiB") as refused:
+        optim8.memory.plan(sizes, paged=Pager(device_budget="4MiB", host_budget="17MiB"))
+    advised = str(refused.value).partition("host_budget to ")[2].partition(" ")[0]
+    fits = optim8.memory.plan(sizes, paged=Pager(device_budget="4MiB", host_budget=advised))
+    assert fits.tiers["disk"] == 0
+    assert 0 < fits.tiers["device"] - 8 * 10**7 <= 4 * 2**20
+    on_cpu = optim8.memory.plan(sizes, paged=Pager(device_budget="4MiB", host_budget="17MiB"), device="cpu")
+    assert on_cpu.tiers["disk"] > 0
+    with pytest.raises(ValueError, match="kept directory"):
+        optim8.memory.plan(sizes, paged=Pager(keep=True, directory="x"))
+
+
+def test_groups_share_the_budget_of_a_gpu() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.empty(1000, 1000)) for _ in range(4)])
+    pager = Pager(device_budget="5MiB")
+    optimizer = optim8.PagedAdamW8bit([{"params": [p]} for p in model], paged=pager)
+    planned = optim8.memory.plan(model, optimizer, device="cuda")
+    state = [row for row in planned.rows if row.kind in STATE and row.tier == "device"]
+    assert 0 < sum(row.nbytes for row in state) <= 5 * 2**20
 
 
 def test_dtypes_of_gradients_and_master_copies() -> None:

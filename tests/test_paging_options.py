@@ -56,15 +56,49 @@ PLANS: tuple[tuple[dict[str, Any], str, dict[str, int], list[str]], ...] = (
     ({}, "cuda", {"device_free": 2**30 + 199 * KIB}, ["device", "host", "host", "device"]),
     ({"device_budget": 0}, "cuda", {"device_free": 2**40}, ["host"] * 4),
     ({"device_budget": 200 * KIB}, "cuda", {"device_taken": 150 * KIB}, ["host", "host", "host", "device"]),
-    ({"device_budget": 100 * KIB, "host_budget": 164 * KIB}, "cuda", {}, ["device", "host", "disk", "disk"]),
-    ({"keep": True, "directory": "x"}, "cuda", {"device_free": 2**40}, ["disk"] * 4),
+    ({"device_budget": 100 * KIB, "host_budget": 374 * KIB}, "cuda", {}, ["device", "host", "host", "host"]),
 )
+SIZED = [100 * KIB, 100 * KIB, 200 * KIB, 10 * KIB]
 
 
 @pytest.mark.parametrize("options, device, given, expected", PLANS)
 def test_plan(options: dict[str, Any], device: str, given: dict[str, int], expected: list[str]) -> None:
     """The fastest tier that has room, in order; one bucket of a host budget is for streaming."""
-    made = plan(Pager(**options, bucket="64KiB"), [100 * KIB, 100 * KIB, 200 * KIB, 10 * KIB], device, **given)
+    made = plan(Pager(**options, bucket="64KiB"), SIZED, device, **given)
     assert list(made.tiers) == expected
     assert sum(made.bytes_by_tier().values()) == 410 * KIB
     assert made.streaming_bytes == (64 * KIB if "host_budget" in options and "disk" in expected else 0)
+
+
+@pytest.mark.parametrize(
+    "options, given, message",
+    [
+        ({"device_budget": 100 * KIB, "host_budget": 164 * KIB}, {}, r"but 0\.2 MiB find no room.*host_budget to 1MiB"),
+        (
+            {"device_budget": 0, "host_budget": "64KiB"},
+            {"host_taken": 3 * 2**20},
+            r"host_budget to 4MiB \(None: no limit",
+        ),
+        (
+            {"keep": True, "directory": "x"},
+            {"device_free": 2**40},
+            "kept directory holds state of parameters on the CPU",
+        ),
+    ],
+)
+def test_state_that_a_gpu_could_not_reach_is_not_planned(
+    options: dict[str, Any], given: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"Training: .*{message}"):
+        plan(Pager(**options, bucket="64KiB"), SIZED, "cuda", **given, owner="Training")
+
+
+def test_the_advised_budget_makes_it_fit() -> None:
+    sizes = [5 * 2**20 + 1] * 9
+    with pytest.raises(ValueError, match=r"^optim8\.paging\.plan: .*host_budget to (\d+MiB)") as refused:
+        plan(Pager(device_budget="11MiB", host_budget="17MiB"), sizes, "cuda")
+    advised = str(refused.value).partition("host_budget to ")[2].partition(" ")[0]
+    made = plan(Pager(device_budget="11MiB", host_budget=advised), sizes, "cuda")
+    assert made.tiers == ("device",) * 2 + ("host",) * 7
+    with pytest.raises(ValueError, match="no room"):
+        plan(Pager(device_budget="11MiB", host_budget=f"{int(advised[:-3]) - 1}MiB"), sizes, "cuda")

@@ -49,7 +49,8 @@ def describe(found: Sequence[Option], budget: int | str) -> str:
     for option in found:
         need = option.plan.needed
         spare = f"yes, {binary(limit - need)} to spare" if option.fits else f"no, {binary(need - limit)} too much"
-        rows.append([option.name, binary(need), spare])
+        elsewhere = [f"{binary(count)} {tier}" for tier, count in option.plan.elsewhere.items()]
+        rows.append([option.name, binary(need), spare, " and ".join(elsewhere) or "-"])
     fitting = [option.name for option in found if option.fits]
     if found[0].fits:
         verdict = "It fits as planned."
@@ -57,7 +58,7 @@ def describe(found: Sequence[Option], budget: int | str) -> str:
         verdict = f"What makes it fit: {'; or '.join(fitting)}."
     else:
         verdict = "None of these fits. Combine them, or take a smaller model."
-    return f"{table([f'budget {binary(limit)} a device', 'needed', 'fits'], rows)}\n\n{verdict}"
+    return f"{table([f'budget {binary(limit)} a device', 'needed', 'fits', 'beside it'], rows)}\n\n{verdict}"
 
 
 def _option(planned: Plan, change: dict[str, Any], limit: int) -> Option:

@@ -9,6 +9,7 @@ import sys
 from optim8.memory import budget, sizes
 from optim8.memory.peers import PEERS
 from optim8.memory.planner import OURS, SHARDINGS, plan
+from optim8.paging.options import Pager
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-8bit-size", type=int, help="tensors of fewer values keep 32-bit state (default: 4096)")
     parser.add_argument("--optim-bits", type=int, choices=(8, 32), help="8, or 32 for state in float32")
     parser.add_argument("--paged", action="store_true", help="state may live in host memory or on the disk")
+    parser.add_argument("--host-budget", help="with --paged: host memory for state, such as 64GiB (default: no limit)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="where the parameters are (default: cuda)")
     parser.add_argument("--budget", help="memory of a device, such as 24GiB: says what fits, and what makes it fit")
     parser.add_argument("--json", action="store_true", help="print bytes as JSON")
@@ -30,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Returns 0, or 2 where an argument or a file is wrong."""
-    options = {name: value for name, value in vars(arguments).items() if name not in ("command", "source", "json")}
+    own = ("command", "source", "json", "host_budget")
+    options = {name: value for name, value in vars(arguments).items() if name not in own}
     try:
-        planned = plan(arguments.source, **{**options, "paged": arguments.paged or None})
+        planned = plan(arguments.source, **{**options, "paged": _paged(arguments)})
         found = [] if arguments.budget is None else budget.options(planned, arguments.budget)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -45,3 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     if found:
         print(f"\n{budget.describe(found, arguments.budget)}")
     return 0
+
+
+def _paged(arguments: argparse.Namespace) -> bool | Pager | None:
+    if arguments.host_budget is None:
+        return arguments.paged or None
+    if not arguments.paged and not arguments.optimizer.lower().startswith("paged"):
+        raise ValueError("optim8.memory.plan: --host-budget is for paged state. Pass --paged too, or leave it out.")
+    return Pager(host_budget=arguments.host_budget)

@@ -77,15 +77,24 @@ class _MetaStore:
 
     def __init__(self, pager: Pager, device: str, free: int) -> None:
         self._pager, self._device, self._free = pager, device, free
+        self._taken = 0  # bytes on the device
         self._memory: list[torch.Tensor] = []
         self.tiers: dict[int, str] = {}  # by storage
         self.streaming = 0
 
     def assign(self, sizes: Sequence[int], _device: torch.device) -> tuple[str, ...]:
         host = sum(memory.numel() for memory in self._memory if self.tiers[_key(memory)] == segments.HOST)
-        planned = plan_tiers(self._pager, sizes, self._device, device_free=self._free, host_taken=host)
+        planned = plan_tiers(
+            self._pager,
+            sizes,
+            self._device,
+            device_free=self._free - self._taken,
+            device_taken=self._taken,
+            host_taken=host,
+            owner="optim8.memory.plan",
+        )
         self.streaming = max(self.streaming, planned.streaming_bytes)
-        self._free -= planned.bytes_by_tier().get(segments.DEVICE, 0)
+        self._taken += planned.bytes_by_tier().get(segments.DEVICE, 0)
         return planned.tiers
 
     def allocate(self, tier: str, _device: torch.device, arenas: Sequence[segments.Arena]) -> None:

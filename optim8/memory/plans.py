@@ -92,6 +92,12 @@ class Plan:
         """Bytes of the tier where the parameters are: of the GPU, or of RAM."""
         return self.tiers["device" if self.device == "cuda" else "host"]
 
+    @property
+    def elsewhere(self) -> dict[str, int]:
+        """Bytes by tier of what is not where the parameters are."""
+        own = "device" if self.device == "cuda" else "host"
+        return {tier: count for tier, count in self.tiers.items() if count and tier != own}
+
     def fits(self, budget: int | str) -> bool:
         """Whether `needed` is at most `budget`: bytes, or a text such as "24GiB"."""
         return self.needed <= parse_bytes(budget)

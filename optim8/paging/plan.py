@@ -33,6 +33,7 @@ def plan(
     device_free: int = 0,
     device_taken: int = 0,
     host_taken: int = 0,
+    owner: str = "optim8.paging.plan",
 ) -> Plan:
     """Each state to the fastest tier that has room for it, in order; no state is split.
 
@@ -42,6 +43,11 @@ def plan(
         device_type: "cpu" or "cuda", of the parameters.
         device_free: bytes that are free on a CUDA device; asked only where the pager states no device_budget.
         device_taken, host_taken: bytes of the budgets that earlier state takes.
+        owner: who asks, for the errors.
+
+    Raises:
+        ValueError: state of CUDA parameters finds no room but on the disk, which a GPU cannot reach; says which
+            host_budget has room for it.
     """
     room: dict[str, int | None] = {
         DEVICE: _device_room(pager, device_type, device_free, device_taken),
@@ -54,8 +60,28 @@ def plan(
         if left is not None:
             room[tier] = left - size
         tiers.append(tier)
+    if device_type == "cuda" and DISK in tiers:
+        _refuse_disk(pager, sizes, tiers, host_taken, owner)
     streaming = pager.bucket_bytes if DISK in tiers and pager.host_bytes is not None else 0
     return Plan(tuple(tiers), tuple(sizes), streaming)
+
+
+def _refuse_disk(pager: Pager, sizes: Sequence[int], tiers: Sequence[str], host_taken: int, owner: str) -> None:
+    if pager.keep:
+        raise ValueError(
+            f"{owner}: a kept directory holds state of parameters on the CPU, got parameters on a GPU, which cannot "
+            "use a mapped file. Pass a Pager without keep, and save state dicts."
+        )
+    homeless = sum(size for size, tier in zip(sizes, tiers, strict=True) if tier == DISK)
+    # What is on the device is the same under any host_budget, so all the rest is what host memory must take.
+    needed = sum(size for size, tier in zip(sizes, tiers, strict=True) if tier != DEVICE)
+    needed += host_taken + pager.bucket_bytes
+    raise ValueError(
+        f"{owner}: state of CUDA parameters must be in the GPU's memory or in that of the host, but "
+        f"{homeless / 2**20:.1f} MiB find no room there under this Pager, and a GPU cannot use a mapped file. Raise "
+        f"host_budget to {-(-needed // 2**20)}MiB (None: no limit), raise device_budget, or keep less state "
+        "(optim_bits=8, fewer parameters)."
+    )
 
 
 def _device_room(pager: Pager, device_type: str, free: int, taken: int) -> int:

@@ -64,9 +64,8 @@ class Store:
             device_free=free,
             device_taken=sum(t.nbytes for t in self._tensors() if t.device == device),
             host_taken=sum(segment.memory.numel() for segment in self.segments if segment.tier == HOST),
+            owner=self.owner,
         )
-        if device.type == "cuda" and DISK in planned.tiers:
-            self._refuse_disk(device, planned.bytes_by_tier()[DISK])
         return planned.tiers
 
     def check_reach(self, params: Iterable[torch.Tensor]) -> None:
@@ -77,13 +76,6 @@ class Store:
                     f"{self.owner}: a kept directory holds state of parameters on the CPU, got one on {param.device}: "
                     "a GPU cannot use a mapped file. Pass a Pager without keep, and save state dicts."
                 )
-
-    def _refuse_disk(self, device: torch.device, size: int) -> None:
-        raise ValueError(
-            f"{self.owner}: state of parameters on {device} must be in its memory or in that of the host, but "
-            f"{size / 2**20:.1f} MiB find no room there under this Pager, and a GPU cannot use a mapped file. Raise "
-            "host_budget (None: no limit) or device_budget, or keep less state (optim_bits=8, fewer parameters)."
-        )
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for entry in self.state.values() for tensor in segments.tensors_of(entry)]
