@@ -174,6 +174,7 @@ void StepTable::clear() {
     hypers_.clear();
     host_.clear();
     params_ = py::list();
+    grads_.clear();
     asked_ = 0;
     next_entry_ = 0;
     ask_ = Asked();
@@ -205,7 +206,7 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         Hint& hint = hints_[asked_++];
         hint.forget();
         PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-        const py::object held = ask_.grad.of(param);
+        py::object held = ask_.grad.of(param);
         if (held.is_none()) {
             entries.pass(param);
             continue;
@@ -300,6 +301,7 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         }
         rows.rows.push_back(row);
         params_.append(py::handle(param));
+        grads_.push_back(std::move(held));
     }
     next_entry_ = entries.at();
     return wanted;

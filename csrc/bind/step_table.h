@@ -77,7 +77,7 @@ struct Asked {
 
 class StepTable {
   public:
-    // Starts another step: no rows and no host memory, but the hints of the last one.
+    // Starts another step: no rows, no tensors held, no host memory, but the hints of the last one.
     void clear();
 
     // State in this memory of the host may be stepped by kernels of other devices, which then use it by its address:
@@ -112,6 +112,7 @@ class StepTable {
     std::deque<Hyper> hypers_;        // by group; rows point to them
     std::vector<Span> host_;
     py::list params_;
+    std::vector<py::object> grads_;  // held, so that another thread that drops a gradient does not free it in a step
     std::vector<Hint> hints_;  // by order of asking
     size_t asked_ = 0;
     Py_ssize_t next_entry_ = 0;  // where in the optimizer's state the next parameter's entry is expected

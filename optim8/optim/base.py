@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cached_property
+from threading import RLock
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class BlockwiseOptimizer(PagedState):
     def _table(self) -> Any:
         """Native scratch of a step, kept for its memory; nothing of it is saved or copied with the optimizer."""
         return _native.cpu().StepTable()
+
+    @property
+    def _turn(self) -> Any:
+        """Held by the thread that steps or loads: native code may not see state or scratch change meanwhile."""
+        return self.__dict__.setdefault("_turns", RLock())  # setdefault: two threads that ask first get the same
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -109,6 +115,13 @@ class BlockwiseOptimizer(PagedState):
     # Native calls cannot be traced. The closure stays outside: what it compiles stays compiled.
     @_disable_dynamo
     def _update(self) -> None:
+        with self._turn:
+            try:
+                self._update_alone()
+            finally:
+                self._table.clear()  # lets go of the gradients
+
+    def _update_alone(self) -> None:
         relaid: list[dict[int, torch.Tensor]] = [{} for _ in self.param_groups]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
@@ -189,7 +202,7 @@ class BlockwiseOptimizer(PagedState):
     def _gather(self, local: sharded.LocalStep, relaid: Sequence[dict[int, torch.Tensor]]) -> tuple[Any, list[Any]]:
         """All tensors of a step as one native table, and for each part what is still missing."""
         table = self._table
-        table.clear()
+        table.clear()  # of a gather that found something missing
         if self._store is not None:
             table.allow_host(self._store.pinned_spans)
         owner = type(self).__name__
@@ -305,14 +318,15 @@ class BlockwiseOptimizer(PagedState):
         groups = checkpoint.merged_groups(owner, self.param_groups, deepcopy(saved))
         for group in groups:
             options.check_group(owner, {**options.EXTRA_DEFAULTS, **group})
-        self._resolved()
-        state = checkpoint.loaded_state(
-            owner, self.moments, known, state_dict, groups, self._wants_8bit, self._store, self.state
-        )
-        self.__setstate__({"state": state, "param_groups": groups})
-        self._known_overrides = None
-        if self._store is not None:
-            self._store.end_loading(self.param_groups, self.state)
+        with self._turn:
+            self._resolved()
+            state = checkpoint.loaded_state(
+                owner, self.moments, known, state_dict, groups, self._wants_8bit, self._store, self.state
+            )
+            self.__setstate__({"state": state, "param_groups": groups})
+            self._known_overrides = None
+            if self._store is not None:
+                self._store.end_loading(self.param_groups, self.state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
