@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import Case
-from harness import ALL, parameter, snapshot
+from harness import ALL, bits, parameter, snapshot
 
 NAN, INF = float("nan"), float("inf")
 
@@ -207,6 +208,52 @@ def test_what_can_never_be_stepped(case: Case, kind: str, later: bool, device: t
     assert "group 1" in message, message
     assert "parameter 1" in message or "index 1" in message, message
     assert (good == 1).all()
+
+
+FROZEN: dict[str, Callable[[], torch.Tensor]] = {
+    "uint8": lambda: torch.zeros(70, 70, dtype=torch.uint8),
+    "float64": lambda: torch.zeros(70, 70, dtype=torch.float64),
+    "complex": lambda: torch.zeros(70, 70, dtype=torch.complex64),
+    "float8": lambda: torch.zeros(70, 70, dtype=torch.float8_e4m3fn),
+    "sparse": lambda: torch.ones(70, 70).to_sparse(),
+    "meta": lambda: torch.ones(70, 70, device="meta"),
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["constructor", "add_param_group"])
+@pytest.mark.parametrize("kind", FROZEN)
+@ALL
+def test_frozen_parameters_may_be_of_any_kind(case: Case, kind: str, later: bool, device: torch.device) -> None:
+    """As the packed weights of a quantized model, which scripts hand over with all others."""
+    data = FROZEN[kind]()
+    frozen = torch.nn.Parameter(data if data.is_meta else data.to(device), requires_grad=False)
+    first, second = (parameter(torch.ones(700, device=device), torch.ones(700, device=device)) for _ in range(2))
+    alone = [parameter(torch.ones(700, device=device), torch.ones(700, device=device)) for _ in range(2)]
+    optimizer = case.make([first] if later else [first, frozen, second])
+    if later:
+        optimizer.add_param_group({"params": [frozen, second]})
+    other = case.make(alone)
+    for _ in range(2):
+        optimizer.step()
+        other.step()
+    assert [bits(p) for p in (first, second)] == [bits(p) for p in alone]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert set(optimizer.state) == {first, second}
+    assert [place.tier for place in optimizer.placement()].count("none") == 1
+
+
+@ALL
+def test_a_frozen_parameter_that_thaws_is_checked_by_the_step(case: Case, device: torch.device) -> None:
+    params = [parameter(torch.ones(700, device=device), torch.ones(700, device=device)) for _ in range(2)]
+    params[1].requires_grad_(False)
+    params[1].grad = None
+    params[1].data = params[1].data.double()
+    optimizer = case.make(params)
+    params[1].requires_grad_(True)
+    params[1].grad = torch.ones_like(params[1])
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 must be float32, .* got float64 \(700,\)"):
+        optimizer.step()
+    assert (params[0] == 1).all()
 
 
 @pytest.mark.parametrize("betas", [(0.9, 1.0), (0.9,), (0.9, NAN)], ids=str)

@@ -113,7 +113,7 @@ class StepTable {
     std::vector<Span> host_;
     py::list params_;
     std::vector<py::object> grads_;  // held, so that another thread that drops a gradient does not free it in a step
-    std::vector<Hint> hints_;  // by order of asking
+    std::vector<Hint> hints_;        // by order of asking
     size_t asked_ = 0;
     Py_ssize_t next_entry_ = 0;  // where in the optimizer's state the next parameter's entry is expected
     Asked ask_;

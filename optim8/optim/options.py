@@ -114,7 +114,12 @@ def check_group(owner: str, group: dict[str, Any]) -> None:
 
 
 def check_param(owner: str, group_index: int, index: int, param: torch.Tensor) -> None:
-    """Raise ValueError where a parameter can never be stepped; what can still change is checked by each step."""
+    """Raise ValueError where a parameter can never be stepped; what can still change is checked by each step.
+
+    A frozen parameter may be of any kind, such as the integer weights of a quantized model: it gets no gradient.
+    """
+    if not param.requires_grad:
+        return
     if param.layout != torch.strided or param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         kind = str(param.dtype) if param.layout == torch.strided else str(param.layout)
         raise ValueError(
