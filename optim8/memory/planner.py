@@ -50,9 +50,10 @@ def plan(
     are those of the training. Activations and buffers for communication are not in it.
 
     Args:
-        model_or_config: a module, on any device; a Hugging Face style config of a llama, mistral, qwen2, gpt2 or bert,
-            as a dict, an object with `to_dict` or the path of its JSON; `{"parameters": {name: shape}}`; or the path
-            (or paths) of a safetensors file, whose header is read. Parameters that are used twice count once.
+        model_or_config: a module, on any device; a Hugging Face style config, as a dict, an object with `to_dict` or
+            the path of its JSON, of a model of configs.FAMILIES, or of any that transformers, if it is installed, can
+            build on the meta device; `{"parameters": {name: shape}}`; or the path (or paths) of a safetensors file,
+            whose header is read. Parameters that are used twice count once.
         optimizer: "adam8bit", "adamw8bit", "lion8bit", "pagedadam8bit", "pagedadamw8bit", "pagedlion8bit", or a class
             of optim8; an optimizer of optim8 that holds the
             module's parameters, whose groups and options then count; or another library's: "torch-adamw",

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from optim8.memory import configs
+from optim8.memory import built, configs
+from optim8.memory.reading import Unwritten
 from optim8.optim import sharded
 
 # safetensors' names of dtypes. What is not a float of at least 16 bits takes memory, but is not trained.
@@ -154,6 +155,16 @@ def _of_safetensors(path: Path, dtype: torch.dtype | None) -> Model:
 
 
 def _of_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:
-    title, shapes, stated = configs.shapes(config)
-    dtype = dtype or (dtype_of(stated) if stated is not None else torch.float32)
+    if "quantization_config" in config:
+        raise ValueError(
+            "optim8.memory.plan: the config is of a quantized model (quantization_config), whose parameters it does "
+            "not tell. Take that entry out to plan the model as it is without, or pass the model or its safetensors "
+            "file."
+        )
+    stated = config.get("dtype", config.get("torch_dtype"))
+    dtype = dtype or (dtype_of(stated) if isinstance(stated, (str, torch.dtype)) else torch.float32)
+    try:
+        title, shapes = configs.shapes(config)
+    except Unwritten as error:
+        return _of_module(built.build(config, str(error)), dtype)
     return Model(title, tuple(_parameter(name, shape, dtype) for name, shape in shapes.items()))
