@@ -23,9 +23,9 @@ SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsign
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def _code(signed: bool) -> torch.Tensor | None:
+def _code(signed: bool, device: torch.device) -> torch.Tensor | None:
     """How a caller names the map: the signed one is the default."""
-    return None if signed else F.create_dynamic_map(signed=False)
+    return None if signed else F.create_dynamic_map(signed=False).to(device)
 
 
 def _sweep() -> npt.NDArray[np.float32]:
@@ -78,7 +78,7 @@ def test_every_code_decodes_to_its_table_value(signed: bool, absmax: float, devi
 @SIGNED
 def test_table_values_encode_to_themselves(signed: bool, device: torch.device) -> None:
     table = torch.from_numpy(reference.dynamic_map(signed)).to(device)
-    codes, state = F.quantize_blockwise(table, code=_code(signed), blocksize=256)
+    codes, state = F.quantize_blockwise(table, code=_code(signed, device), blocksize=256)
     assert codes.tolist() == list(range(256))
     assert state.absmax.tolist() == [1.0]
 
@@ -90,7 +90,7 @@ def test_dense_sweep_is_nearest(signed: bool, device: torch.device) -> None:
     lanes = 63  # and a 1.0, so that the quotient is the value itself
     y = np.resize(y, (-(-y.size // lanes), lanes))
     x = np.concatenate([y, np.ones((len(y), 1), np.float32)], 1)
-    codes, state = F.quantize_blockwise(torch.from_numpy(x).to(device), code=_code(signed), blocksize=64)
+    codes, state = F.quantize_blockwise(torch.from_numpy(x).to(device), code=_code(signed, device), blocksize=64)
     assert (state.absmax == 1).all()
     ours = codes_of(codes).reshape(x.shape)
     _assert_nearest(ours.ravel(), x.ravel(), signed)
@@ -206,7 +206,8 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 def test_round_trip_error(x: list[float], blocksize: int, signed: bool) -> None:
     """Nearest entries, so within half the widest gap of the map, or its distance from -1: 0.0071 of absmax."""
     a = np.array(x, np.float32) if signed else np.abs(np.array(x, np.float32))
-    codes, state = F.quantize_blockwise(torch.from_numpy(a), code=_code(signed), blocksize=blocksize)
+    code = None if signed else F.create_dynamic_map(signed=False)
+    codes, state = F.quantize_blockwise(torch.from_numpy(a), code=code, blocksize=blocksize)
     back = F.dequantize_blockwise(codes, state).numpy().astype(np.float64)
     starts = np.arange(0, a.size, blocksize)
     top = np.maximum.reduceat(np.abs(a), starts)

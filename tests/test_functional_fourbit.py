@@ -125,9 +125,11 @@ def test_strides_and_transposes(device: torch.device) -> None:
         check(view, packed, state, 64, "nf4")
     values = F.dequantize_4bit(packed, state)
     assert torch.equal(F.dequantize_4bit(packed.t(), state), values.t())
-    single, single_state = F.quantize_4bit(x[0, :2], quant_storage=torch.int32, out=torch.empty(1, 2).int()[:, ::2])
+    gapped = torch.empty(1, 2, dtype=torch.int32, device=device)[:, ::2]
+    single, single_state = F.quantize_4bit(x[0, :2], quant_storage=torch.int32, out=gapped)
     assert single.stride() == (2, 2)
-    check(x[0, :2], torch.tensor([[single.item() & 255]], dtype=torch.uint8), single_state, 64, "fp4")
+    byte = torch.tensor([[single.item() & 255]], dtype=torch.uint8, device=device)
+    check(x[0, :2], byte, single_state, 64, "fp4")
     assert torch.equal(F.dequantize_4bit(packed.expand(-1, 2)[:, :1], state), values)
 
 

@@ -3,15 +3,14 @@
 // A block of 256 values belongs to one warp, eight values a lane: load, decode, update, block maximum by shuffles,
 // encode, store. No shared memory, no barrier. The tensors' addresses travel in the kernel's parameters.
 #include "cuda/kernels.h"
-#include "cuda/quick.h"
-#include "cuda/tables.h"
+#include "cuda/step_any_block.h"
+#include "cuda/step_block.h"
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
 #include <numeric>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 OPTIM8_BEGIN
@@ -23,17 +22,6 @@ constexpr int scalars_per_launch = 8;
 constexpr int hypers_per_launch = 16;
 constexpr int64_t blocks_per_warp = 4;  // consecutive ones, once there is enough work for every warp of a GPU
 constexpr int64_t plenty_of_blocks = 1 << 16;
-
-struct StepRow {
-    void* param;
-    const void* grad;
-    void* state[max_states];
-    float* absmax[max_states];
-    int64_t size;
-    int32_t scalars;  // index
-    Precision precision;
-    bool packed_well;  // every address fits 16-byte packets
-};
 
 struct StepBatch {
     int32_t rows, blocks_per_warp;
@@ -53,224 +41,6 @@ struct CountBatch {
     float* step[step_rows_per_launch];
     uint8_t hyper_of[step_rows_per_launch];
 };
-
-template <int s>
-struct StateIndex {
-    static constexpr int index = s;
-};
-template <class Rule, class Work, int... s>
-OPTIM8_DEVICE void each_state(const Work& work, std::integer_sequence<int, s...>) {
-    (work(StateIndex<s>{}), ...);
-}
-// work(s) for every state, s.index being a constant.
-template <class Rule, class Work>
-OPTIM8_DEVICE void each_state(const Work& work) {
-    each_state<Rule>(work, std::make_integer_sequence<int, Rule::states>{});
-}
-
-// The encoders of all states, loaded once for all blocks of a warp.
-template <class Rule>
-struct LaneCodes {
-    LaneLines lines[Rule::states];
-    OPTIM8_DEVICE LaneCodes() {
-        each_state<Rule>([&](auto s) { lines[s.index] = lane_code<Rule::codes[s.index]>(); });
-    }
-    template <int s>
-    OPTIM8_DEVICE LaneCode<Rule::codes[s]> of() const {
-        return LaneCode<Rule::codes[s]>{lines[s]};
-    }
-};
-
-// A block and where it lies.
-template <class Rule, class P, class G>
-struct Block {
-    P* param;
-    const G* grad;
-    uint8_t* codes[Rule::states];
-    float* absmax[Rule::states];
-    int count;
-    bool well;
-
-    OPTIM8_DEVICE Block(const StepRow& row, int64_t block) {
-        const int64_t at = block * step_block;
-        param = static_cast<P*>(row.param) + at;
-        grad = static_cast<const G*>(row.grad) + at;
-        for (int s = 0; s < Rule::states; ++s) {
-            codes[s] = static_cast<uint8_t*>(row.state[s]) + at;
-            absmax[s] = row.absmax[s] + block;
-        }
-        count = values_in_tile(row.size, at);
-        well = row.packed_well && count == step_block;
-    }
-};
-
-// What the lane's elements in `bad` would add to the block's maxima, had their gradients been 0. One element at a time
-// and from memory, where param and codes are still the old ones: this path is rare, and must cost no registers.
-template <class Rule, int span, class P, class G>
-OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, const Scalars& scalars, uint32_t bad,
-                                             uint32_t (&largest)[Rule::states]) {
-#pragma unroll 1
-    for (int k = 0; k < per_lane; ++k) {
-        if ((bad >> k & 1) == 0) continue;
-        const int i = place<span>(k);
-        const bool there = i < block.count;
-        float param = there ? to_float(block.param[i]) : 0.0f, now[Rule::states];
-        each_state<Rule>([&](auto s) {
-            const uint8_t code = there ? block.codes[s.index][i] : zero_code<Rule::codes[s.index]>;
-            now[s.index] = decode<Rule::codes[s.index]>(code) * *block.absmax[s.index];
-        });
-        Rule::update(param, 0.0f, now, scalars);
-        for (int s = 0; s < Rule::states; ++s)
-            if (is_finite(now[s])) largest[s] = maximum(largest[s], magnitude_bits(now[s]));
-    }
-}
-
-// A whole block at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
-// range of Quick. The same in every lane.
-template <class Rule, class P, class G>
-OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const Scalars& scalars,
-                                const LaneCodes<Rule>& lane_codes) {
-    constexpr int span = packet_span<P>;
-    P param[per_lane];
-    G grad[per_lane];
-    uint32_t codes[Rule::states][per_lane / 4];
-    float absmax[Rule::states];
-    load_tile<span>(block.param, tile, true, P{}, param);
-    load_tile<span>(block.grad, tile, true, G{}, grad);
-    each_state<Rule>([&](auto s) {
-        load_bytes<span>(block.codes[s.index], codes[s.index]);
-        absmax[s.index] = *block.absmax[s.index];
-    });
-
-    float now[Rule::states][per_lane];
-    uint32_t largest[Rule::states] = {};
-    bool in_range = true;
-#pragma unroll
-    for (int k = 0; k < per_lane; ++k) {
-        Quick p(to_float(param[k])), state[Rule::states];
-        each_state<Rule>([&](auto s) {
-            state[s.index] = Quick(decode<Rule::codes[s.index]>(byte_of(codes[s.index], k)) * absmax[s.index]);
-        });
-        Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars);
-        param[k] = from_float<P>(p.x);
-        in_range = in_range && p.in_range;
-        for (int s = 0; s < Rule::states; ++s) {
-            in_range = in_range && state[s].in_range;
-            now[s][k] = state[s].x;
-            largest[s] = larger_magnitude(largest[s], now[s][k]);
-        }
-    }
-    largest[0] = in_range ? largest[0] : inf_bits;
-    bool good = true;
-    for (int s = 0; s < Rule::states; ++s) {
-        largest[s] = largest_of_warp(largest[s]);
-        good = good && largest[s] < inf_bits;
-    }
-    if (!good) return false;
-
-    store_tile<span>(block.param, tile, true, param);
-    each_state<Rule>([&](auto s) {
-        const auto code = lane_codes.template of<s.index>();
-        const Normalizer normal = normalizer(float_of(largest[s.index]));
-        if (normal.scale != 1.0f)
-            for (float& x : now[s.index]) x *= normal.scale;
-        uint32_t encoded[per_lane], words[per_lane / 4];
-#pragma unroll
-        for (int k = 0; k < per_lane; ++k) encoded[k] = encode_lane(now[s.index][k], normal.reciprocal, code);
-        pack_bytes(encoded, words);
-        store_bytes<span>(block.codes[s.index], words);
-        if (lane() == 0) *block.absmax[s.index] = float_of(largest[s.index]);
-    });
-    return true;
-}
-
-// Any block.
-template <class Rule, class P, class G>
-OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const Scalars& scalars) {
-    constexpr int span = packet_span<P>;
-    P raw_param[per_lane];
-    G grad[per_lane];
-    uint8_t codes[Rule::states][per_lane];
-    float absmax[Rule::states];
-    load_tile<span>(block.param, block.count, block.well, P{}, raw_param);
-    load_tile<span>(block.grad, block.count, block.well, G{}, grad);
-    each_state<Rule>([&](auto s) {
-        // Values that are not there decode to 0, so they take part in nothing.
-        load_tile<span>(block.codes[s.index], block.count, block.well, zero_code<Rule::codes[s.index]>, codes[s.index]);
-        absmax[s.index] = *block.absmax[s.index];
-    });
-
-    float param[per_lane], now[per_lane][Rule::states];
-    uint32_t largest[Rule::states] = {};
-#pragma unroll
-    for (int k = 0; k < per_lane; ++k) {
-        param[k] = to_float(raw_param[k]);
-        each_state<Rule>(
-            [&](auto s) { now[k][s.index] = decode<Rule::codes[s.index]>(codes[s.index][k]) * absmax[s.index]; });
-        Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now[k], scalars);
-        for (int s = 0; s < Rule::states; ++s) largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
-    }
-    bool finite = true;
-    for (int s = 0; s < Rule::states; ++s) {
-        largest[s] = largest_of_lanes(largest[s], warp_size);
-        finite = finite && largest[s] < inf_bits;
-    }
-    if (!finite) {
-        // An element that is not finite gets code 0, and does not show in the block's maxima.
-        uint32_t bad = 0;
-        for (int s = 0; s < Rule::states; ++s) largest[s] = 0;
-#pragma unroll
-        for (int k = 0; k < per_lane; ++k) {
-            bool good = true;
-            for (int s = 0; s < Rule::states; ++s) good = good && is_finite(now[k][s]);
-            bad |= good ? 0u : 1u << k;
-            for (int s = 0; s < Rule::states; ++s) {
-                now[k][s] = good ? now[k][s] : 0.0f;
-                largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
-            }
-        }
-        count_as_without_gradient<Rule, span>(block, scalars, bad, largest);
-        for (int s = 0; s < Rule::states; ++s) largest[s] = largest_of_lanes(largest[s], warp_size);
-    }
-
-    P new_param[per_lane];
-#pragma unroll
-    for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
-    store_tile<span>(block.param, block.count, block.well, new_param);
-    each_state<Rule>([&](auto s) {
-        const auto code = lane_code<Rule::codes[s.index]>();
-        const Normalizer normal = normalizer(float_of(largest[s.index]));
-        uint8_t encoded[per_lane];
-#pragma unroll
-        for (int k = 0; k < per_lane; ++k)
-            encoded[k] = static_cast<uint8_t>(encode_lane(now[k][s.index] * normal.scale, normal.reciprocal, code));
-        store_tile<span>(block.codes[s.index], block.count, block.well, encoded);
-        if (lane() == 0) *block.absmax[s.index] = float_of(largest[s.index]);
-    });
-}
-
-template <class Rule, class P, class G>
-OPTIM8_DEVICE void step_32bit(const StepRow& row, const Block<Rule, P, G>& block, int64_t at, const Scalars& scalars) {
-    constexpr int span = packet_span<P>;
-    P param[per_lane];
-    G grad[per_lane];
-    float state[Rule::states][per_lane];
-    load_tile<span>(block.param, block.count, block.well, P{}, param);
-    load_tile<span>(block.grad, block.count, block.well, G{}, grad);
-    for (int s = 0; s < Rule::states; ++s)
-        load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.well, 0.0f, state[s]);
-#pragma unroll
-    for (int k = 0; k < per_lane; ++k) {
-        float p = to_float(param[k]), now[Rule::states];
-        for (int s = 0; s < Rule::states; ++s) now[s] = state[s][k];
-        Rule::update(p, to_float(grad[k]) * scalars.gradient_factor, now, scalars);
-        param[k] = from_float<P>(p);
-        for (int s = 0; s < Rule::states; ++s) state[s][k] = now[s];
-    }
-    store_tile<span>(block.param, block.count, block.well, param);
-    for (int s = 0; s < Rule::states; ++s)
-        store_tile<span>(static_cast<float*>(row.state[s]) + at, block.count, block.well, state[s]);
-}
 
 // The row that block b of the batch belongs to.
 OPTIM8_DEVICE int row_of(const StepBatch& batch, int64_t b) {

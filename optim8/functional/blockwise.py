@@ -23,7 +23,8 @@ def quantize_blockwise(
 
     Args:
         A: float32, bfloat16 or float16, any shape and strides.
-        code: float32 [256], sorted; None is the signed dynamic code (`create_dynamic_map`).
+        code: float32 [256], sorted; None is the signed dynamic code (`create_dynamic_map`). That it is sorted is
+            checked on the CPU only: on a GPU that would wait for the device.
         absmax: float32 [ceil(n / blocksize)] to fill (also with `nested`); None allocates it.
         out: uint8 of A's shape to fill; None allocates it.
         blocksize: 64, 128, 256, 512, 1024, 2048 or 4096.
