@@ -338,7 +338,8 @@ def _check_weight(who: str, A: torch.Tensor, B: torch.Tensor) -> None:
 
 
 def _check_threshold(who: str, threshold: float) -> float:
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+    # A tuple of types, not int | float: torch.compile of torch 2.6 cannot trace that.
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"{who}: threshold must be a float, got {type(threshold).__name__}.")
     if not isfinite(threshold) or threshold < 0:
         raise ValueError(f"{who}: threshold must be finite and at least 0, got {threshold}. 0 looks for no outliers.")

@@ -262,7 +262,7 @@ def _number(entries: Mapping[str, Any], key: str) -> float:
     value = _need(entries, key)
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{_WHO}: {key} must be a number, got {value!r}.")
     return float(value)
 
@@ -279,7 +279,7 @@ def _shape(entries: Mapping[str, Any], needed: bool) -> torch.Size | None:
     value = _need(entries, "shape")
     if value is None and not needed:
         return None
-    if not isinstance(value, list | tuple) or not all(_is_int(extent) and 0 <= extent < 2**63 for extent in value):
+    if not isinstance(value, (list, tuple)) or not all(_is_int(extent) and 0 <= extent < 2**63 for extent in value):
         raise ValueError(f"{_WHO}: shape must be a list of extents, got {value!r}.")
     if prod(extent for extent in value if extent) >= 2**63:
         raise ValueError(f"{_WHO}: shape must be that of a tensor, got {value!r}.")
