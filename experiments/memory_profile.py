@@ -196,7 +196,8 @@ def draw(result: Result) -> Figure:
         millions = [row["parameters"] / 1e6 for row in rows]
         left.plot(millions, [row["peak_growth_bytes"] / MIB for row in rows], label=label, **style.line())
         state = [(row["state_bytes"] - row["state_on_disk_bytes"]) / row["parameters"] for row in rows]
-        right.plot(millions, state, label=label, **style.line())
+        # Those that keep as much lie on each other: the later ones are smaller, so that all can be seen.
+        right.plot(millions, state, label=label, **style.line(markersize=16 - 2.5 * SUBJECTS.index(name)))
     left.set_ylabel("peak memory of training (MiB)")
     right.set_ylabel("optimizer state in memory (bytes per parameter)")
     right.set_ylim(bottom=0)

@@ -111,7 +111,11 @@ class Profile:
                         writer.add_scalar(f"memory MiB {record.phase}/{kind}", count / _MIB, step)
 
     def plot(self, path: str | Path) -> None:
-        """Draw bytes by kind at the end of every phase, and the peaks, to an image file. Needs matplotlib."""
+        """Draw bytes by kind at the end of every phase, and the peaks, to an image file. Needs matplotlib.
+
+        State that lies elsewhere than the memory that is measured is drawn on top of it, and called so.
+        """
+        from matplotlib import patheffects
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
@@ -120,25 +124,28 @@ class Profile:
         axes = figure.add_subplot()
         below = [0.0] * len(records)
         places = range(len(records))
-        for kind in _kinds(records):
+        elsewhere = {"state (disk)", *(["state (host)"] if self.source == "cuda" else [])}
+        for kind in sorted(_kinds(records), key=lambda kind: kind in elsewhere):
             heights = [record.kinds.get(kind, 0) / _MIB for record in records]
             colour, hatch = _LOOKS[kind]
+            label = f"{kind},\nnot in the peak" if kind in elsewhere else kind
             axes.bar(
-                places, heights, 0.85, below, label=kind, color=colour, hatch=hatch, edgecolor="white", linewidth=0
+                places, heights, 0.85, below, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0
             )
             below = [low + height for low, height in zip(below, heights)]
         peaks = [record.peak / _MIB for record in records]
-        axes.plot(
-            places, peaks, "k_", markersize=max(4, 400 / max(20, len(records))), markeredgewidth=2.5, label="peak"
-        )
+        around = [patheffects.withStroke(linewidth=5, foreground="white")]  # seen on black bars too
+        size = max(4, 400 / max(20, len(records)))
+        axes.plot(places, peaks, "k_", markersize=size, markeredgewidth=2.5, label="peak", path_effects=around)
         few = len(records) <= 24
         if few:
-            axes.set_xticks(places, [f"{record.phase}\n{record.step}" for record in records], fontsize=10)
+            labels = [f"{record.step} {record.phase}" for record in records]
+            axes.set_xticks(places, labels, fontsize=11, rotation=90 if len(records) > 6 else 0)
         else:
             firsts = [i for i in places if i == 0 or records[i].step != records[i - 1].step]
             shown = firsts[:: -(-len(firsts) // 12)]
             axes.set_xticks(shown, [str(records[i].step) for i in shown], fontsize=11)
-        axes.set_xlabel("phase and optimizer step" if few else "optimizer step (bars: its phases)", fontsize=13)
+        axes.set_xlabel("optimizer step and phase" if few else "optimizer step (bars: its phases)", fontsize=13)
         axes.set_ylabel("memory (MiB)", fontsize=13)
         axes.yaxis.set_major_locator(MaxNLocator(8))
         axes.tick_params(axis="y", labelsize=11)
@@ -146,9 +153,9 @@ class Profile:
         axes.set_axisbelow(True)
         axes.margins(x=0.01, y=0.08)
         axes.set_title(f"{self.model}, {self.optimizer}: kinds at the end of each phase, and its peak", fontsize=13)
-        axes.text(0, -0.19, self.meaning, transform=axes.transAxes, fontsize=10)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=11)
+        figure.supxlabel(self.meaning, fontsize=11, x=0.02, ha="left")
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="outside right upper", fontsize=11)
         figure.savefig(path)
 
     def _complete(self) -> list[Record]:
