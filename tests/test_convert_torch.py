@@ -177,6 +177,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
         lambda d: d.update(state={i: {"momentum_buffer": torch.ones(1)} for i in d["state"]}),
         r"state\[0\]\['momentum_buffer'\] is no state of optim8, torch",
     ),
+    "of RMSprop": (
+        lambda d: d.update(state={i: {"step": torch.ones(()), "square_avg": torch.ones(1)} for i in d["state"]}),
+        r"state\[0\]\['square_avg'\] is no state of optim8, torch",
+    ),
 }
 
 
@@ -197,6 +201,14 @@ def test_what_does_not_fit_is_refused_whole(what: str) -> None:
     assert "AdamW8bit.load_state_dict: " in str(error.value)
     assert snapshot(optimizer, params) == before
     steps(params, optimizer, 6, 7)
+
+
+@pytest.mark.parametrize("what", [None, 3, [], "state.pt"], ids=str)
+def test_what_is_no_dict_is_refused(what: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"AdamW8bit\.load_state_dict: state_dict must be a dict, .* got " + type(what).__name__
+    ):
+        optim8.AdamW8bit(make_params()).load_state_dict(what)
 
 
 def test_adam_is_not_lion() -> None:

@@ -265,6 +265,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a result": (lambda: optim8.override(MODEL.embed.weight * 1, lr=0.1), ValueError, "must be a parameter"),
     "a number": (lambda: optim8.override(3, lr=0.1), TypeError, "got int"),  # type: ignore[call-overload]
     "module= beside a module": (lambda: optim8.override(MODEL, module=MODEL, lr=0.1), TypeError, "module="),
+    "module= that is none": (
+        lambda: optim8.override("x", module=MODEL.named_parameters(), lr=0.1),
+        TypeError,
+        "generator",
+    ),
     "a pattern without match": (lambda: optim8.override("x*", module=MODEL, lr=0.1), ValueError, "'x.*embed.weight"),
 }
 

@@ -301,15 +301,20 @@ class BlockwiseOptimizer(PagedState):
         `.contiguous()` loses them).
 
         Raises:
+            TypeError: it is no dict.
             ValueError: the dict does not fit; names the first key that does not.
         """
+        owner = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                f"{owner}: state_dict must be a dict, as state_dict() gives it, got {type(state_dict).__name__}."
+            )
         launches.settle()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        owner = f"{type(self).__name__}.load_state_dict"
         known = formats.recognise(owner, self.rule, state_dict)
         saved = [
             known.read_group(f"{owner}: param_groups[{index}]", self.rule, group)

@@ -36,7 +36,7 @@ def override(
     An override of trainable parameters that no optimizer has is reported by a warning of the first step of any.
 
     Raises:
-        TypeError: the target is none of these.
+        TypeError: the target is none of these, or `module` is no module.
         ValueError: an option is unknown or its value not possible; the target has no parameters. A pattern that
             matches no name of any optimizer is reported by the first optimizer that would use it.
 
@@ -62,6 +62,8 @@ def override(
         raise TypeError(f"{who}: target must be a parameter, a module or a pattern, got {type(target).__name__}.")
     if module is None:
         return add(changes, _of_names(target), target)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"{who}: module must be a torch.nn.Module, got {type(module).__name__}.")
     if not any(fnmatchcase(name, target) for name, _ in module.named_parameters(remove_duplicate=False)):
         names = ", ".join(name for name, _ in module.named_parameters())
         raise ValueError(f"{who}: {target!r} matches no parameter of the module, which has: {names or 'none'}.")

@@ -33,7 +33,8 @@ def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
     claimed = next((known for known in FORMATS if known.claims(groups, list(entries.values()))), None)
     if claimed is None:
         key, entry = next(iter(entries.items()))
-        which = f"state[{key!r}][{next(iter(entry))!r}]"
+        strange = next((name for name in entry if name != "step"), "step")  # every optimizer has a step
+        which = f"state[{key!r}][{strange!r}]"
         fail(owner, which, "is no state of optim8, torch.optim, bitsandbytes, torchao or lion-pytorch")
     if claimed is not own.FORMAT:
         check_rule(owner, rule)
