@@ -252,6 +252,12 @@ def test_a_safetensors_file_is_planned_by_its_header(tmp_path: Path) -> None:
     assert planned.bytes["buffers"] == 56 + (64 - 4) * 2  # the integers, and two single values in 64 bytes each
     assert planned.dtypes == ("bfloat16", "float32")
     assert optim8.memory.plan(parts, dtype="float16").bytes["parameters"] == 64 * 100 * 2 + 2
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": parts[0].name, "b": parts[1].name}}))
+    assert optim8.memory.plan(index).bytes == planned.bytes
+    index.write_text(json.dumps({"weight_map": {"a": parts[0].name, "b": "3.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"3\.safetensors must be .* no such file"):
+        optim8.memory.plan(index)
 
 
 ERRORS: list[tuple[Any, dict[str, Any], str]] = [

@@ -121,8 +121,11 @@ def test_peaks_are_those_of_the_cuda_allocator() -> None:
 
 def test_the_cuda_counters_are_read_at_every_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = {"now": 100, "most": 250}
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: counters["now"])
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: counters["most"])
+
+    def stats(_: torch.device) -> dict[str, Any]:
+        return {"allocated_bytes": {"all": {"current": counters["now"], "peak": counters["most"]}}}
+
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", stats)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: counters.update(most=counters["now"]))
     source = sources.source_for(None, torch.device("cuda", 0))
     source.start(40, [])
@@ -228,6 +231,7 @@ def test_state_in_a_file_is_not_in_ram() -> None:
 @pytest.mark.parametrize("fails", ["forward", "backward", "step", "outside", None])
 def test_nothing_stays_behind(source: str, fails: str | None) -> None:
     model, optimizer, data = training(torch.device("cpu"))
+    files = set(Path("/proc/self/fd").iterdir()) if source == "rss" else set()
     seen: list[torch.Tensor] = []
 
     class Fails(Exception):
@@ -261,6 +265,7 @@ def test_nothing_stays_behind(source: str, fails: str | None) -> None:
     assert not optimizer._optimizer_step_post_hooks
     assert all(not output._backward_hooks for output in seen)
     assert not torch._C._autograd._profiler_enabled()
+    assert source != "rss" or set(Path("/proc/self/fd").iterdir()) == files
     count = len(prof.records)
     if fails != "forward":
         model(data).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -60,7 +60,7 @@ def read(source: Any, dtype: torch.dtype | None) -> Model:
 
     Args:
         source: a module; a config, as a dict or an object with `to_dict`; the path of a JSON config or of a safetensors
-            file (or a list of such files); or a mapping of names to shapes.
+            file (or a list of such files, or the index of one in parts); or a mapping of names to shapes.
         dtype: of every parameter; None for what the source says, float32 where it says nothing.
 
     Raises:
@@ -71,9 +71,7 @@ def read(source: Any, dtype: torch.dtype | None) -> Model:
     if isinstance(source, (str, Path)):
         return _of_file(Path(source), dtype)
     if isinstance(source, (list, tuple)) and source and all(isinstance(part, (str, Path)) for part in source):
-        parts = [_of_file(Path(part), dtype) for part in source]
-        title = f"{parts[0].title} and {len(parts) - 1} more" if len(parts) > 1 else parts[0].title
-        return Model(title, sum((part.parameters for part in parts), ()), sum(part.buffer_bytes for part in parts))
+        return _of_files([Path(part) for part in source], dtype)
     if hasattr(source, "to_dict"):
         source = source.to_dict()
     if isinstance(source, Mapping):
@@ -118,6 +116,12 @@ def _of_module(module: torch.nn.Module, dtype: torch.dtype | None) -> Model:
     return Model(type(module).__name__, tuple(parameters), buffers, next(iter(devices), None), cut)
 
 
+def _of_files(paths: Sequence[Path], dtype: torch.dtype | None) -> Model:
+    parts = [_of_file(path, dtype) for path in paths]
+    title = f"{parts[0].title} and {len(parts) - 1} more" if len(parts) > 1 else parts[0].title
+    return Model(title, sum((part.parameters for part in parts), ()), sum(part.buffer_bytes for part in parts))
+
+
 def _of_file(path: Path, dtype: torch.dtype | None) -> Model:
     if not path.is_file():
         raise FileNotFoundError(
@@ -131,6 +135,9 @@ def _of_file(path: Path, dtype: torch.dtype | None) -> Model:
         raise ValueError(f"optim8.memory.plan: {path.name} must be JSON or end in .safetensors: {error}.") from None
     if not isinstance(config, dict):
         raise ValueError(f"optim8.memory.plan: {path.name} must hold a JSON object, got {type(config).__name__}.")
+    named = config.get("weight_map")  # of the index of a safetensors file in parts
+    if isinstance(named, dict) and named:
+        return _of_files([path.parent / str(part) for part in sorted(set(map(str, named.values())))], dtype)
     return _of_config(config, dtype)
 
 

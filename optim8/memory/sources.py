@@ -53,8 +53,9 @@ class CudaSource:
         self.mark()
 
     def mark(self) -> None:
-        most = torch.cuda.max_memory_allocated(self._device)
-        self._readings.append((torch.cuda.memory_allocated(self._device), most))
+        # What memory_allocated and max_memory_allocated each sort out of all the counters, asked once.
+        counters = torch.cuda.memory_stats_as_nested_dict(self._device)["allocated_bytes"]["all"]
+        self._readings.append((counters["current"], counters["peak"]))
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def readings(self, last: bool) -> Sequence[Reading]:
