@@ -215,6 +215,35 @@ def test_outputs_in_containers_and_other_optimizers() -> None:
     assert prof.records[-1].kinds["state (host)"] == 4 * sum(p.numel() for p in model.parameters())
 
 
+def test_modules_that_change_in_a_block_are_seen() -> None:
+    model = nn.Sequential(nn.Linear(NARROW, NARROW), nn.Sequential(nn.Linear(NARROW, NARROW), nn.ReLU()))
+    model[1].add_module("tied", model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = torch.randn(9, NARROW)
+
+    def parameters() -> int:
+        return sum(p.nbytes for p in model.parameters())
+
+    expected = [parameters()]
+    with optim8.memory.profile(model, optimizer) as prof:
+        step(model, optimizer, data)
+        model[1][1] = nn.Linear(NARROW, WIDE)  # as many modules as before
+        expected.append(parameters())
+        model[1].tied = nn.Linear(WIDE, NARROW)
+        step(model, optimizer, data)
+        model[0].bias = None
+        expected.append(parameters())
+        step(model, optimizer, data)
+        del model[1][2]
+        expected.append(parameters())
+        step(model, optimizer, data)
+    ends = [record.kinds["parameters"] for record in prof.records if record.phase == "step"]
+    assert ends[0] == expected[0]
+    assert ends[1] > expected[1]  # with the last layer, which was changed too
+    assert ends[2] == ends[1] - 4 * NARROW
+    assert ends[3] == expected[3] < ends[2]
+
+
 def test_state_in_a_file_is_not_in_ram() -> None:
     model, _, data = training(torch.device("cpu"))
     optimizer = optim8.PagedAdamW8bit(model.parameters())
