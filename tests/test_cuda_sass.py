@@ -67,6 +67,20 @@ def test_registers_stay_under_the_bound(kernels: dict[str, sass.Kernel]) -> None
     assert max(kernel.registers for kernel in kernels.values()) <= MOST_REGISTERS
 
 
+def test_dequantization_does_not_divide_for_each_value(tmp_path: Path) -> None:
+    """A lane's eight values take one or two absmax; a division for each of them would be most of its instructions."""
+    found = [
+        kernel
+        for name, kernel in sass.kernels_of("blockwise.cu", "sm_90", tmp_path).items()
+        if "dequantize_tiles" in name
+    ]
+    assert len(found) == 3
+    for kernel in found:
+        opcodes, ways = kernel.opcodes(), kernel.ways_from(0)
+        last = max(i for i in ways if re.match(r"STG.*\.128", opcodes[i]))
+        assert len(ways[last]) / 8 <= 16, kernel.name
+
+
 def test_local_memory_would_be_seen() -> None:
     kernel = sass.Kernel("spilling", ((0, "STL.64 [R1+0x8], R2"), (16, "@P0 EXIT"), (32, "EXIT")), 255)
     assert kernel.count(r"(LDL|STL|LDS|STS|BAR)\b") == 1

@@ -51,28 +51,27 @@ __global__ void describe_code(const float* code, float* code_info) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads_per_block, 4) quantize_blocks(const QuantizeJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4)
+    quantize_blocks(const QuantizeJob job, const BlockLength blocks) {
     const T* values = static_cast<const T*>(job.values);
     const CodeKind kind =
         job.kind != CodeKind::Any ? job.kind : static_cast<CodeKind>(static_cast<int>(job.middle[code_size - 1]));
     switch (kind) {
         case CodeKind::Signed:
-            return quantize_warp(DynamicEncoder<Code::Signed>(), values, job.codes, job.absmax, job.size,
-                                 job.blocksize);
+            return quantize_warp(DynamicEncoder<Code::Signed>(), values, job.codes, job.absmax, job.size, blocks);
         case CodeKind::Unsigned:
-            return quantize_warp(DynamicEncoder<Code::Unsigned>(), values, job.codes, job.absmax, job.size,
-                                 job.blocksize);
+            return quantize_warp(DynamicEncoder<Code::Unsigned>(), values, job.codes, job.absmax, job.size, blocks);
         case CodeKind::Positive:
-            return quantize_warp(DynamicEncoder<Code::Positive>(), values, job.codes, job.absmax, job.size,
-                                 job.blocksize);
+            return quantize_warp(DynamicEncoder<Code::Positive>(), values, job.codes, job.absmax, job.size, blocks);
         case CodeKind::Any:
-            return quantize_warp(AnyEncoder{job.middle}, values, job.codes, job.absmax, job.size, job.blocksize);
+            return quantize_warp(AnyEncoder{job.middle}, values, job.codes, job.absmax, job.size, blocks);
     }
 }
 
 // A tile a warp, whatever the block size; the table is read through the cache.
 template <class T>
-__global__ void __launch_bounds__(threads_per_block, 4) dequantize_tiles(const DequantizeJob job) {
+__global__ void __launch_bounds__(threads_per_block, 4)
+    dequantize_tiles(const DequantizeJob job, const BlockLength blocks) {
     constexpr int span = packet_span<T>;
     const int64_t at = warp_of_grid() * tile;
     if (at >= job.size) return;
@@ -82,15 +81,17 @@ __global__ void __launch_bounds__(threads_per_block, 4) dequantize_tiles(const D
     T values[per_lane];
     load_tile<span>(job.codes + at, count, count == tile && packed_well<uint8_t, span>(job.codes + at), uint8_t{0},
                     codes);
-    const int64_t first_block = at / job.blocksize;
-    const int64_t into_block = at - first_block * job.blocksize;
+    const auto decode_run = [&](int first, int n) {
+        const int i = place<span>(first);
+        const float absmax = i < count ? __ldg(job.absmax + blocks.block_of(at + i)) : 0.0f;
+        for (int k = first; k < first + n; ++k) values[k] = from_float<T>(__ldg(job.code + codes[k]) * absmax);
+    };
+    if (blocks.holds_runs_of(span)) {
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) {
-        // Both are less than 2^31, so the division for each value is a short one.
-        const uint32_t further =
-            static_cast<uint32_t>(place<span>(k) + into_block) / static_cast<uint32_t>(job.blocksize);
-        const float absmax = place<span>(k) < count ? __ldg(job.absmax + first_block + further) : 0.0f;
-        values[k] = from_float<T>(__ldg(job.code + codes[k]) * absmax);
+        for (int k = 0; k < per_lane; k += span) decode_run(k, span);
+    } else {
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) decode_run(k, 1);
     }
     store_tile<span>(out, count, count == tile && packed_well<T, span>(out), values);
 }
@@ -103,15 +104,16 @@ void optim8::cuda_quantize(QuantizeJob job, float* code_info, cudaStream_t strea
         launch(quantizing, describe_code, 1, stream, job.code, code_info);
         job.middle = code_info;
     }
-    const int64_t warps = quantize_warps(job.size, job.blocksize);
+    const BlockLength blocks(job.blocksize);
     with_storage(job.storage, [&](auto stored) {
-        launch(quantizing, quantize_blocks<typename decltype(stored)::type>, warps, stream, job);
+        using T = typename decltype(stored)::type;
+        launch(quantizing, quantize_blocks<T>, quantize_warps<T>(job.size, blocks), stream, job, blocks);
     });
 }
 
 void optim8::cuda_dequantize(const DequantizeJob& job, cudaStream_t stream) {
     with_storage(job.storage, [&](auto stored) {
         launch("dequantize_blockwise", dequantize_tiles<typename decltype(stored)::type>, tiles_of(job.size), stream,
-               job);
+               job, BlockLength(job.blocksize));
     });
 }

@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(threads_per_block, 4) scale_rows(const Int8Sca
     }
 }
 
-// A warp a sum, four products an instruction where the rows are whole words. For the shapes that torch's own integer
-// product does not take; made to be right, not fast.
+// A warp a sum, four products an instruction where the rows are whole words. Made to be right for every shape, not
+// fast.
 __global__ void __launch_bounds__(threads_per_block, 4) multiply(const Int8ProductJob job) {
     const int64_t row = warp_of_grid() / job.columns, column = warp_of_grid() % job.columns;
     if (row >= job.rows) return;

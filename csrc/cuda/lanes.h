@@ -102,16 +102,20 @@ OPTIM8_DEVICE void load_packets(const T* from, T (&to)[n]) {
     }
 }
 
+// Whether values that are read are read again: then they should stay in the cache.
+enum class Reads { Once, Again };
+
 // The lane's values of a tile of which `count` are there; the others become `fill`. `well` says that the tile is whole
 // and its address fit for packets.
-template <int span, class T>
+template <int span, Reads reads = Reads::Once, class T>
 OPTIM8_DEVICE void load_tile(const T* from, int count, bool well, T fill, T (&to)[per_lane]) {
     if (well) {
         using P = Packet<T, span>;
         constexpr int of_packet = sizeof(P) / sizeof(T);
 #pragma unroll
         for (int k = 0; k < per_lane; k += of_packet) {
-            const P packet = __ldcs(reinterpret_cast<const P*>(from + place<span>(k)));
+            const P* at = reinterpret_cast<const P*>(from + place<span>(k));
+            const P packet = reads == Reads::Once ? __ldcs(at) : *at;
             std::memcpy(to + k, &packet, sizeof packet);
         }
     } else {
@@ -174,6 +178,23 @@ OPTIM8_DEVICE int values_in_tile(int64_t size, int64_t at) {
 
 // The tiles of `size` values.
 inline int64_t tiles_of(int64_t size) { return size / tile + (size % tile != 0); }
+
+// The length of the blocks that have one absmax. Most often it is a power of two, and then nothing need be divided by
+// it, which takes as long as decoding several values.
+struct BlockLength {
+    int64_t values;
+    int shift = -1;  // values are 2^shift; -1: no power of two
+
+    explicit BlockLength(int64_t values) : values(values) {
+        for (int s = 0; s < 63; ++s)
+            if (values == int64_t{1} << s) shift = s;
+    }
+    OPTIM8_DEVICE int64_t block_of(int64_t i) const { return shift >= 0 ? i >> shift : i / values; }
+    // Whether the `n` values from any multiple of n on, a power of two, are of one block.
+    OPTIM8_DEVICE bool holds_runs_of(int n) const { return shift >= 0 && n <= values; }
+    // Whether a tile is made of whole blocks, and each of them of the values of whole lanes.
+    OPTIM8_HD bool divides_tiles() const { return shift >= 0 && values <= tile && values >= per_lane; }
+};
 
 template <class T>
 struct TypeOf {

@@ -1,5 +1,6 @@
 // Quantization by blocks for any encoder: block maximum, then a code for each value. A warp takes a tile of 256 values
-// where a block is at most that long (and a power of two), else a whole block, which it reads twice.
+// where a block is at most that long (and a power of two), else a whole block, which it reads twice, or with the other
+// warps of its thread block a part of one.
 #pragma once
 
 #include "core/codec.h"
@@ -30,10 +31,10 @@ OPTIM8_DEVICE void store_codes(uint8_t* to, int count, const uint8_t (&codes)[pe
     }
 }
 
-template <class T>
+template <Reads reads = Reads::Once, class T>
 OPTIM8_DEVICE void load_floats(const T* from, int count, float (&to)[per_lane]) {
     T raw[per_lane];
-    load_tile<per_lane>(from, count, count == tile && packed_well<T, per_lane>(from), T{}, raw);
+    load_tile<per_lane, reads>(from, count, count == tile && packed_well<T, per_lane>(from), T{}, raw);
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) to[k] = to_float(raw[k]);
 }
@@ -56,51 +57,62 @@ OPTIM8_DEVICE void encode_tile(const Encoder& encoder, const float (&values)[per
     store_codes<Encoder::bits>(to, count, codes);
 }
 
+// How many warps quantize a block that is no part of a tile. Each looks for the block's maximum, since they share no
+// memory, and encodes its part of the block. A block beyond 8 KiB is shared: so the blocks that a multiprocessor has in
+// work fit into its cache, where each of their values is read several times.
+template <class T>
+OPTIM8_HD int warps_of_block(BlockLength blocks) {
+    return blocks.values * static_cast<int64_t>(sizeof(T)) > 8192 ? warps_per_block : 1;
+}
+
 // How many warps quantize_warp wants.
-inline int64_t quantize_warps(int64_t size, int64_t blocksize) {
-    const bool by_tiles = blocksize <= tile && tile % blocksize == 0 && blocksize % per_lane == 0;
-    const int64_t each = by_tiles ? tile : blocksize;
-    return size / each + (size % each != 0);
+template <class T>
+int64_t quantize_warps(int64_t size, BlockLength blocks) {
+    if (blocks.divides_tiles()) return tiles_of(size);
+    return blocks_of(size, blocks.values) * warps_of_block<T>(blocks);
 }
 
 template <class Encoder, class T>
 OPTIM8_DEVICE void quantize_warp(const Encoder& encoder, const T* values, uint8_t* codes, float* absmax, int64_t size,
-                                 int64_t blocksize) {
+                                 BlockLength blocks) {
     float x[per_lane];
-    if (blocksize <= tile && tile % blocksize == 0 && blocksize % per_lane == 0) {
+    if (blocks.divides_tiles()) {
         const int64_t at = warp_of_grid() * tile;
         if (at >= size) return;
-        const int count = values_in_tile(size, at);
-        const int lanes = static_cast<int>(blocksize) / per_lane;
+        const int count = values_in_tile(size, at), mine = lane() * per_lane;
+        const int length = 1 << blocks.shift;
         load_floats(values + at, count, x);
-        uint32_t largest = largest_of_lanes(largest_of_values(x, false), lanes);
-        if (__any_sync(whole_warp, largest >= inf_bits)) largest = largest_of_lanes(largest_of_values(x, true), lanes);
+        uint32_t largest = largest_of_lanes(largest_of_values(x, false), length / per_lane);
+        if (__any_sync(whole_warp, largest >= inf_bits))
+            largest = largest_of_lanes(largest_of_values(x, true), length / per_lane);
         encode_tile(encoder, x, normalizer(float_of(largest)), codes + at * Encoder::bits / 8, count);
-        if (lane() % lanes == 0 && lane() * per_lane < count)
-            absmax[at / blocksize + lane() / lanes] = float_of(largest);
+        if ((mine & (length - 1)) == 0 && mine < count) absmax[blocks.block_of(at + mine)] = float_of(largest);
         return;
     }
-    const int64_t block = warp_of_grid(), begin = block * blocksize;
+    const int sharers = warps_of_block<T>(blocks);
+    const int64_t block = sharers == 1 ? warp_of_grid() : warp_of_grid() / warps_per_block;
+    const int part = sharers == 1 ? 0 : static_cast<int>(warp_of_grid() % warps_per_block);
+    const int64_t begin = block * blocks.values;
     if (begin >= size) return;
-    const int64_t end = begin + blocksize < size ? begin + blocksize : size;
+    const int64_t end = begin + blocks.values < size ? begin + blocks.values : size;
     uint32_t largest = 0;
     for (int pass = 0; pass < 2; ++pass) {
         // The second time only where the block holds something that is not finite.
         if (pass == 1 && largest < inf_bits) break;
         largest = 0;
         for (int64_t at = begin; at < end; at += tile) {
-            load_floats(values + at, values_in_tile(end, at), x);
+            load_floats<Reads::Again>(values + at, values_in_tile(end, at), x);
             largest = maximum(largest, largest_of_values(x, pass == 1));
         }
         largest = largest_of_lanes(largest, warp_size);
     }
     const Normalizer normal = normalizer(float_of(largest));
-    for (int64_t at = begin; at < end; at += tile) {
+    for (int64_t at = begin + part * tile; at < end; at += sharers * tile) {
         const int count = values_in_tile(end, at);
         load_floats(values + at, count, x);
         encode_tile(encoder, x, normal, codes + at * Encoder::bits / 8, count);
     }
-    if (lane() == 0) absmax[block] = float_of(largest);
+    if (part == 0 && lane() == 0) absmax[block] = float_of(largest);
 }
 
 OPTIM8_END
