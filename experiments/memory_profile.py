@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import RUNS, add_outputs, default_json, not_measured, origin, provenance, table, write_json
+from common import RUNS, add_outputs, not_measured, origin, provenance, table
 from lm import memory
 from lm.model import GPT, Shape
-from plotting import STYLES, new_figure, save
+from plotting import STYLES, new_figure, publish
 from subjects import Make, missing_peers, peer, peer_versions, state_bytes, with_version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -216,10 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("memory_profile: resident memory is measured by Linux' /proc/self/clear_refs, not found", file=sys.stderr)
         return 2
     result = {**provenance(vars(arguments)), **measure(arguments)}
-    path = default_json(arguments, "memory_profile")
-    write_json(path, result)
-    save(draw(result), arguments.png)
-    print(f"\n{rendered(result)}\n\nWritten: {path}, {arguments.png}")
+    publish("memory_profile", result, arguments, draw, rendered)
     return 0
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import add_outputs, default_json, origin, provenance, table, time_interleaved, write_json
-from plotting import new_figure, save
+from common import add_outputs, origin, provenance, table, time_interleaved
+from plotting import new_figure, publish
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import optim8
@@ -169,10 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "page_cache": rows,
         "disk": disk(arguments, count),
     }
-    path = default_json(arguments, "paged")
-    write_json(path, result)
-    save(draw(result), arguments.png)
-    print(f"\n{rendered(result)}\n\nWritten: {path}, {arguments.png}")
+    publish("paged", result, arguments, draw, rendered)
     return 0
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import RUNS, add_outputs, default_json, origin, plural, provenance, table, write_json
+from common import RUNS, add_outputs, origin, plural, provenance, table, write_json
 from lm.data import Text, load_text
 from lm.optimizers import COUNTERPART, RECIPES
 from lm.train import Run, Settings, require_same_settings
-from plotting import STYLES, new_figure, save
+from plotting import STYLES, new_figure, publish
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
@@ -214,10 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command with --resume continues.", file=sys.stderr)
         return 130
-    path = default_json(arguments, "parity")
-    write_json(path, result)
-    save(draw(result), arguments.png)
-    print(f"\n{rendered(result)}\n\nWritten: {path}, {arguments.png}")
+    publish("parity", result, arguments, draw, rendered)
     return 0
 
 

@@ -7,14 +7,16 @@ file says is found on any machine, with any version of matplotlib, and so is a p
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import atomic_path
+from common import atomic_path, default_json, write_json
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and a table needs none of it
     from matplotlib.axes import Axes
@@ -85,6 +87,20 @@ def save(figure: Figure, path: Path) -> None:
         mark = PngInfo()
         mark.add_text(MARK, _digest(figure, image))
         image.save(temporary, format="png", pnginfo=mark, optimize=True)
+
+
+def publish(
+    name: str,
+    result: dict[str, Any],
+    arguments: argparse.Namespace,
+    draw: Callable[[dict[str, Any]], Figure],
+    rendered: Callable[[dict[str, Any]], str],
+) -> None:
+    """The end of an experiment: its result as a file and as a picture, where `add_outputs` says, and as text."""
+    path = default_json(arguments, name)
+    write_json(path, result)
+    save(draw(result), arguments.png)
+    print(f"\n{rendered(result)}\n\nWritten: {path}, {arguments.png}")
 
 
 def is_current(figure: Figure, path: Path) -> bool:

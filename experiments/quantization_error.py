@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import add_outputs, default_json, origin, plural, provenance, table, write_json
+from common import add_outputs, origin, plural, provenance, table
 from lm.data import Text, load_text
 from lm.optimizers import RECIPES
 from lm.train import Run, Settings
-from plotting import STYLES, new_figure, save
+from plotting import STYLES, new_figure, publish
 from schemes import BLOCKSIZES, CODES, OURS, Moments, schemes
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -187,10 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"quantization_error: {error}", file=sys.stderr)
         return 2
-    path = default_json(arguments, "quantization_error")
-    write_json(path, result)
-    save(draw(result), arguments.png)
-    print(f"\n{rendered(result)}\n\nWritten: {path}, {arguments.png}")
+    publish("quantization_error", result, arguments, draw, rendered)
     return 0
 
 

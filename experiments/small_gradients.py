@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import add_outputs, default_json, not_measured, origin, provenance, table, write_json
-from plotting import STYLES, new_figure, save
+from common import add_outputs, not_measured, origin, provenance, table
+from plotting import STYLES, new_figure, publish
 from subjects import Make, missing_peers, peer_subjects, peer_versions, with_version
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -186,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     torch.set_num_threads(1)  # small tensors
     result = {**provenance(vars(arguments)), **measure(arguments)}
-    path = default_json(arguments, "small_gradients")
-    write_json(path, result)
-    save(draw(result), arguments.png)
-    print(f"\n{rendered(result)}\n\nWritten: {path}, {arguments.png}")
+    publish("small_gradients", result, arguments, draw, rendered)
     return 0
 
 

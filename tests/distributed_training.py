@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CASES, EVERY
+from cases import CASES, EVERY, Case
 from distributed_common import (
     ON_BLOCKS,
     Net,
@@ -99,6 +99,21 @@ def cpu_offload(place: Place) -> None:
     twins.check(optimizer)
 
 
+def trains_as_its_shards_do(case: Case, model: torch.nn.Module, place: Place) -> None:
+    """Each shard steps as if it were alone, and the state loads where it was saved."""
+    optimizer, twins = default_size(case, model), Twins(case, list(model.parameters()))
+    for t in range(3):
+        x = torch.randn(6, 64, generator=torch.Generator().manual_seed(t)).to(place.device)
+        model(x).square().mean().backward()
+        twins.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    twins.check(optimizer)
+    before = snapshot_local(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert snapshot_local(optimizer) == before
+
+
 def tensor_parallel(place: Place) -> None:
     """Rows and columns of matrices over the ranks, and a bias that all have."""
     for case in EVERY:
@@ -107,17 +122,7 @@ def tensor_parallel(place: Place) -> None:
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
         model = parallelize_module(model.to(place.device), place.mesh(), plan)
         assert model[2].weight.placements == (Shard(1),)
-        optimizer, twins = default_size(case, model), Twins(case, list(model.parameters()))
-        for t in range(3):
-            x = torch.randn(6, 64, generator=torch.Generator().manual_seed(t)).to(place.device)
-            model(x).square().mean().backward()
-            twins.step()
-            optimizer.step()
-            optimizer.zero_grad()
-        twins.check(optimizer)
-        before = snapshot_local(optimizer)
-        optimizer.load_state_dict(optimizer.state_dict())
-        assert snapshot_local(optimizer) == before
+        trains_as_its_shards_do(case, model, place)
 
 
 def fsdp2_and_tensor_parallel(place: Place) -> None:
@@ -128,16 +133,7 @@ def fsdp2_and_tensor_parallel(place: Place) -> None:
         model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 72)).to(place.device)
         model = parallelize_module(model, mesh["model"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
         fully_shard(model, mesh=mesh["data"])
-        optimizer, twins = default_size(case, model), Twins(case, list(model.parameters()))
-        for _ in range(2):
-            model(torch.ones(6, 64, device=place.device)).square().mean().backward()
-            twins.step()
-            optimizer.step()
-            optimizer.zero_grad()
-        twins.check(optimizer)
-        before = snapshot_local(optimizer)
-        optimizer.load_state_dict(optimizer.state_dict())
-        assert snapshot_local(optimizer) == before
+        trains_as_its_shards_do(case, model, place)
 
 
 def gradients(place: Place) -> None:
