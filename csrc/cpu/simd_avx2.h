@@ -155,45 +155,56 @@ struct ZonesOf {
     static_assert(all.factor != 0, "no linear rule finds the zone of a value");
 };
 
-OPTIM8_HD __m256i pick(const void* table, __m256i zone) {
-    return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(table)), zone);
+OPTIM8_HD __m256i pick(const int32_t (&table)[8], __m256i zone) {
+    return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)), zone);
 }
 OPTIM8_HD F pick(const float (&table)[8], __m256i zone) {
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), zone);
 }
 
+// Each operation stands for all vectors before the next one, so that neighbouring instructions wait for different
+// things and a table is read from memory once.
 template <Code code>
 OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, uint8_t* codes) {
+    constexpr int n = code_group / width;
+    static_assert(n == 4, "one packed vector of codes");
     const ZoneTables& t = ZonesOf<code>::all;
     const __m256 magnitude_mask = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(abs_mask)));
-    __m256i index[code_group / width];
-    for (int j = 0; j < code_group / width; ++j) {
-        const __m256 quotient = _mm256_mul_ps(x[j].v, _mm256_set1_ps(reciprocal));
-        // The maximum gives the other operand for a NaN.
-        const __m256 y = _mm256_max_ps(code == Code::Signed ? _mm256_and_ps(quotient, magnitude_mask) : quotient,
-                                       _mm256_set1_ps(t.lowest));
-        const __m256i scaled = _mm256_mulhi_epu16(_mm256_castps_si256(y), _mm256_set1_epi32(t.factor << 16));
-        __m256i zone = _mm256_srli_epi32(scaled, 16);
-        const __m256 above = _mm256_cmp_ps(y, pick(t.threshold, zone).v, _CMP_GE_OQ);
-        zone = _mm256_sub_epi32(zone, _mm256_castps_si256(above));
-        I a = nearest_on_line(F(y), pick(t.slope, zone), pick(t.offset, zone), I{pick(t.last, zone)});
-        if (code == Code::Signed) a.v = _mm256_sign_epi32(a.v, _mm256_castps_si256(quotient));
+    const __m256i factor = _mm256_set1_epi32(t.factor << 16);
+    const F with(reciprocal), lowest(t.lowest);
+    F y[n], slope[n];
+    __m256i zone[n];
+    I index[n];
+    for (int j = 0; j < n; ++j) y[j] = x[j] * with;
+    if (code == Code::Signed)
+        for (int j = 0; j < n; ++j) y[j] = _mm256_and_ps(y[j].v, magnitude_mask);
+    // The maximum gives the other operand for a NaN.
+    for (int j = 0; j < n; ++j) y[j] = maximum(y[j], lowest);
+    for (int j = 0; j < n; ++j) zone[j] = _mm256_mulhi_epu16(_mm256_castps_si256(y[j].v), factor);
+    for (int j = 0; j < n; ++j) zone[j] = _mm256_srli_epi32(zone[j], 16);
+    __m256 above[n];
+    for (int j = 0; j < n; ++j) above[j] = pick(t.threshold, zone[j]).v;
+    for (int j = 0; j < n; ++j) above[j] = _mm256_cmp_ps(y[j].v, above[j], _CMP_GE_OQ);
+    for (int j = 0; j < n; ++j) zone[j] = _mm256_sub_epi32(zone[j], _mm256_castps_si256(above[j]));
+    for (int j = 0; j < n; ++j) slope[j] = pick(t.slope, zone[j]);
+    for (int j = 0; j < n; ++j)
+        index[j] = nearest_on_line(y[j], slope[j], pick(t.offset, zone[j]), I{pick(t.last, zone[j])});
+    for (int j = 0; j < n; ++j) {
+        const __m256i bits = _mm256_castps_si256(x[j].v);
+        // The quotient has the sign of x.
+        if (code == Code::Signed) index[j].v = _mm256_sign_epi32(index[j].v, bits);
         // 0 where x is not positive. The bits of a positive x, as an integer, are no less than its index: if few, x is
         // subnormal, at most bits * 2^-23 of absmax. Negative ones are made 0 by the packing below.
-        if (code == Code::Positive) a = minimum(a, I{_mm256_castps_si256(x[j].v)});
-        index[j] = a.v;
+        if (code == Code::Positive) index[j] = minimum(index[j], I{bits});
+    }
+    __m256i low = _mm256_packs_epi32(index[0].v, index[1].v), high = _mm256_packs_epi32(index[2].v, index[3].v);
+    if (code == Code::Signed) {
+        low = _mm256_add_epi16(low, _mm256_set1_epi16(127));
+        high = _mm256_add_epi16(high, _mm256_set1_epi16(127));
     }
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    for (int h = 0; h < code_group / 32; ++h) {
-        __m256i low = _mm256_packs_epi32(index[4 * h], index[4 * h + 1]);
-        __m256i high = _mm256_packs_epi32(index[4 * h + 2], index[4 * h + 3]);
-        if (code == Code::Signed) {
-            low = _mm256_add_epi16(low, _mm256_set1_epi16(127));
-            high = _mm256_add_epi16(high, _mm256_set1_epi16(127));
-        }
-        const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * h), packed);
-    }
+    const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), packed);
 }
 
 OPTIM8_END
