@@ -235,6 +235,7 @@ def test_a_config_of_another_library_is_read_as_its_dict() -> None:
             return GPT2
 
     assert optim8.memory.plan(Config()).bytes == optim8.memory.plan(GPT2).bytes
+    assert optim8.memory.plan({**GPT2, "quantization_config": None}).bytes == optim8.memory.plan(GPT2).bytes
 
 
 def header(entries: dict[str, Any]) -> bytes:

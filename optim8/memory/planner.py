@@ -170,7 +170,8 @@ def _state(
         made, groups, pager = cls, cls.param_groups, None if cls._store is None else cls._store.pager
     elif isinstance(cls, type) and issubclass(cls, BlockwiseOptimizer):
         pager = pager_of("optim8.memory.plan", paged, cls.always_paged)
-        meta = [torch.empty(p.whole.shape, dtype=dtype, device="meta") for p, dtype in zip(trained, stepped)]
+        pairs = zip(trained, stepped)
+        meta = [torch.empty(p.whole.shape, dtype=dtype, device="meta", requires_grad=True) for p, dtype in pairs]
         made = cls([{"params": meta}], **options)  # refuses what training would refuse
         names = {"params": [p.whole for p in trained], "param_names": [p.name for p in trained]}
         groups = [{**made.param_groups[0], **names}]

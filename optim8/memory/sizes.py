@@ -162,7 +162,7 @@ def _of_safetensors(path: Path, dtype: torch.dtype | None) -> Model:
 
 
 def _of_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise ValueError(
             "optim8.memory.plan: the config is of a quantized model (quantization_config), whose parameters it does "
             "not tell. Take that entry out to plan the model as it is without, or pass the model or its safetensors "
