@@ -1,9 +1,14 @@
 // Paged state: a step in buckets, and the pages of memory-mapped files. What is paged is decided in optim8.paging.
-#include "bind/buckets.h"
+#include "bind/streaming.h"
+#include "cpu/direct_io.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
+#include <optional>
+#include <utility>
 
 PYBIND11_MAKE_OPAQUE(optim8::Buckets)
 
@@ -28,9 +33,9 @@ void open_all(const std::vector<Span>& spans, int threads) {
     });
 }
 
-// One call for the whole step: a signal handler of Python that raises must not end it in the middle.
-void run_cpu(const Buckets& buckets, int threads, int64_t ahead, bool release) {
-    const py::gil_scoped_release no_gil;
+// Steps the state where the files are mapped. `ahead`: bytes to have fetched before they are stepped; `release`: let go
+// of each bucket's pages behind the step.
+void step_mapped(const Buckets& buckets, int threads, int64_t ahead, bool release) {
     size_t fetched = 0;
     int64_t waiting = 0;  // bytes that were fetched and not yet stepped
     for (size_t b = 0; b < buckets.size(); ++b) {
@@ -43,6 +48,40 @@ void run_cpu(const Buckets& buckets, int threads, int64_t ahead, bool release) {
         waiting -= buckets[b].bytes;
         if (release) release_all(buckets[b].spans);
     }
+}
+
+// The share of the state that is in the page cache, from 0 to 1, told from one page of each 256 KiB: asking for all
+// takes as long as a tenth of a step.
+double share_in_memory(const Buckets& buckets) {
+    constexpr uintptr_t apart = uintptr_t{1} << 18;
+    int64_t asked = 0, found = 0;
+    for (const Bucket& bucket : buckets)
+        for (const Span& span : bucket.spans)
+            for (uintptr_t at = span.first; at < span.second; at += apart, ++asked) found += page_in_memory(at);
+    return asked == 0 ? 1 : static_cast<double>(found) / static_cast<double>(asked);
+}
+
+// One call for the whole step: a signal handler of Python that raises must not end it in the middle. Tells whether it
+// went past the page cache.
+bool run_cpu(const Buckets& buckets, int threads, int64_t ahead, bool release,
+             const std::vector<std::pair<Span, int>>& files, const DirectMemory* memory) {
+    std::optional<DiskError> failed;
+    bool past_cache = false;
+    {
+        const py::gil_scoped_release no_gil;
+        std::vector<PagedFile> open;
+        for (const auto& [span, handle] : files) open.push_back({span, handle});
+        try {
+            past_cache = memory != nullptr && step_past_cache(buckets, open, *memory, threads);
+            if (!past_cache) step_mapped(buckets, threads, ahead, release);
+        } catch (const DiskError& error) {
+            failed = error;
+        }
+    }
+    if (!failed) return past_cache;
+    const char* what = failed->writing ? "written" : "read";
+    PyErr_SetObject(PyExc_OSError, py::make_tuple(failed->number, what).ptr());
+    throw py::error_already_set();
 }
 
 }  // namespace
@@ -65,9 +104,24 @@ void bind_paging(py::module_& m) {
                 return b[i];
             },
             py::return_value_policy::reference_internal)
-        .def("run_cpu", &run_cpu, py::arg("threads"), py::arg("ahead"), py::arg("release"),
-             "Steps all rows on the CPU, without counting the step. `ahead`: bytes to have fetched before they are "
-             "stepped; `release`: let go of each bucket's pages behind the step.");
+        .def("share_in_memory", &share_in_memory, py::call_guard<py::gil_scoped_release>(),
+             "The share of the paged state that the system has in memory, from 0 to 1, by sample.")
+        .def(
+            "run_cpu", &run_cpu, py::arg("threads"), py::arg("ahead"), py::arg("release"), py::arg("files"),
+            py::arg("memory"),
+            "Steps all rows on the CPU, without counting the step. With `memory`, it goes past the page cache if it "
+            "can, and then gives True; `files`: where each file is mapped, and its handle, open with O_DIRECT. In the "
+            "mapping, `ahead`: bytes to have fetched before they are stepped; `release`: let go of each bucket's pages "
+            "behind the step. OSError: the disk failed when something was 'read' or 'written'; rows were stepped "
+            "until then.");
+    py::class_<DirectMemory>(m, "DirectMemory", "Memory of a step that goes past the page cache.")
+        .def(py::init([](size_t bytes) {
+                 auto memory = std::make_unique<DirectMemory>(bytes / 4096 * 4096);
+                 if (memory->data() == nullptr) throw std::bad_alloc();
+                 return memory;
+             }),
+             py::arg("bytes"))
+        .def_property_readonly("size", &DirectMemory::size, "Bytes.");
     m.def(
         "release_pages",
         [](const std::vector<Span>& spans) {

@@ -101,10 +101,13 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_paging_kept import ADAMW, keep
+from optim8.paging.streaming import Stream
 torch.set_num_threads(1)
 p = torch.nn.Parameter(torch.ones(2**24, dtype=torch.bfloat16))
 p.grad = torch.full_like(p, 0.25)
-optimizer = ADAMW.make([p], paged=keep(Path({folder!r}), host_budget="64KiB", bucket="64KiB"))
+if {past_cache}:
+    Stream._goes_past_cache = lambda self, share: True
+optimizer = ADAMW.make([p], paged=keep(Path({folder!r}), host_budget="256KiB", bucket="64KiB"))
 optimizer.step()
 optimizer.note_checkpoint("runs/last.pt")
 print("go", flush=True)
@@ -115,9 +118,9 @@ while True:
 """
 
 
-def killed(folder: Path, between: bool) -> None:
+def killed(folder: Path, between: bool, past_cache: bool) -> None:
     """Leave a directory as a process leaves it that is killed in the middle of a step, or between two."""
-    code = WORKER.format(here=str(HERE), folder=str(folder), between=between)
+    code = WORKER.format(here=str(HERE), folder=str(folder), between=between, past_cache=past_cache)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, env=environment) as process:
@@ -130,8 +133,9 @@ def killed(folder: Path, between: bool) -> None:
         process.wait()
 
 
-def test_sigkill_in_the_middle_of_a_step_is_noticed(tmp_path: Path) -> None:
-    killed(tmp_path, between=False)
+@pytest.mark.parametrize("past_cache", [False, True], ids=["in the mapping", "past the page cache"])
+def test_sigkill_in_the_middle_of_a_step_is_noticed(past_cache: bool, tmp_path: Path) -> None:
+    killed(tmp_path, False, past_cache)
     p = parameter(torch.ones(2**24, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError) as error:
         ADAMW.make([p], paged=keep(tmp_path, resume=True))
@@ -147,8 +151,9 @@ def test_sigkill_in_the_middle_of_a_step_is_noticed(tmp_path: Path) -> None:
         ADAMW.make([p], paged=keep(tmp_path))
 
 
-def test_sigkill_between_steps_loses_nothing(tmp_path: Path) -> None:
-    killed(tmp_path, between=True)
+@pytest.mark.parametrize("past_cache", [False, True], ids=["in the mapping", "past the page cache"])
+def test_sigkill_between_steps_loses_nothing(past_cache: bool, tmp_path: Path) -> None:
+    killed(tmp_path, True, past_cache)
     resumed, reference = (parameter(torch.ones(2**24, dtype=torch.bfloat16)) for _ in range(2))
     for p in (resumed, reference):
         p.grad = torch.full_like(p, 0.25)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from optim8.paging import segments
+
 HERE = Path(__file__).parent
 MIB = 2**20
 PARAMETERS = GRADIENTS = 16 * MIB  # of paging_worker.py
@@ -33,11 +35,22 @@ def work(**asked: Any) -> Any:
     return json.loads(done.stdout)
 
 
+def past_cache(folder: Path) -> bool:
+    """Whether the file system can be read and written past the page cache."""
+    (folder / "probe").write_bytes(bytes(segments.PAGE))
+    handle = segments._past_cache(folder / "probe")
+    if handle is not None:
+        os.close(handle)
+    return handle is not None
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_state_that_cannot_be_allocated_is_trained_under_a_budget(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cold", [False, True], ids=["page cache", "disk"])
+def test_state_that_cannot_be_allocated_is_trained_under_a_budget(cold: bool, tmp_path: Path) -> None:
     expected = work(paged=False)
-    got = work(paged=True, room=40 * MIB, budget=BUDGET, bucket=4 * MIB, folder=str(tmp_path))
+    got = work(paged=True, room=40 * MIB, budget=BUDGET, bucket=4 * MIB, folder=str(tmp_path), cold=cold)
     assert got["resident"] == "fails to allocate"
+    assert got["ways"] == [cold and past_cache(tmp_path)] * 2
     assert got["digests"] == expected["digests"], "loaded from a state dict, and from a pickle"
     assert got["tiers"]["host"] <= BUDGET - 4 * MIB
     assert got["tiers"]["disk"] > 40 * MIB

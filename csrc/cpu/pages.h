@@ -18,6 +18,16 @@ inline bool fetch_pages(uintptr_t begin, uintptr_t end) {
 #endif
 }
 
+// Whether a page is in memory. Where the system does not tell, it counts as such.
+inline bool page_in_memory(uintptr_t page) {
+#if defined(__linux__)
+    unsigned char flags = 0;
+    return mincore(reinterpret_cast<void*>(page), 1, &flags) != 0 || (flags & 1) != 0;
+#else
+    return page != 0;
+#endif
+}
+
 // Map the pages for writing, in one go. A kernel that reads them first and then writes would pay for two faults of each
 // page, and for the second one dearly. Advice only: where the system does not know it (before Linux 5.14), that
 // happens.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from optim8.paging import journal, segments
-from optim8.paging.segments import DISK, PAGE, Arena, Segment
+from optim8.paging.segments import PAGE, Arena, Segment
 
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 Groups = Sequence[dict[str, Any]]
@@ -74,9 +74,8 @@ class Kept:
         """The files of an earlier run, mapped."""
         layout = self.journal.layout or {"segments": []}
         return [
-            Segment(DISK, segments.mapped(path, segment["size"]), path, limited)
+            segments.mapped(self.directory / segment["file"], segment["size"], limited)
             for segment in layout["segments"]
-            for path in [self.directory / segment["file"]]
         ]
 
     def take(self, place: int, shape: Sequence[int], files: Sequence[Segment]) -> dict[str, torch.Tensor]:

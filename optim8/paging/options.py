@@ -46,14 +46,15 @@ class Pager:
         device_budget: bytes of state on a CUDA device, a number or a text such as "2GiB". None: what is free when
             state is made, less `device_reserve`.
         host_budget: bytes of host memory. None: for CUDA parameters no limit; for parameters on the CPU all state is
-            in the file, and as much of it is in memory as the system's page cache holds. A limit covers the bucket
-            that is being stepped too; where state is in the file, pages are let go of behind the step.
+            in the file, and as much of it is in memory as the system's page cache holds. A limit covers the buckets
+            that are being stepped too; where state is in the file, pages are let go of behind the step.
         directory: folder of the file. None: that of temporary files, which TMPDIR names; mind that some systems have
             that in memory. It must be there, except with `keep`.
         keep: keep the file. All state is in `directory` then, which is a checkpoint of its own. It belongs to one
             optimizer at a time, whose parameters are on the CPU.
         resume: go on with the state that an earlier optimizer kept in `directory`; needs `keep`.
-        bucket: bytes of state that are stepped at a time.
+        bucket: bytes of state that a step streams at a time, of the budget's; where the budget leaves room, up to four
+            buckets are in memory.
         device_reserve: bytes to leave free on a CUDA device where `device_budget` is None.
 
     Raises:

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optim8.paging.options import Pager
-from optim8.paging.segments import DEVICE, DISK, HOST
+from optim8.paging.segments import DEVICE, DISK, HOST, PAGE
+
+# Buckets that are in memory at a time where there is room, being read, stepped or written. One would do for a disk that
+# never pauses.
+AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Plan:
 
     tiers: tuple[str, ...]  # "device", "host" or "disk", in the order of the sizes
     sizes: tuple[int, ...]  # bytes
-    streaming_bytes: int  # of host memory, the pages of a mapped file that are in use at a time; 0 without a limit
+    streaming_bytes: int  # of host memory that a step over the disk uses beside; 0 without a limit
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of state in each tier that gets any."""
@@ -62,8 +66,17 @@ def plan(
         tiers.append(tier)
     if device_type == "cuda" and DISK in tiers:
         _refuse_disk(pager, sizes, tiers, host_taken, owner)
-    streaming = pager.bucket_bytes if DISK in tiers and pager.host_bytes is not None else 0
-    return Plan(tuple(tiers), tuple(sizes), streaming)
+    in_host = host_taken + sum(size for size, tier in zip(sizes, tiers, strict=True) if tier == HOST)
+    streams = DISK in tiers and pager.host_bytes is not None
+    return Plan(tuple(tiers), tuple(sizes), streaming_room(pager, in_host) if streams else 0)
+
+
+def streaming_room(pager: Pager, host_taken: int) -> int:
+    """Bytes of memory that a step over the disk may use, in whole pages, when state in memory of the host takes
+    `host_taken`: what the budget leaves, and no more than is of use."""
+    most = AHEAD * pager.bucket_bytes
+    room = most if pager.host_bytes is None else max(pager.bucket_bytes, min(most, pager.host_bytes - host_taken))
+    return room // PAGE * PAGE
 
 
 def _refuse_disk(pager: Pager, sizes: Sequence[int], tiers: Sequence[str], host_taken: int, owner: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import tempfile
 import weakref
@@ -41,8 +42,11 @@ class Segment:
     path: Path | None = None  # of a kept file; one that is not kept has no name
     limited: bool = False  # mapped, and there is a limit on the pages that are in memory
     pinned: bool = False  # CUDA kernels may use it by its addresses
+    handle: int | None = None  # of the file, past the page cache; closed with the segment. None: that cannot be
 
     def __post_init__(self) -> None:
+        if self.handle is not None:
+            weakref.finalize(self, os.close, self.handle)
         if self.limited:
             _limited.add(self)
 
@@ -150,21 +154,41 @@ def in_file(
             os.pwrite(handle, head, 0)
             for arena, begin in zip(arenas, begins, strict=True):
                 _fill(handle, begin, arena)
-        memory = mapped(path, size)
+        segment = mapped(path, size, limited, named=keep_as is not None)
         kept = keep_as is not None
     finally:
         os.close(handle)
         if not kept:
             path.unlink()
-    cut(memory, arenas, begins)
-    return Segment(DISK, memory, path if kept else None, limited)
+    cut(segment.memory, arenas, begins)
+    return segment
 
 
-def mapped(path: Path, size: int) -> torch.Tensor:
-    """The first `size` bytes of a file, mapped so that writing to them writes to the file."""
+def mapped(path: Path, size: int, limited: bool, named: bool = True) -> Segment:
+    """A segment of the first `size` bytes of a file, mapped so that writing to them writes to the file; `named`: the
+    file keeps its name."""
     if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        return Segment(DISK, torch.empty(0, dtype=torch.uint8), path if named else None, limited)
+    memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    return Segment(DISK, memory, path if named else None, limited, handle=_past_cache(path))
+
+
+def _past_cache(path: Path) -> int | None:
+    """The file opened for reading and writing that goes past the page cache; None where its file system has no such
+    thing, as those in memory."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None
+    try:
+        with mmap.mmap(-1, PAGE) as page:
+            os.preadv(handle, [page], 0)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _reserve(handle: int, size: int, directory: Path) -> None:

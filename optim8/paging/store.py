@@ -18,9 +18,7 @@ from optim8.paging.kept import Groups, Kept
 from optim8.paging.options import Pager
 from optim8.paging.plan import plan
 from optim8.paging.segments import DEVICE, DISK, HOST, Arena, Segment
-
-# Buckets that are read ahead of the step. One would do for a disk that never pauses.
-_AHEAD = 4
+from optim8.paging.streaming import Stream
 
 
 class Store:
@@ -43,6 +41,7 @@ class Store:
         else:
             segments.check_directory(self.directory)
         self._process = os.getpid()
+        self._stream = Stream(owner, pager)
         weakref.finalize(self, launches.settle)  # before its memory goes
 
     @property
@@ -63,7 +62,7 @@ class Store:
             device.type,
             device_free=free,
             device_taken=sum(t.nbytes for t in self._tensors() if t.device == device),
-            host_taken=sum(segment.memory.numel() for segment in self.segments if segment.tier == HOST),
+            host_taken=self._bytes_in(HOST),
             owner=self.owner,
         )
         return planned.tiers
@@ -79,6 +78,9 @@ class Store:
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for entry in self.state.values() for tensor in segments.tensors_of(entry)]
+
+    def _bytes_in(self, tier: str) -> int:
+        return sum(segment.memory.numel() for segment in self.segments if segment.tier == tier)
 
     @property
     def pinned_spans(self) -> list[tuple[int, int]]:
@@ -119,7 +121,9 @@ class Store:
         """What _native.run_step does, with the same bits, streaming what is paged.
 
         Raises:
-            RuntimeError: this process is a fork of the one that owns the state.
+            RuntimeError: this process is a fork of the one that owns the state, or an earlier step was ended by an
+                error of the disk.
+            OSError: the disk failed in the middle of the step.
         """
         if os.getpid() != self._process:
             raise RuntimeError(
@@ -135,12 +139,10 @@ class Store:
                 launches.note({rows.device for rows in table.elsewhere()})
         rows = table.on_cpu()
         if rows is not None:
-            on_disk = [segment.span for segment in self.segments if segment.tier == DISK]
-            buckets = _native.cpu().Buckets(rows, on_disk, self.pager.bucket_bytes)
-            ahead = _AHEAD * self.pager.bucket_bytes
+            on_disk = [segment for segment in self.segments if segment.tier == DISK and segment.memory.numel()]
             if self.kept is not None:
                 self.kept.journal.begin(STEPPING)
-            buckets.run_cpu(_native.threads(), ahead=ahead, release=self.limited)
+            self._stream.step(rows, on_disk, self._bytes_in(HOST))
             rows.count()
             if self.kept is not None:
                 self.kept.journal.end(stepped=True)

@@ -1,0 +1,224 @@
+"""Steps that go past the page cache: their bits, when they do it, what they hold, and what a disk that fails does."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from harness import ALL, DTYPES, hostile, parameter, snapshot
+from test_paging_step import params_of, steps
+
+import optim8
+from optim8.paging import Pager, segments
+from optim8.paging.streaming import Stream
+
+MIB = 2**20
+
+
+@pytest.fixture
+def past_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every step goes past the page cache, whatever that holds."""
+    probe = tmp_path / "probe"
+    probe.write_bytes(bytes(segments.PAGE))
+    handle = segments._past_cache(probe)
+    if handle is None:
+        pytest.skip("temporary files are on a file system without O_DIRECT: set TMPDIR")
+    os.close(handle)
+    probe.unlink()
+    monkeypatch.setattr(Stream, "_goes_past_cache", lambda *_: True)
+
+
+# Two and up to 16 buckets in memory; tensors that are cut and tensors that share a bucket, and pages.
+PAGERS: dict[str, dict[str, Any]] = {
+    "no limit": {"bucket": "128KiB"},
+    "a limit": {"bucket": "512KiB", "host_budget": "512KiB"},
+    "half in memory": {"bucket": "512KiB", "host_budget": "900KiB"},
+    "kept": {"bucket": "64KiB", "keep": True},
+    "one bucket": {},
+}
+
+
+WAYS = [*((pager, 8) for pager in PAGERS), ("a limit", 32), ("kept", 32)]
+
+
+@pytest.mark.parametrize("pager, optim_bits", WAYS)
+@ALL
+@pytest.mark.usefixtures("past_cache")
+def test_bits_are_those_of_a_resident_step(case: Case, optim_bits: int, pager: str, tmp_path: Path) -> None:
+    """State and parameters after each of four steps; gradients are missing, one parameter comes late. State is read
+    through the mapping after every step, so what it holds is not the file's of an earlier step."""
+    dtype = list(DTYPES.values())[(len(case.name) + optim_bits) % 3]
+    resident, paged = params_of(dtype), params_of(dtype)
+    options = {"optim_bits": optim_bits, "min_8bit_size": 256}
+    a = case.make(resident, **options)
+    b = case.make(
+        paged,
+        **options,
+        paged=Pager(directory=tmp_path / "kept" if "keep" in PAGERS[pager] else tmp_path, **PAGERS[pager]),
+    )
+    for t in range(4):
+        for params, optimizer in ((resident, a), (paged, b)):
+            steps(params, optimizer, t, t + 1)
+        assert snapshot(b) == snapshot(a), t
+        assert b._store._stream.past_cache
+    b.close()
+
+
+@pytest.mark.usefixtures("past_cache")
+def test_many_tensors_in_any_order_share_pages(tmp_path: Path) -> None:
+    """Groups that were made in another order than their state, and neighbours of which only some are stepped."""
+    results = []
+    for paged in (None, Pager(directory=tmp_path, bucket="256KiB", host_budget="1MiB")):
+        sizes = [1 + 997 * i % 5003 for i in range(300)] + [300_000, 7, 500_001]
+        params = [parameter(hostile(n, torch.float32, seed=n, small=-2, large=0)) for n in sizes]
+        optimizer = optim8.AdamW8bit(params, min_8bit_size=1000, paged=paged)
+        for t in range(4):
+            for i, p in enumerate(params):
+                p.grad = hostile(p.numel(), torch.float32, seed=i + t) if (i * 7 + t) % 3 else None
+            optimizer.step()
+        optimizer.param_groups[0]["params"].reverse()
+        optimizer.step()
+        results.append(snapshot(optimizer))
+        assert paged is None or optimizer._store._stream.past_cache
+    assert results[0] == results[1]
+
+
+@pytest.mark.usefixtures("past_cache")
+def test_state_that_was_replaced_is_stepped_where_it_is(tmp_path: Path) -> None:
+    results = []
+    for paged in (None, Pager(directory=tmp_path, bucket="256KiB")):
+        p = parameter(hostile(200_000, torch.float32, seed=3, small=-2, large=0))
+        optimizer = optim8.AdamW8bit([p], lr=0.01, paged=paged)
+        for t in range(4):
+            p.grad = hostile(200_000, torch.float32, seed=t)
+            optimizer.step()
+            if t == 1:
+                optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
+            if t == 2:
+                optimizer.state[p] = {key: value.clone() for key, value in optimizer.state[p].items()}
+        results.append(snapshot(optimizer))
+    assert results[0] == results[1]
+
+
+SHARES: tuple[tuple[list[float], list[bool]], ...] = (
+    ([1.0] * 4, [False] * 4),
+    ([0.0] * 30, [False, *[True] * 8, False, *[True] * 16, False, *[True] * 3]),
+    ([0.0, 1.0, 1.0, 0.0, 1.0, 0.5], [False] * 6),
+    ([0.6, 0.7, 0.6, 0.6, 0.7, 0.6, 0.6], [False, False, False, True, False, False, True]),
+)
+
+
+@pytest.mark.parametrize("shares, expected", SHARES)
+def test_the_page_cache_gets_a_chance_first_and_again_after_a_while(shares: list[float], expected: list[bool]) -> None:
+    stream = Stream("AdamW8bit", Pager())
+    assert [stream._goes_past_cache(share) for share in shares] == expected
+
+
+def test_a_step_takes_the_way_that_the_page_cache_asks_for(tmp_path: Path) -> None:
+    """In a file that is in the page cache, in one that was dropped, once through the cache and then past it."""
+    p = parameter(torch.ones(2**20), torch.ones(2**20))
+    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget="1MiB", bucket="1MiB"))
+    ways = []
+    for cold in (False, False, True, True, True, False):
+        for segment in optimizer._store.segments if cold else ():
+            os.fsync(segment.handle)
+            os.posix_fadvise(segment.handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        optimizer.step()
+        ways.append(optimizer._store._stream.past_cache)
+    # The last one finds in the page cache what was not dropped after the step before: nothing, that went past it.
+    assert ways == [False, False, False, True, True, True]
+
+
+@pytest.fixture
+def small_files() -> Iterator[Any]:
+    """Sets the size from which on a file cannot be written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("past_cache")
+@pytest.mark.parametrize("fault", ["write", "read"])
+def test_a_disk_that_fails_in_a_step_is_an_error_and_the_state_is_refused(
+    fault: str, small_files: Any, tmp_path: Path
+) -> None:
+    p = parameter(torch.ones(2**21), torch.ones(2**21))
+    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path / "kept", keep=True, bucket="1MiB"))
+    optimizer.step()
+    optimizer.note_checkpoint("runs/last.pt")
+    path = tmp_path / "kept" / "state-0.bin"
+    size = path.stat().st_size
+    if fault == "write":
+        small_files(size // 2)
+    else:
+        os.truncate(path, size // 2)
+    with pytest.raises(OSError, match=r"AdamW8bit: the disk failed when state was .* half old and half new") as error:
+        optimizer.step()
+    small_files(resource.RLIM_INFINITY)
+    os.truncate(path, size)
+    assert error.value.errno == (errno.EFBIG if fault == "write" else errno.EIO)
+    assert ("written: File too large" if fault == "write" else "read: Input/output error") in str(error.value)
+    with pytest.raises(RuntimeError, match=r"interrupted|earlier step ended in the middle"):
+        optimizer.step()
+    optimizer.close()
+    with pytest.raises(RuntimeError, match=r"ended while it was stepping, after step 1.*'runs/last.pt' of step 1"):
+        optim8.AdamW8bit([p], paged=Pager(directory=tmp_path / "kept", keep=True, resume=True))
+
+
+@pytest.mark.usefixtures("past_cache")
+def test_no_step_follows_one_that_a_disk_ended_also_where_nothing_is_kept(small_files: Any, tmp_path: Path) -> None:
+    p = parameter(torch.ones(2**21), torch.ones(2**21))
+    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, bucket="1MiB"))
+    optimizer.step()
+    small_files(MIB)
+    with pytest.raises(OSError, match="load a checkpoint of both"):
+        optimizer.step()
+    small_files(resource.RLIM_INFINITY)
+    before = p.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"AdamW8bit: an earlier step ended in the middle\. Parameters and state are"
+    ):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.usefixtures("past_cache")
+def test_without_room_for_its_memory_a_step_stays_in_the_mapping(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_room(_: int) -> None:
+        raise MemoryError
+
+    results = []
+    for paged in (None, Pager(directory=tmp_path)):
+        p = parameter(torch.ones(100_000), torch.ones(100_000))
+        optimizer = CASES["AdamW8bit"].make([p], paged=paged)
+        if paged is not None:
+            monkeypatch.setattr(optim8._native.cpu(), "DirectMemory", no_room)
+        optimizer.step()
+        results.append(snapshot(optimizer))
+        assert paged is None or not optimizer._store._stream.past_cache
+    assert results[0] == results[1]
+
+
+def test_an_optimizer_closes_the_files_of_its_state(tmp_path: Path) -> None:
+    def handles() -> int:
+        links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return sum(str(tmp_path) in str(path.readlink()) for path in links)
+
+    p = parameter(torch.ones(100_000), torch.ones(100_000))
+    for pager in (Pager(directory=tmp_path), Pager(directory=tmp_path / "kept", keep=True)):
+        optimizer = optim8.AdamW8bit([p], paged=pager)
+        optimizer.step()
+        assert handles() > 0
+        del optimizer
+        gc.collect()
+        assert handles() == 0
