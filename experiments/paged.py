@@ -1,23 +1,35 @@
 """What paged state costs: a step with state in a file against a resident one, from the page cache and from the disk.
 
-From the page cache: resident, paged and paged under a budget, timed in turn in one process. From the disk: the file's
-pages are dropped before each step and written back behind it; the same bytes read and written by plain calls are the
-file system's sequential bandwidth.
+From the page cache: resident, paged and paged under a budget, timed in turn in one process.
+
+From the disk: the file's pages are dropped from the page cache before each step, and the step's time ends when all of
+it is on the disk again (fsync). What the file system can do is measured by plain calls, in turn with the steps, on the
+same file, from the same state of the cache and until the same fsync: every byte is read once and written once, in calls
+of 16 MiB. They do that in three ways: each chunk is read and written back through the page cache; or so, while a thread
+reads ahead, and writing is begun behind; or past the page cache (O_DIRECT), four chunks at a time in threads, with
+memory in huge pages. The share is of the way that is the fastest by its median. One step that is not timed comes first:
+it goes through the page cache, for state might stay there, and so does every ninth step or fewer after it.
+
+With --proof, the state also has to be paged: in a process of its own, under a limit on its data (paged_proof.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
+import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import paged_proof
 import torch
-from common import add_outputs, origin, provenance, table, time_interleaved
+from common import add_outputs, origin, plural, provenance, table, time_interleaved
 from plotting import new_figure, publish
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -30,6 +42,20 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 CHUNK = 16 * MIB
+DIRECT_THREADS = 4
+
+
+def huge_pages(size: int) -> memoryview:
+    """Memory that I/O past the page cache can use, in huge pages where the system has any."""
+    memory = mmap.mmap(-1, size + 2 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -whole.data_ptr() % (2 * MIB)
+    whole.fill_(1)
+    return memoryview(memory)[begin : begin + size]
+
+
+DIRECT_MEMORY = huge_pages(DIRECT_THREADS * CHUNK)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,7 +65,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host-budget", default="64MiB", help="of the runs under a budget")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where the files go")
     parser.add_argument("--repeats", type=int, default=15, help="steps of each kind from the page cache")
-    parser.add_argument("--from-disk", type=int, default=3, help="steps from the disk")
+    parser.add_argument("--from-disk", type=int, default=15, help="steps from the disk")
+    parser.add_argument("--proof", action="store_true", help="also train where resident state cannot be allocated")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.parameters, arguments.repeats, arguments.from_disk = 12, 3, 1
@@ -83,15 +110,74 @@ def drop(path: Path) -> None:
     os.close(handle)
 
 
-def sequential(path: Path) -> float:
-    """Seconds to read a file and write it back by plain calls, nothing of it in the page cache."""
-    size, buffer = path.stat().st_size, bytearray(CHUNK)
+def read_all(handle: int, size: int) -> None:
+    for at in range(0, size, CHUNK):
+        os.preadv(handle, [bytearray(min(CHUNK, size - at))], at)
+
+
+def rewrite(handle: int, at: int, size: int) -> None:
+    buffer = bytearray(min(CHUNK, size - at))
+    os.preadv(handle, [buffer], at)
+    os.pwrite(handle, buffer, at)
+
+
+def by_chunks(handle: int, size: int) -> None:
+    for at in range(0, size, CHUNK):
+        rewrite(handle, at, size)
+
+
+def ahead_and_behind(handle: int, size: int) -> None:
+    ahead = threading.Thread(target=read_all, args=(handle, size))
+    ahead.start()
+    for at in range(0, size, CHUNK):
+        rewrite(handle, at, size)
+        os.posix_fadvise(handle, at, CHUNK, os.POSIX_FADV_DONTNEED)  # Linux begins to write what is not written yet
+    ahead.join()
+
+
+def past_cache(handle: int, size: int) -> None:
+    direct = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_DIRECT)
+    chunks, lock = iter(range(0, size, CHUNK)), threading.Lock()
+
+    def work(buffer: memoryview) -> None:
+        while True:
+            with lock:
+                at = next(chunks, None)
+            if at is None:
+                return
+            part = buffer[: size - at]
+            os.preadv(direct, [part], at)
+            os.pwritev(direct, [part], at)
+
+    begins = range(0, DIRECT_THREADS * CHUNK, CHUNK)
+    threads = [threading.Thread(target=work, args=(DIRECT_MEMORY[at : at + CHUNK],)) for at in begins]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(direct)
+
+
+PLAIN: dict[str, Callable[[int, int], None]] = {
+    "by chunks": by_chunks,
+    "ahead and behind": ahead_and_behind,
+    "past the page cache": past_cache,
+}
+
+
+def read_from_disk() -> int:
+    """Bytes that the disk read for this process until now; 0 where the system does not tell."""
+    path = Path("/proc/self/io")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def timed(path: Path, work: Callable[[int, int], None]) -> float:
+    """Seconds from nothing in the page cache until all is on the disk."""
     drop(path)
     handle = os.open(path, os.O_RDWR)
     start = time.perf_counter()
-    for at in range(0, size, CHUNK):
-        read = os.preadv(handle, [buffer], at)
-        os.pwritev(handle, [memoryview(buffer)[:read]], at)
+    work(handle, path.stat().st_size)
     os.fsync(handle)
     seconds = time.perf_counter() - start
     os.close(handle)
@@ -99,29 +185,35 @@ def sequential(path: Path) -> float:
 
 
 def disk(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
+    plain: dict[str, list[float]] = {name: [] for name in PLAIN}
+    steps, ways, came = [], [], 0
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         pager = Pager(directory=folder, keep=True, host_budget=arguments.host_budget)
         optimizer = make(count, pager)
         path = next(Path(folder).glob("state-*.bin"))
-        steps, plain = [], []
+        size = path.stat().st_size
+        timed(path, lambda *_: optimizer.step())
         for _ in tqdm(range(arguments.from_disk), desc="from the disk", disable=None):
-            plain.append(sequential(path))
-            drop(path)
-            start = time.perf_counter()
-            optimizer.step()
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            steps.append(time.perf_counter() - start)
+            for name, work in PLAIN.items():
+                plain[name].append(timed(path, work))
+            before = read_from_disk()
+            steps.append(timed(path, lambda *_: optimizer.step()))
+            came += read_from_disk() - before
+            ways.append(optimizer._store._stream.past_cache)
         optimizer.close()
-        moved = 2 * path.stat().st_size
-    step, best = sorted(steps)[len(steps) // 2], sorted(plain)[len(plain) // 2]
+    medians = {name: statistics.median(seconds) for name, seconds in plain.items()}
+    fastest = min(medians, key=medians.__getitem__)
+    step = statistics.median(steps)
     return {
-        "bytes": moved,
+        "bytes": 2 * size,
+        "read_from_disk": came / (size * len(steps)),
         "step_seconds": steps,
-        "sequential_seconds": plain,
-        "step_bandwidth": moved / step,
-        "sequential_bandwidth": moved / best,
-        "share": best / step,
+        "past_page_cache": ways,
+        "plain_seconds": plain,
+        "fastest": fastest,
+        "step_bandwidth": 2 * size / step,
+        "plain_bandwidth": {name: 2 * size / median for name, median in medians.items()},
+        "share": medians[fastest] / step,
     }
 
 
@@ -131,10 +223,10 @@ def draw(result: Mapping[str, Any]) -> Figure:
     left.bar([row["name"] for row in result["page_cache"]], [row["median_ms"] for row in result["page_cache"]])
     left.set_ylabel("step (ms)")
     of_disk = result["disk"]
-    right.bar(
-        ["plain calls", "paged step"],
-        [of_disk["sequential_bandwidth"] / 1e6, of_disk["step_bandwidth"] / 1e6],
-    )
+    bandwidths = {**of_disk["plain_bandwidth"], "paged step": of_disk["step_bandwidth"]}
+    right.bar(list(bandwidths), [bandwidth / 1e6 for bandwidth in bandwidths.values()])
+    for axes in (left, right):
+        axes.tick_params(axis="x", labelrotation=15)
     right.set_ylabel("read and written back (MB/s)")
     return figure
 
@@ -145,14 +237,42 @@ def rendered(result: Mapping[str, Any]) -> str:
         tiers = ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in result["tiers"][row["name"]].items())
         rows.append([row["name"], tiers, f"{row['median_ms']:.1f} ms", f"{row['ratio']:.2f}"])
     of_disk = result["disk"]
+    bandwidths = {**of_disk["plain_bandwidth"], "paged step": of_disk["step_bandwidth"]}
+    seconds = {**of_disk["plain_seconds"], "paged step": of_disk["step_seconds"]}
+    of_disk_rows = [
+        [
+            name if name == "paged step" else f"plain calls, {name}",
+            f"{statistics.median(seconds[name]) * 1e3:.0f} ms ({min(seconds[name]) * 1e3:.0f} to "
+            f"{max(seconds[name]) * 1e3:.0f})",
+            f"{bandwidth / 1e6:.0f} MB/s",
+            f"{bandwidth / of_disk['plain_bandwidth'][of_disk['fastest']]:.2f}",
+        ]
+        for name, bandwidth in bandwidths.items()
+    ]
     return "\n\n".join(
         [
-            table(["AdamW8bit", "state", "step", "ratio"], rows),
-            f"{result['arguments']['parameters']} M float32 parameters. From the disk, read and written back: "
-            f"{of_disk['step_bandwidth'] / 1e6:.0f} MB/s in a step, {of_disk['sequential_bandwidth'] / 1e6:.0f} MB/s "
-            f"by plain calls ({of_disk['share']:.0%}).",
+            table(["AdamW8bit, from the page cache", "state", "step", "ratio"], rows),
+            table(["from the disk", "median (range)", "read and written", "of the fastest plain"], of_disk_rows),
+            f"{result['arguments']['parameters']} M float32 parameters, all gradients the same. From the disk: "
+            f"{of_disk['bytes'] / 2 / MIB:.0f} MiB are read and written back, "
+            f"{plural(len(of_disk['step_seconds']), 'time')} in turn, under a budget of "
+            f"{result['arguments']['host_budget']}; the disk read {of_disk['read_from_disk']:.0%} of them. "
+            f"{sum(of_disk['past_page_cache'])} of the steps went past the page cache.",
+            *([proof(result["proof"])] if result["proof"] else []),
             origin(result),
         ]
+    )
+
+
+def proof(found: Mapping[str, Any]) -> str:
+    """In words, what paged_proof found."""
+    mib = {name: f"{found[name] / MIB:.0f} MiB" for name in ("state", "budget", "data_limit", "peak", "may_have")}
+    bits = "the bits of" if found["same_bits"] else "OTHER bits than"
+    return (
+        f"Where a process may allocate {mib['data_limit']} beside parameters and gradients, {mib['state']} of resident "
+        f"state {found['resident']}. Paged under a budget of {mib['budget']}, {plural(found['steps'], 'step')} gave "
+        f"{bits} a run without a limit. The peak of resident memory was {mib['peak']}, pages of files included; "
+        f"parameters, gradients and budget are {mib['may_have']}."
     )
 
 
@@ -168,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tiers": tiers,
         "page_cache": rows,
         "disk": disk(arguments, count),
+        "proof": paged_proof.prove(count, arguments.directory) if arguments.proof else None,
     }
     publish("paged", result, arguments, draw, rendered)
     return 0

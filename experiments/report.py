@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import bench_monitoring
 import gpu_budget
 import memory_profile
+import paged
 import parity
 import quantization_error
 import roofline
@@ -127,6 +128,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "gpu_budget": gpu_budget_table,
     "roofline": kernels,
     "memory_profile": memory_profile.rendered,
+    "paged": paged.rendered,
     "parity": parity.rendered,
     "quantization_error": quantization_error.rendered,
     "small_gradients": small_gradients.rendered,
@@ -138,6 +140,7 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "train_lm-memory": ("train_lm", draw_memory),
     "roofline": ("roofline", roofline.draw),
     "memory_profile": ("memory_profile", memory_profile.draw),
+    "paged": ("paged", paged.draw),
     "parity": ("parity", parity.draw),
     "quantization_error": ("quantization_error", quantization_error.draw),
     "small_gradients": ("small_gradients", small_gradients.draw),
