@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,19 +44,6 @@ if TYPE_CHECKING:
 MIB = 2**20
 CHUNK = 16 * MIB
 DIRECT_THREADS = 4
-
-
-def huge_pages(size: int) -> memoryview:
-    """Memory that I/O past the page cache can use, in huge pages where the system has any."""
-    memory = mmap.mmap(-1, size + 2 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    begin = -whole.data_ptr() % (2 * MIB)
-    whole.fill_(1)
-    return memoryview(memory)[begin : begin + size]
-
-
-DIRECT_MEMORY = huge_pages(DIRECT_THREADS * CHUNK)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -135,6 +123,18 @@ def ahead_and_behind(handle: int, size: int) -> None:
     ahead.join()
 
 
+@cache
+def direct_memory() -> memoryview:
+    """Memory that I/O past the page cache can use, in huge pages where the system has any, made once."""
+    size = DIRECT_THREADS * CHUNK
+    memory = mmap.mmap(-1, size + 2 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -whole.data_ptr() % (2 * MIB)
+    whole.fill_(1)
+    return memoryview(memory)[begin : begin + size]
+
+
 def past_cache(handle: int, size: int) -> None:
     direct = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_DIRECT)
     chunks, lock = iter(range(0, size, CHUNK)), threading.Lock()
@@ -150,7 +150,7 @@ def past_cache(handle: int, size: int) -> None:
             os.pwritev(direct, [part], at)
 
     begins = range(0, DIRECT_THREADS * CHUNK, CHUNK)
-    threads = [threading.Thread(target=work, args=(DIRECT_MEMORY[at : at + CHUNK],)) for at in begins]
+    threads = [threading.Thread(target=work, args=(direct_memory()[at : at + CHUNK],)) for at in begins]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,6 +190,7 @@ def disk(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         pager = Pager(directory=folder, keep=True, host_budget=arguments.host_budget)
         optimizer = make(count, pager)
+        direct_memory()
         path = next(Path(folder).glob("state-*.bin"))
         size = path.stat().st_size
         timed(path, lambda *_: optimizer.step())
