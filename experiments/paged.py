@@ -3,12 +3,12 @@
 From the page cache: resident, paged and paged under a budget, timed in turn in one process.
 
 From the disk: the file's pages are dropped from the page cache before each step, and the step's time ends when all of
-it is on the disk again (fsync). What the file system can do is measured by plain calls, in turn with the steps, on the
-same file, from the same state of the cache and until the same fsync: every byte is read once and written once, in calls
-of 16 MiB. They do that in three ways: each chunk is read and written back through the page cache; or so, while a thread
-reads ahead, and writing is begun behind; or past the page cache (O_DIRECT), four chunks at a time in threads, with
-memory in huge pages. The share is of the way that is the fastest by its median. One step that is not timed comes first:
-it goes through the page cache, for state might stay there, and so does every ninth step or fewer after it.
+it is on the disk again (fsync). What the file system can do is measured by plain calls, in random turn with the steps,
+on the same file, from the same state of the cache and until the same fsync: every byte is read once and written once,
+in calls of 16 MiB. They do that in three ways: each chunk is read and written back through the page cache; or so, while
+a thread reads ahead, and writing is begun behind; or past the page cache (O_DIRECT), four chunks at a time in threads,
+with memory in huge pages. The share is of the way that is the fastest by its median. One step that is not timed comes
+first: it goes through the page cache, for state might stay there, and so does every ninth step or fewer after it.
 
 With --proof, the state also has to be paged: in a process of its own, under a limit on its data (paged_proof.py).
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -187,6 +188,7 @@ def timed(path: Path, work: Callable[[int, int], None]) -> float:
 def disk(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     plain: dict[str, list[float]] = {name: [] for name in PLAIN}
     steps, ways, came = [], [], 0
+    shuffle = random.Random(0).shuffle
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         pager = Pager(directory=folder, keep=True, host_budget=arguments.host_budget)
         optimizer = make(count, pager)
@@ -194,13 +196,17 @@ def disk(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
         path = next(Path(folder).glob("state-*.bin"))
         size = path.stat().st_size
         timed(path, lambda *_: optimizer.step())
+        order = [*PLAIN, "step"]
         for _ in tqdm(range(arguments.from_disk), desc="from the disk", disable=None):
-            for name, work in PLAIN.items():
-                plain[name].append(timed(path, work))
-            before = read_from_disk()
-            steps.append(timed(path, lambda *_: optimizer.step()))
-            came += read_from_disk() - before
-            ways.append(optimizer._store._stream.past_cache)
+            shuffle(order)  # one of them may leave the disk busier than another
+            for name in order:
+                if name in PLAIN:
+                    plain[name].append(timed(path, PLAIN[name]))
+                    continue
+                before = read_from_disk()
+                steps.append(timed(path, lambda *_: optimizer.step()))
+                came += read_from_disk() - before
+                ways.append(optimizer._store._stream.past_cache)
         optimizer.close()
     medians = {name: statistics.median(seconds) for name, seconds in plain.items()}
     fastest = min(medians, key=medians.__getitem__)
