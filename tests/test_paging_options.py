@@ -30,6 +30,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a tiny bucket": ({"bucket": 4096}, "bucket must be 65536 bytes or more, got 4096"),
     "keep nowhere": ({"keep": True}, "keep=True needs a directory"),
     "resume what is not kept": ({"resume": True, "directory": "x"}, "Pass keep=True too"),
+    "parameters of no earlier run": (
+        {"changed_params": True, "keep": True, "directory": "x"},
+        "Pass resume=True too",
+    ),
 }
 
 

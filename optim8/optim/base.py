@@ -126,6 +126,8 @@ class BlockwiseOptimizer(PagedState):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
+        if self._store is not None:
+            self._store.check_params(self.param_groups)
         parts = self._parts(scale, found_inf)
         with sharded.LocalStep(type(self).__name__, parts, self.state) as local:
             table, wanted = self._gather(local, relaid)

@@ -21,7 +21,7 @@ _PART = 2**20  # bytes that are in memory at a time
 
 def _pager_of_copy(store: Store) -> Pager:
     """A kept directory belongs to one optimizer: a copy lives beside it and does not keep its files."""
-    return replace(store.pager, keep=False, resume=False)
+    return replace(store.pager, keep=False, resume=False, changed_params=False)
 
 
 def _is_state(moments: Sequence[Moment], param: Any, entry: Any) -> bool:

@@ -38,7 +38,7 @@ class PagedState(torch.optim.Optimizer):
         if pager is None:
             return
         self._store = store = Store(type(self).__name__, self.rule, pager)
-        store.state = self.state
+        store.state, store.local = self.state, sharded.local
         if store.kept is not None:
             try:
                 store.check_reach(param for group in self.param_groups for param in group["params"])

@@ -1,7 +1,8 @@
 """What a kept directory says of itself: who has it, whether its state is whole, and what the last checkpoint was.
 
 Files: `journal`, locked by its owner and mapped, so that what it says survives a kill; `layout.json`, where each
-tensor lies; `options.pt`, the options of the parameter groups; `state-<n>.bin`, the state.
+tensor lies; `options.pt`, the options of the parameter groups; `state-<n>.bin`, the state; `params.json`, fingerprints
+of the parameters that the last step left.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ IDLE, STEPPING, LOADING = range(3)
 _DOING = {STEPPING: "stepping", LOADING: "loading a state dict"}
 _MAGIC = b"optim8 1"
 _SIZE = 4096
-# After the magic: what is being done, whether all is on the disk, process, count of steps, boot of the system.
-_MARK, _SYNCED, _PROCESS, _STEPS, _BOOT = 8, 9, 12, 16, 24
+# After the magic: what is being done, whether all is on the disk, whether params.json tells of the parameters of this
+# state, process, count of steps, boot of the system.
+_MARK, _SYNCED, _PARAMS, _PROCESS, _STEPS, _BOOT = 8, 9, 10, 12, 16, 24
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -54,6 +56,7 @@ class Journal:
 
     def __init__(self, owner: str, directory: Path, resume: bool) -> None:
         self.owner, self.directory = owner, directory
+        self.stepped = False  # the state is that of a step made here, of whose parameters there is no word yet
         path = directory / "journal"
         try:
             directory.mkdir(exist_ok=True)
@@ -146,6 +149,8 @@ class Journal:
                 f"{self.owner}: {_DOING[self._map[_MARK]]} was interrupted, so the state in {self.directory} is half "
                 f"old and half new. {self._advice()}"
             )
+        self.stepped = False
+        self._map[_PARAMS] = 0
         self._map[_SYNCED] = 0
         self._map[_MARK] = what
 
@@ -153,6 +158,7 @@ class Journal:
         """The state is whole again."""
         if stepped:
             struct.pack_into("<q", self._map, _STEPS, self.steps + 1)
+            self.stepped = True
         self._map[_MARK] = IDLE
 
     def note_checkpoint(self, what: str) -> None:
@@ -182,6 +188,23 @@ class Journal:
     def read_options(self) -> list[dict[str, Any]]:
         """What write_options wrote."""
         return torch.load(self.directory / "options.pt", weights_only=True)  # type: ignore[no-any-return]
+
+    def write_params(self, fingerprints: dict[int, str]) -> None:
+        """Fingerprints of the parameters that the last step left, by position."""
+        content = {"steps": self.steps, "params": fingerprints}
+        write_whole(self.directory / "params.json", json.dumps(content).encode())
+        self._map[_PARAMS] = 1
+        self.stepped = False
+
+    def read_params(self) -> dict[int, str]:
+        """What write_params wrote, if that was after the last change of the state; else nothing."""
+        path = self.directory / "params.json"
+        if not self._map[_PARAMS] or not path.exists():
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # After a power cut the file may be an older one than the journal knows.
+        same = content["steps"] == self.steps
+        return {int(place): text for place, text in content["params"].items()} if same else {}
 
     def sync(self) -> None:
         """All of it to the disk."""

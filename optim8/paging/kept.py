@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optim8.paging import journal, segments
+from optim8.paging import fingerprint, journal, segments
 from optim8.paging.segments import PAGE, Arena, Segment
 
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
@@ -19,10 +19,11 @@ Groups = Sequence[dict[str, Any]]
 class Kept:
     """The kept directory of one optimizer: its journal, and the map between its tensors and its files."""
 
-    def __init__(self, owner: str, rule: str, directory: Path, resume: bool) -> None:
+    def __init__(self, owner: str, rule: str, directory: Path, resume: bool, changed_params: bool) -> None:
         self.owner, self.rule, self.directory = owner, rule, directory
         self.journal = journal.Journal(owner, directory, resume)
         self.pending: dict[int, dict[str, Any]] = {}  # tensors by position of the parameter, not yet taken
+        self.expected: dict[int, str] = {}  # fingerprints of the parameters, not yet compared
         self._options: list[dict[str, Any]] = []
         self._known: list[tuple[torch.Tensor, str, Any]] = []  # what layout.json describes
         self.run = uuid.uuid4().hex
@@ -31,6 +32,7 @@ class Kept:
         try:
             if self.journal.layout is not None:
                 self._check(self.journal.layout)
+                self.expected = {} if changed_params else self.journal.read_params()
             self.journal.tidy()
         except BaseException:
             self.journal.close()
@@ -97,6 +99,35 @@ class Kept:
             entry[name] = flat.as_strided(at["shape"], at["stride"])
         self.pending.pop(place, None)
         return entry
+
+    def check_params(self, params: Sequence[torch.Tensor]) -> None:
+        """Compare the parameters with those that the last step of the earlier run left.
+
+        Raises:
+            ValueError: they are others.
+        """
+        if self.pending:
+            return  # write refuses that
+        found = {place: fingerprint.of(params[place]) for place in self.expected}
+        others = [place for place, text in found.items() if text not in (None, self.expected[place])]
+        if others:
+            was, now = (fingerprint.dtype_in(str(texts[others[0]])) for texts in (self.expected, found))
+            more = f", nor are {len(others) - 1} others" if others[1:] else ""
+            raise ValueError(
+                f"{self.owner}: parameter {others[0]} is not what it was when the state in {self.directory} was "
+                f"flushed or closed after step {self.journal.steps}{more}. "
+                + (f"It was {was} and is {now}. " if was != now else "")
+                + "Parameters and state are of different steps, or one is of another run. Load the parameters of that "
+                "step. If they were changed on purpose, resume with Pager(..., changed_params=True)."
+            )
+        self.expected = {place: self.expected[place] for place, text in found.items() if text is None}
+
+    def note_params(self, params: Sequence[tuple[torch.Tensor, bool]]) -> None:
+        """Have the directory tell of the parameters (local values, whether they have state) that a step made here has
+        left, once for each such step: later ones may be others that were loaded."""
+        if self.journal.stepped:
+            found = {place: fingerprint.of(param) for place, (param, has_state) in enumerate(params) if has_state}
+            self.journal.write_params({place: text for place, text in found.items() if text is not None})
 
     def write(self, groups: Groups, state: dict[Any, Any], files: Sequence[Segment]) -> None:
         """Bring layout and options up to date.

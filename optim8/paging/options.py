@@ -56,6 +56,8 @@ class Pager:
         bucket: bytes of state that a step streams at a time, of the budget's; where the budget leaves room, up to four
             buckets are in memory.
         device_reserve: bytes to leave free on a CUDA device where `device_budget` is None.
+        changed_params: go on also with parameters other than those that the last step in `directory` left; needs
+            `resume`. They are refused otherwise, where the directory tells of them.
 
     Raises:
         ValueError, TypeError: an option cannot be honoured.
@@ -68,6 +70,7 @@ class Pager:
     resume: bool = False
     bucket: int | str = "16MiB"
     device_reserve: int | str = "1GiB"
+    changed_params: bool = False
 
     def __post_init__(self) -> None:
         for name in ("device_budget", "host_budget", "bucket", "device_reserve"):
@@ -85,6 +88,10 @@ class Pager:
             raise ValueError("Pager: keep=True needs a directory to keep the state in. Pass directory=.")
         if self.resume and not self.keep:
             raise ValueError("Pager: resume=True goes on in a directory that is kept. Pass keep=True too.")
+        if self.changed_params and not self.resume:
+            raise ValueError(
+                "Pager: changed_params=True is a word on the parameters of a resumed run. Pass resume=True too."
+            )
         if self.directory is not None:
             object.__setattr__(self, "directory", Path(self.directory))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ class Store:
         self.kept: Kept | None = None
         self.groups: Groups = []  # of the optimizer
         self.state: Mapping[Any, Any] = {}  # of the optimizer
+        self.local: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach  # the part of a parameter that is here
         if pager.keep:
-            self.kept = Kept(owner, rule, self.directory, pager.resume)
+            self.kept = Kept(owner, rule, self.directory, pager.resume, pager.changed_params)
             self.segments += self.kept.reopened(self.limited)
         else:
             segments.check_directory(self.directory)
@@ -147,6 +148,11 @@ class Store:
             if self.kept is not None:
                 self.kept.journal.end(stepped=True)
 
+    def check_params(self, groups: Groups) -> None:
+        """Before the first step: raise ValueError where parameters are not those of a kept directory's state."""
+        if self.kept is not None and self.kept.expected:
+            self.kept.check_params([self.local(param) for group in groups for param in group["params"]])
+
     def prepare(self, groups: Groups, state: dict[Any, Any]) -> None:
         """Have a kept directory describe the state that is about to be stepped.
 
@@ -164,6 +170,7 @@ class Store:
         """From here on state is neither the old nor the new."""
         if self.kept is not None:
             self.kept.journal.begin(LOADING)
+            self.kept.expected = {}  # the parameters of the old
 
     def end_loading(self, groups: Groups, state: dict[Any, Any]) -> None:
         """State is what was loaded."""
@@ -178,6 +185,9 @@ class Store:
         if self.kept is not None and not self.kept.journal.closed:
             if not self.kept.pending:
                 self.kept.write_options(self.groups)
+            if os.getpid() == self._process:  # the parameters of a fork are its own
+                params = [param for group in self.groups for param in group["params"]]
+                self.kept.note_params([(self.local(param), bool(self.state.get(param))) for param in params])
             self.kept.journal.sync()
 
     def close(self) -> None:
