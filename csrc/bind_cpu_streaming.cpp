@@ -68,9 +68,12 @@ class PastCache {
           slots_(std::min({(memory.size() - std::min(memory.size(), shared_.most_bytes)) / slot_bytes_, buckets.size(),
                            most_slots})),
           state_(slots_, Slot::Free),
-          own_(slots_) {}
+          own_(slots_),
+          at_a_time_((std::min(slots_, most_threads) + 1) / 2) {}
 
     bool run(int threads) {
+        // Half of them: the disk needs processors too, and threads that step spin while they wait for the next bucket.
+        threads = std::max(1, threads / 2);
         if (slots_ < std::min<size_t>(2, buckets_.size())) return false;
         DiskThreads disk(std::min(slots_, most_threads), &PastCache::serve, this);
         if (disk.none()) return false;
@@ -112,21 +115,27 @@ class PastCache {
         return nullptr;
     }
 
-    // One thread of the disk: reads and writes buckets, both in order, reading first as the step waits for it.
+    // One thread of the disk: reads and writes buckets, both in order. Half of the threads may read at a time, and half
+    // write: disks do both at once, and a step that first reads all that it has room for writes late.
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
         const auto next = [&](size_t b, Slot state) { return b < buckets_.size() && state_[b % slots_] == state; };
         while (!stopped_ && to_write_ < buckets_.size()) {
-            const bool reading = next(to_read_, Slot::Free);
-            if (!reading && !next(to_write_, Slot::Stepped)) {
+            const bool can_read = reading_ < at_a_time_ && next(to_read_, Slot::Free);
+            const bool can_write = writing_ < at_a_time_ && next(to_write_, Slot::Stepped);
+            if (!can_read && !can_write) {
                 changed_.wait(lock);
                 continue;
             }
+            const bool reading = can_read && (!can_write || reading_ < writing_);
+            size_t& busy = reading ? reading_ : writing_;
+            ++busy;
             const size_t b = reading ? to_read_++ : to_write_++;
             state_[b % slots_] = reading ? Slot::Reading : Slot::Writing;
             lock.unlock();
             const int error = reading ? move(false, b, buckets_[b].spans) : move(true, b, own_[b % slots_]);
             lock.lock();
+            --busy;
             if (error != 0 && !stopped_) {
                 error_ = {error, !reading};
                 stopped_ = true;
@@ -228,6 +237,8 @@ class PastCache {
     std::vector<Slot> state_;
     std::vector<std::vector<Span>> own_;  // by slot: what to write of it
     size_t to_read_ = 0, to_write_ = 0;   // buckets
+    size_t reading_ = 0, writing_ = 0;    // threads
+    const size_t at_a_time_;              // threads that read, and that write
     bool stopped_ = false;
     DiskError error_{};
 };

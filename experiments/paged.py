@@ -51,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_outputs(parser, "paged")
     parser.add_argument("--parameters", type=int, default=128, help="millions of float32 parameters")
+    parser.add_argument("--disk-parameters", type=int, default=384, help="the same, of the steps from the disk")
     parser.add_argument("--host-budget", default="64MiB", help="of the runs under a budget")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where the files go")
     parser.add_argument("--repeats", type=int, default=15, help="steps of each kind from the page cache")
@@ -58,7 +59,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--proof", action="store_true", help="also train where resident state cannot be allocated")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.parameters, arguments.repeats, arguments.from_disk = 12, 3, 1
+        arguments.parameters = arguments.disk_parameters = 12
+        arguments.repeats, arguments.from_disk = 3, 1
         arguments.host_budget = "16MiB"
     return arguments
 
@@ -261,7 +263,8 @@ def rendered(result: Mapping[str, Any]) -> str:
             table(["AdamW8bit, from the page cache", "state", "step", "ratio"], rows),
             table(["from the disk", "median (range)", "read and written", "of the fastest plain"], of_disk_rows),
             f"{result['arguments']['parameters']} M float32 parameters, all gradients the same. From the disk: "
-            f"{of_disk['bytes'] / 2 / MIB:.0f} MiB are read and written back, "
+            f"{result['arguments']['disk_parameters']} M parameters; {of_disk['bytes'] / 2 / MIB:.0f} MiB are read and "
+            "written back, "
             f"{plural(len(of_disk['step_seconds']), 'time')} in turn, under a budget of "
             f"{result['arguments']['host_budget']}; the disk read {of_disk['read_from_disk']:.0%} of them. "
             f"{sum(of_disk['past_page_cache'])} of the steps went past the page cache.",
@@ -294,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "tiers": tiers,
         "page_cache": rows,
-        "disk": disk(arguments, count),
+        "disk": disk(arguments, arguments.disk_parameters * 10**6),
         "proof": paged_proof.prove(count, arguments.directory) if arguments.proof else None,
     }
     publish("paged", result, arguments, draw, rendered)
