@@ -129,12 +129,13 @@ def main() -> None:
     del twin
     torch.save(optimizer.state_dict(), folder / "state.pt")
     del optimizer
+    gc.collect()  # an optimizer is part of a cycle
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         saved = torch.load(folder / "state.pt", mmap=True)
     loaded = make(params, pager)
     loaded.load_state_dict(saved)
     del saved
-    gc.collect()  # an optimizer is part of a cycle
+    gc.collect()
     phases.end("saving and loading")
     train(params, loaded, 2, 4, asked["cold"])
     ways.append(loaded._store._stream.past_cache)
@@ -146,6 +147,7 @@ def main() -> None:
         pickle.dump(loaded, file)
     phases.end("pickle")
     del loaded
+    gc.collect()  # what it has for steps past the page cache counts as data too
     with (folder / "optimizer.pickle").open("rb") as file:
         back = pickle.load(file)
     phases.end("unpickling")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from cases import CASES, Case
 from harness import ALL, bits, hostile, parameter, snapshot
 
 import optim8
-from optim8.paging import Pager
+from optim8.paging import Pager, journal
 
 HERE = Path(__file__).parent
 ADAMW = CASES["AdamW8bit"]
@@ -243,6 +244,27 @@ def test_state_of_other_parameters_is_refused(what: str, tmp_path: Path) -> None
         fewer.step()
     fewer.close()
     ADAMW.make(params, paged=keep(tmp_path, resume=True))
+
+
+def test_the_mark_of_a_flush_is_taken_back_on_the_disk_before_state_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave state of half a step with the mark."""
+    written = []
+
+    class Map(mmap.mmap):
+        def flush(self, *part: int) -> None:
+            written.append(self[journal._SYNCED])
+            super().flush(*part)
+
+    monkeypatch.setattr(journal.mmap, "mmap", Map)
+    params = new_params()
+    optimizer = ADAMW.make(params, paged=keep(tmp_path))
+    steps(params, optimizer, 0, 1)
+    optimizer.flush()
+    assert written == [1]
+    steps(params, optimizer, 1, 3)
+    assert written == [1, 0]
 
 
 def test_two_optimizers_never_share_a_directory(tmp_path: Path) -> None:

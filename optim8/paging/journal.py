@@ -151,7 +151,9 @@ class Journal:
             )
         self.stepped = False
         self._map[_PARAMS] = 0
-        self._map[_SYNCED] = 0
+        if self._map[_SYNCED]:
+            self._map[_SYNCED] = 0
+            self._map.flush()  # before any state that has changed can be on the disk, for the power may fail then
         self._map[_MARK] = what
 
     def end(self, stepped: bool) -> None:
