@@ -18,6 +18,11 @@ HERE = Path(__file__).parent
 MIB = 2**20
 PARAMETERS = GRADIENTS = 16 * MIB  # of paging_worker.py
 BUDGET = 8 * MIB
+# What a process may allocate beside parameters and gradients: two copies of the parameters, which pickle makes; the
+# budget; three copies of the MiB of state that is unpickled at a time; and 2 MiB for small things and the stacks of
+# threads. It is less than the state.
+ROOM = 2 * PARAMETERS + BUDGET + 5 * MIB
+STATE = 52 * MIB
 # What each phase may have in memory. Pickle makes two copies of the parameters and holds them until it is done.
 MAY_HAVE = {
     "training": PARAMETERS + GRADIENTS + BUDGET,
@@ -48,10 +53,10 @@ def past_cache(folder: Path) -> bool:
 @pytest.mark.parametrize("cold", [False, True], ids=["page cache", "disk"])
 def test_state_that_cannot_be_allocated_is_trained_under_a_budget(cold: bool, tmp_path: Path) -> None:
     expected = work(paged=False)
-    got = work(paged=True, room=40 * MIB, budget=BUDGET, bucket=4 * MIB, folder=str(tmp_path), cold=cold)
+    got = work(paged=True, room=ROOM, budget=BUDGET, bucket=4 * MIB, folder=str(tmp_path), cold=cold)
     assert got["resident"] == "fails to allocate"
     assert got["ways"] == [cold and past_cache(tmp_path)] * 2
     assert got["digests"] == expected["digests"], "loaded from a state dict, and from a pickle"
     assert got["tiers"]["host"] <= BUDGET - 4 * MIB
-    assert got["tiers"]["disk"] > 40 * MIB
+    assert sum(got["tiers"].values()) > STATE > ROOM
     assert {name: (got["peaks"][name], may) for name, may in MAY_HAVE.items() if got["peaks"][name] > 1.1 * may} == {}
