@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from harness import ALL, DTYPES, hostile, parameter, snapshot
-from test_paging_step import params_of, steps
+from test_paging_step import params_of, steps, steps_replaced_state_where_it_is
 
 import optim8
 from optim8.paging import Pager, segments
@@ -93,19 +93,7 @@ def test_many_tensors_in_any_order_share_pages(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("past_cache")
 def test_state_that_was_replaced_is_stepped_where_it_is(tmp_path: Path) -> None:
-    results = []
-    for paged in (None, Pager(directory=tmp_path, bucket="256KiB")):
-        p = parameter(hostile(200_000, torch.float32, seed=3, small=-2, large=0))
-        optimizer = optim8.AdamW8bit([p], lr=0.01, paged=paged)
-        for t in range(4):
-            p.grad = hostile(200_000, torch.float32, seed=t)
-            optimizer.step()
-            if t == 1:
-                optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
-            if t == 2:
-                optimizer.state[p] = {key: value.clone() for key, value in optimizer.state[p].items()}
-        results.append(snapshot(optimizer))
-    assert results[0] == results[1]
+    assert steps_replaced_state_where_it_is(200_000, Pager(directory=tmp_path, bucket="256KiB"))
 
 
 SHARES: tuple[tuple[list[float], list[bool]], ...] = (
