@@ -1,12 +1,9 @@
 #include "bind/buckets.h"
-#include "core/codec.h"
 
 #include <algorithm>
 
 namespace optim8 {
 namespace {
-
-constexpr uintptr_t page = 4096;
 
 int64_t bytes_of(Storage storage) { return storage == Storage::Float32 ? 4 : 2; }
 
@@ -33,16 +30,12 @@ Row part_of(const Row& row, int64_t begin, int64_t end) {
 // The memory of a row's state that lies in `paged`. Nothing else may ever become a span: releasing it would lose it.
 std::vector<Span> spans_of(const Row& row, const std::vector<Span>& paged) {
     std::vector<Span> found;
-    const auto add = [&](const void* address, int64_t bytes) {
+    for_each_part(row, [&](const void* address, int64_t bytes) {
         const uintptr_t begin = reinterpret_cast<uintptr_t>(address), end = begin + static_cast<uintptr_t>(bytes);
         const auto holds = [&](const Span& s) { return s.first <= begin && end <= s.second; };
-        if (address != nullptr && std::any_of(paged.begin(), paged.end(), holds))
+        if (std::any_of(paged.begin(), paged.end(), holds))
             found.emplace_back(begin & ~(page - 1), (end + page - 1) & ~(page - 1));
-    };
-    for (int s = 0; s < max_states; ++s) {
-        add(row.state[s], row.size * (row.precision == Precision::Bits8 ? 1 : 4));
-        add(row.absmax[s], 4 * blocks_of(row.size, step_block));
-    }
+    });
     return found;
 }
 

@@ -50,10 +50,10 @@ void step_mapped(const Buckets& buckets, int threads, int64_t ahead, bool releas
     }
 }
 
-// The share of the state that is in the page cache, from 0 to 1, told from one page of each 256 KiB: asking for all
-// takes as long as a tenth of a step.
+// The share of the state that is in the page cache, from 0 to 1, told from one page of each MiB: asking for all takes
+// as long as a tenth of a step.
 double share_in_memory(const Buckets& buckets) {
-    constexpr uintptr_t apart = uintptr_t{1} << 18;
+    constexpr uintptr_t apart = uintptr_t{1} << 20;
     int64_t asked = 0, found = 0;
     for (const Bucket& bucket : buckets)
         for (const Span& span : bucket.spans)

@@ -50,6 +50,11 @@ void step_rows(const std::vector<Row>& rows, int threads, const std::function<vo
         meanwhile);
 }
 
+void step_rows_here(const std::vector<Row>& rows) {
+    const DefaultRounding rounding;
+    for (const Row& row : rows) kernels().step_blocks(row, 0, blocks_of(row.size, step_block));
+}
+
 void bind_step(py::module_& m) {
     py::class_<Hyper>(m, "Hyper", "The named scalars of a step, as the user set them.")
         .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,

@@ -6,26 +6,24 @@
 #include <cstring>
 #include <mutex>
 #include <set>
-#include <type_traits>
-#include <utility>
 
 namespace optim8 {
 namespace {
 
-constexpr size_t most_slots = 16;   // buckets that are read, stepped or written at a time
-constexpr size_t most_threads = 8;  // that read and write
+constexpr size_t most_slots = 8;  // buckets in memory at a time; a thread for each
 
-// Pages that several buckets use. Each leaves them to the next one in memory, and the last one writes them.
-struct Shared {
-    Span span;
-    size_t first, last;       // buckets
-    std::vector<char> bytes;  // between the two
+// A page that several buckets use. The last one that is stepped writes it, with what the others left.
+struct SharedPage {
+    uintptr_t at;
+    size_t users, left;  // buckets, and those of them that are not stepped yet
+    char* kept;          // the page as those that are left it
 };
 
 struct SharedPages {
-    std::vector<Shared> all;
-    std::vector<std::vector<size_t>> of_bucket;  // indices in `all`
-    size_t most_bytes = 0;                       // that are held at a time
+    std::vector<SharedPage> all;
+    std::vector<std::vector<size_t>> of_bucket;  // indices in `all`, by address
+    size_t most_of_bucket = 0;
+    size_t most_open = 0;  // between two buckets that follow each other
 };
 
 SharedPages shared_pages(const Buckets& buckets) {
@@ -43,53 +41,65 @@ SharedPages shared_pages(const Buckets& buckets) {
     std::sort(edges.begin(), edges.end(), [](const Edge& x, const Edge& y) { return x.at < y.at; });
     SharedPages found;
     found.of_bucket.resize(buckets.size());
-    std::set<size_t> open;  // buckets that use what lies between this edge and the next; a bucket's spans lie apart
-    std::vector<size_t> held(buckets.size() + 1, 0);
+    std::set<size_t> using_it;  // buckets that use what lies between this edge and the next; their spans lie apart
+    std::vector<size_t> open(buckets.size() + 1, 0);
     for (size_t i = 0; i < edges.size(); ++i) {
-        edges[i].begins ? (void)open.insert(edges[i].bucket) : (void)open.erase(edges[i].bucket);
-        if (open.size() < 2 || edges[i + 1].at == edges[i].at) continue;
-        const Span span{edges[i].at, edges[i + 1].at};
-        for (const size_t b : open) found.of_bucket[b].push_back(found.all.size());
-        for (size_t b = *open.begin(); b < *open.rbegin(); ++b) held[b] += span.second - span.first;
-        found.all.push_back({span, *open.begin(), *open.rbegin(), {}});
+        edges[i].begins ? (void)using_it.insert(edges[i].bucket) : (void)using_it.erase(edges[i].bucket);
+        if (using_it.size() < 2) continue;
+        for (uintptr_t at = edges[i].at; at < edges[i + 1].at; at += page) {
+            for (const size_t b : using_it) found.of_bucket[b].push_back(found.all.size());
+            for (size_t b = *using_it.begin(); b < *using_it.rbegin(); ++b) ++open[b];
+            found.all.push_back({at, using_it.size(), using_it.size(), nullptr});
+        }
     }
-    found.most_bytes = *std::max_element(held.begin(), held.end());
+    found.most_open = *std::max_element(open.begin(), open.end());
+    for (const auto& pages : found.of_bucket) found.most_of_bucket = std::max(found.most_of_bucket, pages.size());
     return found;
 }
 
+// Threads that each take a bucket, read it, step it and write it, and then take the next one. While some wait for the
+// disk, others step.
 class PastCache {
   public:
     PastCache(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory)
         : buckets_(buckets),
           files_(files),
-          memory_(memory),
           shared_(shared_pages(buckets)),
-          slot_bytes_(largest(buckets)),
-          slots_(std::min({(memory.size() - std::min(memory.size(), shared_.most_bytes)) / slot_bytes_, buckets.size(),
-                           most_slots})),
-          state_(slots_, Slot::Free),
-          own_(slots_),
-          at_a_time_((std::min(slots_, most_threads) + 1) / 2) {}
+          next_(!buckets.empty() && buckets[0].spans.empty() ? 1 : 0) {
+        size_t slot_bytes = page, rows = 0, spans = 0;
+        for (size_t b = next_; b < buckets.size(); ++b) {
+            size_t bytes = 0;
+            for (const Span& span : buckets[b].spans) bytes += span.second - span.first;
+            slot_bytes = std::max(slot_bytes, bytes);
+            rows = std::max(rows, buckets[b].rows.size());
+            spans = std::max(spans, buckets[b].spans.size());
+        }
+        // What is kept of shared pages at a time: they are open where the next bucket begins, or used by one in a slot.
+        const size_t kept = shared_.most_open * page, each = slot_bytes + shared_.most_of_bucket * page;
+        slots_.resize(std::min({(memory.size() - std::min(memory.size(), kept)) / each, buckets.size(), most_slots}));
+        char* at = memory.data();
+        for (Slot& slot : slots_) {
+            slot.memory = at;
+            at += slot_bytes;
+            // Threads of the disk must not allocate memory.
+            slot.rows.reserve(rows);
+            slot.spans.reserve(spans + shared_.most_of_bucket);
+        }
+        const size_t pages = kept / page + slots_.size() * shared_.most_of_bucket;
+        for (size_t i = 0; i < pages; ++i) free_pages_.push_back(at + i * page);
+    }
 
     bool run(int threads) {
-        // Half of them: the disk needs processors too, and threads that step spin while they wait for the next bucket.
-        threads = std::max(1, threads / 2);
-        if (slots_ < std::min<size_t>(2, buckets_.size())) return false;
-        DiskThreads disk(std::min(slots_, most_threads), &PastCache::serve, this);
+        const size_t resident = next_;
+        if (slots_.size() < std::min<size_t>(2, buckets_.size() - resident)) return false;
+        DiskThreads disk(slots_.size(), &PastCache::serve, this);
         if (disk.none()) return false;
-        const Stop stop{*this};
-        for (size_t b = 0; b < buckets_.size(); ++b) {
-            {
-                std::unique_lock<std::mutex> lock(mutex_);
-                changed_.wait(lock, [&] { return stopped_ || state_[b % slots_] == Slot::Read; });
-                if (stopped_) break;
-            }
-            take_shared(b);
-            step_rows(rows_in_slot(b), threads);
-            own_[b % slots_] = leave_shared(b);
-            const std::lock_guard<std::mutex> lock(mutex_);
-            state_[b % slots_] = Slot::Stepped;
-            changed_.notify_all();
+        // No more threads than `threads` step at a time. Those of the disk get what this one leaves them.
+        const int own = resident > 0 ? threads - threads / 2 : 0;
+        allow(threads - own);
+        {
+            const Allowing at_the_end{*this, own};
+            if (resident > 0) step_rows(buckets_[0].rows, own);
         }
         disk.join();
         if (error_.number != 0) throw error_;
@@ -97,115 +107,131 @@ class PastCache {
     }
 
   private:
-    // What the memory of bucket b, b + slots_, b + 2 slots_, ... is at.
-    enum class Slot : char { Free, Reading, Read, Stepped, Writing };
-
-    // Ends the threads when the step has to end before its time.
-    struct Stop {
-        PastCache& step;
-        ~Stop() {
-            const std::lock_guard<std::mutex> lock(step.mutex_);
-            step.stopped_ = true;
-            step.changed_.notify_all();
-        }
+    // What a thread of the disk works in.
+    struct Slot {
+        char* memory;
+        std::vector<Row> rows;    // of its bucket, with state in `memory`
+        std::vector<Span> spans;  // what it is to write
     };
+
+    struct Allowing {
+        PastCache& step;
+        int threads;
+        ~Allowing() { step.allow(threads); }
+    };
+
+    // So many threads more may step.
+    void allow(int threads) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        may_step_ += threads;
+        changed_.notify_all();
+    }
 
     static void* serve(void* self) {
         static_cast<PastCache*>(self)->serve();
         return nullptr;
     }
 
-    // One thread of the disk: reads and writes buckets, both in order. Half of the threads may read at a time, and half
-    // write: disks do both at once, and a step that first reads all that it has room for writes late.
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
-        const auto next = [&](size_t b, Slot state) { return b < buckets_.size() && state_[b % slots_] == state; };
-        while (!stopped_ && to_write_ < buckets_.size()) {
-            const bool can_read = reading_ < at_a_time_ && next(to_read_, Slot::Free);
-            const bool can_write = writing_ < at_a_time_ && next(to_write_, Slot::Stepped);
-            if (!can_read && !can_write) {
-                changed_.wait(lock);
-                continue;
-            }
-            const bool reading = can_read && (!can_write || reading_ < writing_);
-            size_t& busy = reading ? reading_ : writing_;
-            ++busy;
-            const size_t b = reading ? to_read_++ : to_write_++;
-            state_[b % slots_] = reading ? Slot::Reading : Slot::Writing;
+        Slot& slot = slots_[next_slot_++];
+        while (error_.number == 0 && next_ < buckets_.size()) {
+            const size_t b = next_++;
             lock.unlock();
-            const int error = reading ? move(false, b, buckets_[b].spans) : move(true, b, own_[b % slots_]);
+            int error = move(false, slot, b, buckets_[b].spans);
             lock.lock();
-            --busy;
-            if (error != 0 && !stopped_) {
-                error_ = {error, !reading};
-                stopped_ = true;
-            }
-            state_[b % slots_] = reading ? Slot::Read : Slot::Free;
-            changed_.notify_all();
+            if (has_failed(error, false)) return;
+            changed_.wait(lock, [&] { return may_step_ > 0; });
+            --may_step_;
+            lock.unlock();
+            step(slot, b);
+            lock.lock();
+            ++may_step_;
+            changed_.notify_one();
+            leave_shared(slot, b);
+            lock.unlock();
+            error = move(true, slot, b, slot.spans);
+            lock.lock();
+            if (has_failed(error, true)) return;
         }
-        changed_.notify_all();
     }
 
-    int move(bool writing, size_t b, const std::vector<Span>& spans) const {
+    // Tells whether anything has failed until now.
+    bool has_failed(int error, bool writing) {
+        if (error != 0 && error_.number == 0) error_ = {error, writing};
+        return error_.number != 0;
+    }
+
+    int move(bool writing, const Slot& slot, size_t b, const std::vector<Span>& spans) const {
         for (const Span& span : spans)
             for (const PagedFile& file : files_) {
                 const uintptr_t first = std::max(span.first, file.span.first);
                 const uintptr_t last = std::min(span.second, file.span.second);
                 if (first >= last) continue;
                 const int error =
-                    transfer(writing, file.handle, in_slot(b, first), last - first, first - file.span.first);
+                    transfer(writing, file.handle, in_slot(slot, b, first), last - first, first - file.span.first);
                 if (error != 0) return error;
             }
         return 0;
     }
 
-    void take_shared(size_t b) {
-        for (const size_t i : shared_.of_bucket[b]) {
-            const Shared& pages = shared_.all[i];
-            if (b > pages.first) std::memcpy(in_slot(b, pages.span.first), pages.bytes.data(), pages.bytes.size());
-        }
-    }
-
-    // Gives what is left for this bucket to write.
-    std::vector<Span> leave_shared(size_t b) {
-        std::vector<Span> own = buckets_[b].spans;
-        for (const size_t i : shared_.of_bucket[b]) {
-            Shared& pages = shared_.all[i];
-            if (b == pages.last) {
-                pages.bytes = {};
-                continue;
+    void step(Slot& slot, size_t b) const {
+        slot.rows = buckets_[b].rows;
+        const auto moved = [&](auto* pointer) {
+            char* at = in_slot(slot, b, reinterpret_cast<uintptr_t>(pointer));
+            return at == nullptr ? pointer : reinterpret_cast<decltype(pointer)>(at);
+        };
+        for (Row& row : slot.rows)
+            for (int s = 0; s < max_states; ++s) {
+                row.state[s] = moved(row.state[s]);
+                row.absmax[s] = moved(row.absmax[s]);
             }
-            const char* at = in_slot(b, pages.span.first);
-            pages.bytes.assign(at, at + (pages.span.second - pages.span.first));
-            cut_out(own, pages.span);
-        }
-        return own;
+        step_rows_here(slot.rows);
     }
 
-    static void cut_out(std::vector<Span>& spans, const Span& hole) {
-        std::vector<Span> left;
-        for (const Span& span : spans) {
-            const Span before{span.first, std::min(span.second, hole.first)};
-            const Span behind{std::max(span.first, hole.second), span.second};
-            if (before.first < before.second) left.push_back(before);
-            if (behind.first < behind.second) left.push_back(behind);
+    // Decides what is left for this bucket to write.
+    void leave_shared(Slot& slot, size_t b) {
+        slot.spans.clear();
+        const auto& shared = shared_.of_bucket[b];
+        auto next = shared.begin();
+        for (const Span& span : buckets_[b].spans) {
+            uintptr_t from = span.first;
+            for (; next != shared.end() && shared_.all[*next].at < span.second; ++next) {
+                const uintptr_t at = shared_.all[*next].at;
+                if (leave(slot, b, shared_.all[*next])) continue;
+                if (from < at) slot.spans.emplace_back(from, at);
+                from = at + page;
+            }
+            if (from < span.second) slot.spans.emplace_back(from, span.second);
         }
-        spans = std::move(left);
     }
 
-    static size_t largest(const Buckets& buckets) {
-        size_t most = 1;
-        for (const Bucket& bucket : buckets) {
-            size_t bytes = 0;
-            for (const Span& span : bucket.spans) bytes += span.second - span.first;
-            most = std::max(most, bytes);
+    // Tells whether this bucket is the last one to be stepped of those that use the page.
+    bool leave(Slot& slot, size_t b, SharedPage& shared) {
+        char* here = in_slot(slot, b, shared.at);
+        if (shared.kept == nullptr) {
+            shared.kept = free_pages_.back();
+            free_pages_.pop_back();
+            std::memcpy(shared.kept, here, page);
+        } else {
+            for (const Row& row : buckets_[b].rows)
+                for_each_part(row, [&](const void* address, int64_t bytes) {
+                    const auto begin = reinterpret_cast<uintptr_t>(address);
+                    const uintptr_t first = std::max(begin, shared.at);
+                    const uintptr_t last = std::min(begin + static_cast<uintptr_t>(bytes), shared.at + page);
+                    if (first < last)
+                        std::memcpy(shared.kept + (first - shared.at), here + (first - shared.at), last - first);
+                });
         }
-        return most;
+        if (--shared.left > 0) return false;
+        std::memcpy(here, shared.kept, page);
+        free_pages_.push_back(shared.kept);
+        return true;
     }
 
-    // Where a byte of a bucket's pages is while the bucket is in memory.
-    char* in_slot(size_t b, uintptr_t address) const {
-        char* at = memory_.data() + b % slots_ * slot_bytes_;
+    // Where a byte of a bucket's pages is while the bucket is in a slot.
+    char* in_slot(const Slot& slot, size_t b, uintptr_t address) const {
+        char* at = slot.memory;
         for (const Span& span : buckets_[b].spans) {
             if (address >= span.first && address < span.second) return at + (address - span.first);
             at += span.second - span.first;
@@ -213,33 +239,16 @@ class PastCache {
         return nullptr;  // it is not in a page of the bucket
     }
 
-    std::vector<Row> rows_in_slot(size_t b) const {
-        std::vector<Row> rows = buckets_[b].rows;
-        const auto moved = [&](auto* pointer) {
-            char* at = in_slot(b, reinterpret_cast<uintptr_t>(pointer));
-            return at == nullptr ? pointer : reinterpret_cast<decltype(pointer)>(at);
-        };
-        for (Row& row : rows)
-            for (int s = 0; s < max_states; ++s) {
-                row.state[s] = moved(row.state[s]);
-                row.absmax[s] = moved(row.absmax[s]);
-            }
-        return rows;
-    }
-
     const Buckets& buckets_;
     const std::vector<PagedFile>& files_;
-    const DirectMemory& memory_;
-    SharedPages shared_;
-    const size_t slot_bytes_, slots_;
     std::mutex mutex_;
+    SharedPages shared_;
+    std::vector<Slot> slots_;
+    std::vector<char*> free_pages_;
+    size_t next_;           // bucket
+    size_t next_slot_ = 0;  // of the thread that starts next
+    int may_step_ = 0;      // threads
     std::condition_variable changed_;
-    std::vector<Slot> state_;
-    std::vector<std::vector<Span>> own_;  // by slot: what to write of it
-    size_t to_read_ = 0, to_write_ = 0;   // buckets
-    size_t reading_ = 0, writing_ = 0;    // threads
-    const size_t at_a_time_;              // threads that read, and that write
-    bool stopped_ = false;
     DiskError error_{};
 };
 

@@ -7,8 +7,10 @@ it is on the disk again (fsync). What the file system can do is measured by plai
 on the same file, from the same state of the cache and until the same fsync: every byte is read once and written once,
 in calls of 16 MiB. They do that in three ways: each chunk is read and written back through the page cache; or so, while
 a thread reads ahead, and writing is begun behind; or past the page cache (O_DIRECT), four chunks at a time in threads,
-with memory in huge pages. The share is of the way that is the fastest by its median. One step that is not timed comes
-first: it goes through the page cache, for state might stay there, and so does every ninth step or fewer after it.
+with memory in huge pages. The share is of the way that is the fastest by its median. That way is also timed while one
+more thread does the step's arithmetic, on state in memory: so fast is the disk when the processors have work. One step
+that is not timed comes first: it goes through the page cache, for state might stay there, and so does every ninth step
+or fewer after it.
 
 With --proof, the state also has to be paged: in a process of its own, under a limit on its data (paged_proof.py).
 """
@@ -166,6 +168,25 @@ PLAIN: dict[str, Callable[[int, int], None]] = {
     "ahead and behind": ahead_and_behind,
     "past the page cache": past_cache,
 }
+BESIDE = "past the page cache, beside arithmetic"
+
+
+def beside_a_step(optimizer: Any) -> Callable[[int, int], None]:
+    """The fastest plain way, while a thread of its own steps `optimizer`."""
+
+    def step() -> None:
+        torch.set_num_threads(1)
+        optimizer.step()
+
+    def work(handle: int, size: int) -> None:
+        threads, other = torch.get_num_threads(), threading.Thread(target=step)
+        other.start()
+        past_cache(handle, size)
+        other.join()
+        torch.set_num_threads(threads)
+
+    optimizer.step()  # makes its state
+    return work
 
 
 def read_from_disk() -> int:
@@ -188,37 +209,38 @@ def timed(path: Path, work: Callable[[int, int], None]) -> float:
 
 
 def disk(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
-    plain: dict[str, list[float]] = {name: [] for name in PLAIN}
     steps, ways, came = [], [], 0
     shuffle = random.Random(0).shuffle
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         pager = Pager(directory=folder, keep=True, host_budget=arguments.host_budget)
         optimizer = make(count, pager)
+        plain = {**PLAIN, BESIDE: beside_a_step(optim8.AdamW8bit(optimizer.param_groups[0]["params"]))}
+        seconds: dict[str, list[float]] = {name: [] for name in plain}
         direct_memory()
         path = next(Path(folder).glob("state-*.bin"))
         size = path.stat().st_size
         timed(path, lambda *_: optimizer.step())
-        order = [*PLAIN, "step"]
+        order = [*plain, "step"]
         for _ in tqdm(range(arguments.from_disk), desc="from the disk", disable=None):
             shuffle(order)  # one of them may leave the disk busier than another
             for name in order:
-                if name in PLAIN:
-                    plain[name].append(timed(path, PLAIN[name]))
+                if name in plain:
+                    seconds[name].append(timed(path, plain[name]))
                     continue
                 before = read_from_disk()
                 steps.append(timed(path, lambda *_: optimizer.step()))
                 came += read_from_disk() - before
                 ways.append(optimizer._store._stream.past_cache)
         optimizer.close()
-    medians = {name: statistics.median(seconds) for name, seconds in plain.items()}
-    fastest = min(medians, key=medians.__getitem__)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    fastest = min(PLAIN, key=medians.__getitem__)
     step = statistics.median(steps)
     return {
         "bytes": 2 * size,
         "read_from_disk": came / (size * len(steps)),
         "step_seconds": steps,
         "past_page_cache": ways,
-        "plain_seconds": plain,
+        "plain_seconds": seconds,
         "fastest": fastest,
         "step_bandwidth": 2 * size / step,
         "plain_bandwidth": {name: 2 * size / median for name, median in medians.items()},

@@ -3,12 +3,15 @@
 #pragma once
 
 #include "bind/step_table.h"
+#include "core/codec.h"
 
 #include <cstdint>
 #include <utility>
 #include <vector>
 
 namespace optim8 {
+
+constexpr uintptr_t page = 4096;
 
 struct Bucket {
     std::vector<Row> rows;    // whole tensors, or runs of blocks of large ones
@@ -17,6 +20,15 @@ struct Bucket {
 };
 
 using Buckets = std::vector<Bucket>;
+
+// Calls visit(address, bytes) for each array of a row's state.
+template <class Visit>
+void for_each_part(const Row& row, const Visit& visit) {
+    for (int s = 0; s < max_states; ++s) {
+        if (row.state[s] != nullptr) visit(row.state[s], row.size * (row.precision == Precision::Bits8 ? 1 : 4));
+        if (row.absmax[s] != nullptr) visit(row.absmax[s], 4 * blocks_of(row.size, step_block));
+    }
+}
 
 // Every row is in one bucket or spread over consecutive ones. Rows without state in `paged` make up the first bucket,
 // which has no spans. A bucket holds at least one block, however small `bytes` is.

@@ -122,4 +122,7 @@ class StepTable {
 // Steps rows whose tensors are on the CPU. Needs no GIL; does not count the step. `meanwhile`: as for parallel_for.
 void step_rows(const std::vector<Row>& rows, int threads, const std::function<void()>& meanwhile = [] {});
 
+// The same by the calling thread alone, and without allocating memory.
+void step_rows_here(const std::vector<Row>& rows);
+
 }  // namespace optim8

@@ -20,9 +20,9 @@ struct DiskError {
     bool writing;
 };
 
-// Steps all buckets: each is read into `memory`, stepped there and written back, and the ones before and behind it
-// meanwhile. Gives false, and has done nothing, where that cannot be: `memory` is too small for two buckets, or there
-// is no room for a thread. Throws DiskError; what was stepped until then stays stepped.
+// Steps all buckets: each is read into `memory`, stepped there and written back, several at a time and with no more
+// than `threads` that step. Gives false, and has done nothing, where that cannot be: `memory` is too small for two
+// buckets, or there is no room for a thread. Throws DiskError; what was stepped until then stays stepped.
 bool step_past_cache(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
                      int threads);
 

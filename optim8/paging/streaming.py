@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optim8 import _native
-from optim8.paging.options import SMALLEST_BUCKET, Pager
+from optim8.paging.options import Pager
 from optim8.paging.plan import AHEAD, streaming_room
 from optim8.paging.segments import Segment
 
@@ -48,7 +48,7 @@ class Stream:
             raise RuntimeError(f"{self.owner}: an earlier step ended in the middle. {self._failed}")
         pager, room = self.pager, streaming_room(self.pager, host_taken)
         direct = all(file.handle is not None for file in files)
-        size = max(SMALLEST_BUCKET, min(pager.bucket_bytes // 4, room // 5)) if direct else pager.bucket_bytes
+        size = min(pager.bucket_bytes // 2, room // 8) if direct else pager.bucket_bytes
         buckets = _native.cpu().Buckets(rows, [file.span for file in files], size)
         self._memory = self._memory_of(room) if direct and self._goes_past_cache(buckets.share_in_memory()) else None
         try:
