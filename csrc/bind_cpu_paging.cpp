@@ -38,47 +38,44 @@ void open_all(const std::vector<Span>& spans, int threads) {
 void step_mapped(const Buckets& buckets, int threads, int64_t ahead, bool release) {
     size_t fetched = 0;
     int64_t waiting = 0;  // bytes that were fetched and not yet stepped
-    for (size_t b = 0; b < buckets.size(); ++b) {
-        for (; fetched < buckets.size() && (fetched <= b || waiting < ahead); ++fetched) {
+    for (const Bucket& bucket : buckets) {
+        for (; fetched < buckets.size() && waiting < ahead; ++fetched) {
             for (const Span& span : buckets[fetched].spans) fetch_pages(span.first, span.second);
             waiting += buckets[fetched].bytes;
         }
-        if (release) open_all(buckets[b].spans, threads);
-        step_rows(buckets[b].rows, threads);
-        waiting -= buckets[b].bytes;
-        if (release) release_all(buckets[b].spans);
+        if (release) open_all(bucket.spans, threads);
+        step_rows(bucket.rows, threads);
+        waiting -= bucket.bytes;
+        if (release) release_all(bucket.spans);
     }
 }
 
-// The share of the state that is in the page cache, from 0 to 1, told from one page of each MiB: asking for all takes
-// as long as a tenth of a step.
-double share_in_memory(const Buckets& buckets) {
+// The share of mapped files that is in the page cache, from 0 to 1, told from one page of each MiB: asking for all
+// takes as long as a tenth of a step.
+double share_in_memory(const std::vector<Span>& spans) {
     constexpr uintptr_t apart = uintptr_t{1} << 20;
     int64_t asked = 0, found = 0;
-    for (const Bucket& bucket : buckets)
-        for (const Span& span : bucket.spans)
-            for (uintptr_t at = span.first; at < span.second; at += apart, ++asked) found += page_in_memory(at);
+    for (const Span& span : spans)
+        for (uintptr_t at = span.first; at < span.second; at += apart, ++asked) found += page_in_memory(at);
     return asked == 0 ? 1 : static_cast<double>(found) / static_cast<double>(asked);
 }
 
-// One call for the whole step: a signal handler of Python that raises must not end it in the middle. Tells whether it
-// went past the page cache.
-bool run_cpu(const Buckets& buckets, int threads, int64_t ahead, bool release,
-             const std::vector<std::pair<Span, int>>& files, const DirectMemory* memory) {
+// One call for the whole step: a signal handler of Python that raises must not end it in the middle.
+bool run_copied(const Buckets& buckets, int threads, int64_t ahead, const std::vector<std::pair<Span, int>>& files,
+                const DirectMemory& memory, size_t slots) {
     std::optional<DiskError> failed;
-    bool past_cache = false;
+    bool done = false;
     {
         const py::gil_scoped_release no_gil;
         std::vector<PagedFile> open;
         for (const auto& [span, handle] : files) open.push_back({span, handle});
         try {
-            past_cache = memory != nullptr && step_past_cache(buckets, open, *memory, threads);
-            if (!past_cache) step_mapped(buckets, threads, ahead, release);
+            done = step_copied(buckets, open, memory, {slots, threads, ahead});
         } catch (const DiskError& error) {
             failed = error;
         }
     }
-    if (!failed) return past_cache;
+    if (!failed) return done;
     const char* what = failed->writing ? "written" : "read";
     PyErr_SetObject(PyExc_OSError, py::make_tuple(failed->number, what).ptr());
     throw py::error_already_set();
@@ -104,17 +101,18 @@ void bind_paging(py::module_& m) {
                 return b[i];
             },
             py::return_value_policy::reference_internal)
-        .def("share_in_memory", &share_in_memory, py::call_guard<py::gil_scoped_release>(),
-             "The share of the paged state that the system has in memory, from 0 to 1, by sample.")
-        .def(
-            "run_cpu", &run_cpu, py::arg("threads"), py::arg("ahead"), py::arg("release"), py::arg("files"),
-            py::arg("memory"),
-            "Steps all rows on the CPU, without counting the step. With `memory`, it goes past the page cache if it "
-            "can, and then gives True; `files`: where each file is mapped, and its handle, open with O_DIRECT. In the "
-            "mapping, `ahead`: bytes to have fetched before they are stepped; `release`: let go of each bucket's pages "
-            "behind the step. OSError: the disk failed when something was 'read' or 'written'; rows were stepped "
-            "until then.");
-    py::class_<DirectMemory>(m, "DirectMemory", "Memory of a step that goes past the page cache.")
+        .def("run_mapped", &step_mapped, py::arg("threads"), py::arg("ahead"), py::arg("release"),
+             py::call_guard<py::gil_scoped_release>(),
+             "Steps all rows on the CPU where their state is mapped, without counting the step. `ahead`: bytes to have "
+             "the system fetch before they are stepped; `release`: let go of each bucket's pages behind the step.")
+        .def("run_copied", &run_copied, py::arg("threads"), py::arg("ahead"), py::arg("files"), py::arg("memory"),
+             py::arg("slots"),
+             "The same in `memory`, where up to `slots` buckets at a time are read, stepped and written. False: that "
+             "cannot be, and nothing is done. `files`: where each file is mapped, and a handle of it. OSError: the "
+             "disk failed when something was 'read' or 'written'; rows were stepped until then.");
+    m.def("share_in_memory", &share_in_memory, py::arg("spans"), py::call_guard<py::gil_scoped_release>(),
+          "The share of mapped files that the system has in memory, from 0 to 1, by sample.");
+    py::class_<DirectMemory>(m, "DirectMemory", "Memory that a step reads state into.")
         .def(py::init([](size_t bytes) {
                  auto memory = std::make_unique<DirectMemory>(bytes / 4096 * 4096);
                  if (memory->data() == nullptr) throw std::bad_alloc();

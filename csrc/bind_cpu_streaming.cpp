@@ -1,5 +1,6 @@
 #include "bind/streaming.h"
 #include "cpu/direct_io.h"
+#include "cpu/pages.h"
 
 #include <algorithm>
 #include <condition_variable>
@@ -9,8 +10,6 @@
 
 namespace optim8 {
 namespace {
-
-constexpr size_t most_slots = 8;  // buckets in memory at a time; a thread for each
 
 // A page that several buckets use. The last one that is stepped writes it, with what the others left.
 struct SharedPage {
@@ -59,11 +58,13 @@ SharedPages shared_pages(const Buckets& buckets) {
 
 // Threads that each take a bucket, read it, step it and write it, and then take the next one. While some wait for the
 // disk, others step.
-class PastCache {
+class Copied {
   public:
-    PastCache(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory)
+    Copied(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
+           const Streaming& how)
         : buckets_(buckets),
           files_(files),
+          how_(how),
           shared_(shared_pages(buckets)),
           next_(!buckets.empty() && buckets[0].spans.empty() ? 1 : 0) {
         size_t slot_bytes = page, rows = 0, spans = 0;
@@ -76,7 +77,7 @@ class PastCache {
         }
         // What is kept of shared pages at a time: they are open where the next bucket begins, or used by one in a slot.
         const size_t kept = shared_.most_open * page, each = slot_bytes + shared_.most_of_bucket * page;
-        slots_.resize(std::min({(memory.size() - std::min(memory.size(), kept)) / each, buckets.size(), most_slots}));
+        slots_.resize(std::min({(memory.size() - std::min(memory.size(), kept)) / each, buckets.size(), how.slots}));
         char* at = memory.data();
         for (Slot& slot : slots_) {
             slot.memory = at;
@@ -89,14 +90,14 @@ class PastCache {
         for (size_t i = 0; i < pages; ++i) free_pages_.push_back(at + i * page);
     }
 
-    bool run(int threads) {
+    bool run() {
         const size_t resident = next_;
-        if (slots_.size() < std::min<size_t>(2, buckets_.size() - resident)) return false;
-        DiskThreads disk(slots_.size(), &PastCache::serve, this);
+        if (slots_.size() < std::min({size_t{2}, how_.slots, buckets_.size() - resident})) return false;
+        DiskThreads disk(slots_.size(), &Copied::serve, this);
         if (disk.none()) return false;
         // No more threads than `threads` step at a time. Those of the disk get what this one leaves them.
-        const int own = resident > 0 ? threads - threads / 2 : 0;
-        allow(threads - own);
+        const int own = resident > 0 ? how_.threads - how_.threads / 2 : 0;
+        allow(how_.threads - own);
         {
             const Allowing at_the_end{*this, own};
             if (resident > 0) step_rows(buckets_[0].rows, own);
@@ -115,7 +116,7 @@ class PastCache {
     };
 
     struct Allowing {
-        PastCache& step;
+        Copied& step;
         int threads;
         ~Allowing() { step.allow(threads); }
     };
@@ -128,7 +129,7 @@ class PastCache {
     }
 
     static void* serve(void* self) {
-        static_cast<PastCache*>(self)->serve();
+        static_cast<Copied*>(self)->serve();
         return nullptr;
     }
 
@@ -136,8 +137,10 @@ class PastCache {
         std::unique_lock<std::mutex> lock(mutex_);
         Slot& slot = slots_[next_slot_++];
         while (error_.number == 0 && next_ < buckets_.size()) {
-            const size_t b = next_++;
+            const size_t b = next_++, from = fetched_, to = fetched_ = end_of_fetch(b);
             lock.unlock();
+            for (size_t ahead = from; ahead < to; ++ahead)
+                for (const Span& span : buckets_[ahead].spans) fetch_pages(span.first, span.second);
             int error = move(false, slot, b, buckets_[b].spans);
             lock.lock();
             if (has_failed(error, false)) return;
@@ -154,6 +157,15 @@ class PastCache {
             lock.lock();
             if (has_failed(error, true)) return;
         }
+    }
+
+    // Up to which bucket there is to be fetched when bucket b is read.
+    size_t end_of_fetch(size_t b) const {
+        size_t end = std::max(b, fetched_);
+        int64_t waiting = 0;
+        for (size_t i = b; i < end; ++i) waiting += buckets_[i].bytes;
+        for (; end < buckets_.size() && waiting < how_.ahead; ++end) waiting += buckets_[end].bytes;
+        return end;
     }
 
     // Tells whether anything has failed until now.
@@ -241,11 +253,13 @@ class PastCache {
 
     const Buckets& buckets_;
     const std::vector<PagedFile>& files_;
+    const Streaming how_;
     std::mutex mutex_;
     SharedPages shared_;
     std::vector<Slot> slots_;
     std::vector<char*> free_pages_;
     size_t next_;           // bucket
+    size_t fetched_ = 0;    // bucket, and all before
     size_t next_slot_ = 0;  // of the thread that starts next
     int may_step_ = 0;      // threads
     std::condition_variable changed_;
@@ -254,9 +268,9 @@ class PastCache {
 
 }  // namespace
 
-bool step_past_cache(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
-                     int threads) {
-    return !buckets.empty() && PastCache(buckets, files, memory).run(threads);
+bool step_copied(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
+                 const Streaming& how) {
+    return !buckets.empty() && Copied(buckets, files, memory, how).run();
 }
 
 }  // namespace optim8

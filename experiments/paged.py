@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import paged_proof
@@ -230,7 +231,7 @@ def disk(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
                 before = read_from_disk()
                 steps.append(timed(path, lambda *_: optimizer.step()))
                 came += read_from_disk() - before
-                ways.append(optimizer._store._stream.past_cache)
+                ways.append(optimizer._store._stream.way == "direct")
         optimizer.close()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     fastest = min(PLAIN, key=medians.__getitem__)
@@ -255,9 +256,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
     left.set_ylabel("step (ms)")
     of_disk = result["disk"]
     bandwidths = {**of_disk["plain_bandwidth"], "paged step": of_disk["step_bandwidth"]}
-    right.bar(list(bandwidths), [bandwidth / 1e6 for bandwidth in bandwidths.values()])
-    for axes in (left, right):
-        axes.tick_params(axis="x", labelrotation=15)
+    right.bar([fill(name, 12) for name in bandwidths], [bandwidth / 1e6 for bandwidth in bandwidths.values()])
     right.set_ylabel("read and written back (MB/s)")
     return figure
 

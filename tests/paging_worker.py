@@ -123,7 +123,7 @@ def main() -> None:
     optimizer = make(params, pager)
     train(params, optimizer, 0, 2, asked["cold"])
     phases.end("training")
-    ways = [optimizer._store._stream.past_cache]
+    ways = [optimizer._store._stream.way]
     twin = copy.deepcopy(optimizer, {id(p): p for p in params})
     phases.end("deepcopy")
     del twin
@@ -138,7 +138,7 @@ def main() -> None:
     gc.collect()
     phases.end("saving and loading")
     train(params, loaded, 2, 4, asked["cold"])
-    ways.append(loaded._store._stream.past_cache)
+    ways.append(loaded._store._stream.way)
     phases.end("training after loading")
     digests = [digest(params, loaded)]
     segments.release([value for entry in loaded.state.values() for value in entry.values()])

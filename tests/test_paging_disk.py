@@ -1,4 +1,4 @@
-"""Steps that go past the page cache: their bits, when they do it, what they hold, and what a disk that fails does."""
+"""Steps that copy state, past the page cache or from it: their bits, when they do it, and what a failing disk does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_paging_step import params_of, steps, steps_replaced_state_where_it_is
 
 import optim8
 from optim8.paging import Pager, segments
-from optim8.paging.streaming import Stream
+from optim8.paging.streaming import CACHED, DIRECT, MAPPED, Stream
 
 MIB = 2**20
 
@@ -36,7 +36,17 @@ def past_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Stream, "_goes_past_cache", lambda *_: True)
 
 
-# Two and up to 16 buckets in memory; tensors that are cut and tensors that share a bucket, and pages.
+@pytest.fixture(params=[DIRECT, CACHED])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way of every step under a limit."""
+    if request.param == DIRECT:
+        request.getfixturevalue("past_cache")
+    else:
+        monkeypatch.setattr(Stream, "_goes_past_cache", lambda *_: False)
+    return str(request.param)
+
+
+# Some or many buckets in memory; tensors that are cut and tensors that share a bucket, and pages.
 PAGERS: dict[str, dict[str, Any]] = {
     "no limit": {"bucket": "128KiB"},
     "a limit": {"bucket": "512KiB", "host_budget": "512KiB"},
@@ -53,6 +63,18 @@ WAYS = [*((pager, 8) for pager in PAGERS), ("a limit", 32), ("kept", 32)]
 @ALL
 @pytest.mark.usefixtures("past_cache")
 def test_bits_are_those_of_a_resident_step(case: Case, optim_bits: int, pager: str, tmp_path: Path) -> None:
+    steps_like_a_resident_one(case, optim_bits, pager, DIRECT, tmp_path)
+
+
+@pytest.mark.parametrize("pager, optim_bits", [("a limit", 8), ("half in memory", 8), ("a limit", 32)])
+@ALL
+def test_bits_of_state_copied_from_the_page_cache_are_so_too(
+    case: Case, optim_bits: int, pager: str, tmp_path: Path
+) -> None:
+    steps_like_a_resident_one(case, optim_bits, pager, CACHED, tmp_path)
+
+
+def steps_like_a_resident_one(case: Case, optim_bits: int, pager: str, way: str, tmp_path: Path) -> None:
     """State and parameters after each of four steps; gradients are missing, one parameter comes late. State is read
     through the mapping after every step, so what it holds is not the file's of an earlier step."""
     dtype = list(DTYPES.values())[(len(case.name) + optim_bits) % 3]
@@ -68,12 +90,11 @@ def test_bits_are_those_of_a_resident_step(case: Case, optim_bits: int, pager: s
         for params, optimizer in ((resident, a), (paged, b)):
             steps(params, optimizer, t, t + 1)
         assert snapshot(b) == snapshot(a), t
-        assert b._store._stream.past_cache
+        assert b._store._stream.way == way
     b.close()
 
 
-@pytest.mark.usefixtures("past_cache")
-def test_many_tensors_in_any_order_share_pages(tmp_path: Path) -> None:
+def test_many_tensors_in_any_order_share_pages(way: str, tmp_path: Path) -> None:
     """Groups that were made in another order than their state, and neighbours of which only some are stepped."""
     results = []
     for paged in (None, Pager(directory=tmp_path, bucket="256KiB", host_budget="1MiB")):
@@ -87,13 +108,13 @@ def test_many_tensors_in_any_order_share_pages(tmp_path: Path) -> None:
         optimizer.param_groups[0]["params"].reverse()
         optimizer.step()
         results.append(snapshot(optimizer))
-        assert paged is None or optimizer._store._stream.past_cache
+        assert paged is None or optimizer._store._stream.way == way
     assert results[0] == results[1]
 
 
-@pytest.mark.usefixtures("past_cache")
+@pytest.mark.usefixtures("way")
 def test_state_that_was_replaced_is_stepped_where_it_is(tmp_path: Path) -> None:
-    assert steps_replaced_state_where_it_is(200_000, Pager(directory=tmp_path, bucket="256KiB"))
+    assert steps_replaced_state_where_it_is(200_000, Pager(directory=tmp_path, bucket="256KiB", host_budget="256KiB"))
 
 
 SHARES: tuple[tuple[list[float], list[bool]], ...] = (
@@ -120,9 +141,9 @@ def test_a_step_takes_the_way_that_the_page_cache_asks_for(tmp_path: Path) -> No
             os.fsync(segment.handle)
             os.posix_fadvise(segment.handle, 0, 0, os.POSIX_FADV_DONTNEED)
         optimizer.step()
-        ways.append(optimizer._store._stream.past_cache)
+        ways.append(optimizer._store._stream.way)
     # The last one finds in the page cache what was not dropped after the step before: nothing, that went past it.
-    assert ways == [False, False, False, True, True, True]
+    assert ways == [CACHED, CACHED, CACHED, DIRECT, DIRECT, DIRECT]
 
 
 @pytest.fixture
@@ -133,13 +154,14 @@ def small_files() -> Iterator[Any]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("past_cache")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fault", ["write", "read"])
 def test_a_disk_that_fails_in_a_step_is_an_error_and_the_state_is_refused(
     fault: str, small_files: Any, tmp_path: Path
 ) -> None:
     p = parameter(torch.ones(2**21), torch.ones(2**21))
-    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path / "kept", keep=True, bucket="1MiB"))
+    pager = Pager(directory=tmp_path / "kept", keep=True, bucket="1MiB", host_budget="2MiB")
+    optimizer = optim8.AdamW8bit([p], paged=pager)
     optimizer.step()
     optimizer.note_checkpoint("runs/last.pt")
     path = tmp_path / "kept" / "state-0.bin"
@@ -161,10 +183,10 @@ def test_a_disk_that_fails_in_a_step_is_an_error_and_the_state_is_refused(
         optim8.AdamW8bit([p], paged=Pager(directory=tmp_path / "kept", keep=True, resume=True))
 
 
-@pytest.mark.usefixtures("past_cache")
+@pytest.mark.usefixtures("way")
 def test_no_step_follows_one_that_a_disk_ended_also_where_nothing_is_kept(small_files: Any, tmp_path: Path) -> None:
     p = parameter(torch.ones(2**21), torch.ones(2**21))
-    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, bucket="1MiB"))
+    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, bucket="1MiB", host_budget="1MiB"))
     optimizer.step()
     small_files(MIB)
     with pytest.raises(OSError, match="load a checkpoint of both"):
@@ -178,7 +200,7 @@ def test_no_step_follows_one_that_a_disk_ended_also_where_nothing_is_kept(small_
     assert torch.equal(p, before)
 
 
-@pytest.mark.usefixtures("past_cache")
+@pytest.mark.usefixtures("way")
 def test_without_room_for_its_memory_a_step_stays_in_the_mapping(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -186,14 +208,14 @@ def test_without_room_for_its_memory_a_step_stays_in_the_mapping(
         raise MemoryError
 
     results = []
-    for paged in (None, Pager(directory=tmp_path)):
+    for paged in (None, Pager(directory=tmp_path, host_budget="1MiB", bucket="1MiB")):
         p = parameter(torch.ones(100_000), torch.ones(100_000))
         optimizer = CASES["AdamW8bit"].make([p], paged=paged)
         if paged is not None:
             monkeypatch.setattr(optim8._native.cpu(), "DirectMemory", no_room)
         optimizer.step()
         results.append(snapshot(optimizer))
-        assert paged is None or not optimizer._store._stream.past_cache
+        assert paged is None or optimizer._store._stream.way == MAPPED
     assert results[0] == results[1]
 
 

@@ -20,6 +20,7 @@ from harness import ALL, bits, hostile, parameter, snapshot
 
 import optim8
 from optim8.paging import Pager, journal
+from optim8.paging.streaming import CACHED, DIRECT, MAPPED
 
 HERE = Path(__file__).parent
 ADAMW = CASES["AdamW8bit"]
@@ -102,14 +103,15 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_paging_kept import ADAMW, keep
-from optim8.paging.streaming import Stream
+from optim8.paging.streaming import DIRECT, MAPPED, Stream
 torch.set_num_threads(1)
 p = torch.nn.Parameter(torch.ones(2**24, dtype=torch.bfloat16))
 p.grad = torch.full_like(p, 0.25)
-if {past_cache}:
-    Stream._goes_past_cache = lambda self, share: True
-optimizer = ADAMW.make([p], paged=keep(Path({folder!r}), host_budget="256KiB", bucket="64KiB"))
+Stream._goes_past_cache = lambda self, share: {way!r} == DIRECT
+budget = None if {way!r} == MAPPED else "256KiB"
+optimizer = ADAMW.make([p], paged=keep(Path({folder!r}), host_budget=budget, bucket="64KiB"))
 optimizer.step()
+assert optimizer._store._stream.way == {way!r}
 optimizer.note_checkpoint("runs/last.pt")
 print("go", flush=True)
 if {between}:
@@ -119,9 +121,9 @@ while True:
 """
 
 
-def killed(folder: Path, between: bool, past_cache: bool) -> None:
+def killed(folder: Path, between: bool, way: str) -> None:
     """Leave a directory as a process leaves it that is killed in the middle of a step, or between two."""
-    code = WORKER.format(here=str(HERE), folder=str(folder), between=between, past_cache=past_cache)
+    code = WORKER.format(here=str(HERE), folder=str(folder), between=between, way=way)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, env=environment) as process:
@@ -134,9 +136,9 @@ def killed(folder: Path, between: bool, past_cache: bool) -> None:
         process.wait()
 
 
-@pytest.mark.parametrize("past_cache", [False, True], ids=["in the mapping", "past the page cache"])
-def test_sigkill_in_the_middle_of_a_step_is_noticed(past_cache: bool, tmp_path: Path) -> None:
-    killed(tmp_path, False, past_cache)
+@pytest.mark.parametrize("way", [MAPPED, CACHED, DIRECT])
+def test_sigkill_in_the_middle_of_a_step_is_noticed(way: str, tmp_path: Path) -> None:
+    killed(tmp_path, False, way)
     p = parameter(torch.ones(2**24, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError) as error:
         ADAMW.make([p], paged=keep(tmp_path, resume=True))
@@ -152,9 +154,9 @@ def test_sigkill_in_the_middle_of_a_step_is_noticed(past_cache: bool, tmp_path: 
         ADAMW.make([p], paged=keep(tmp_path))
 
 
-@pytest.mark.parametrize("past_cache", [False, True], ids=["in the mapping", "past the page cache"])
-def test_sigkill_between_steps_loses_nothing(past_cache: bool, tmp_path: Path) -> None:
-    killed(tmp_path, True, past_cache)
+@pytest.mark.parametrize("way", [MAPPED, CACHED, DIRECT])
+def test_sigkill_between_steps_loses_nothing(way: str, tmp_path: Path) -> None:
+    killed(tmp_path, True, way)
     resumed, reference = (parameter(torch.ones(2**24, dtype=torch.bfloat16)) for _ in range(2))
     for p in (resumed, reference):
         p.grad = torch.full_like(p, 0.25)

@@ -1,4 +1,4 @@
-// A step over state that is in files, past the page cache.
+// A step over state that is in files, in memory of its own.
 #pragma once
 
 #include "bind/buckets.h"
@@ -12,7 +12,7 @@ class DirectMemory;  // cpu/direct_io.h
 // A file that is mapped from its first byte on.
 struct PagedFile {
     Span span;
-    int handle;  // open with O_DIRECT
+    int handle;  // to read and write it by
 };
 
 struct DiskError {
@@ -20,10 +20,16 @@ struct DiskError {
     bool writing;
 };
 
-// Steps all buckets: each is read into `memory`, stepped there and written back, several at a time and with no more
-// than `threads` that step. Gives false, and has done nothing, where that cannot be: `memory` is too small for two
-// buckets, or there is no room for a thread. Throws DiskError; what was stepped until then stays stepped.
-bool step_past_cache(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
-                     int threads);
+struct Streaming {
+    size_t slots;   // buckets in memory at a time, at most; a thread for each
+    int threads;    // that step at a time, at most
+    int64_t ahead;  // bytes to have the system fetch before they are read
+};
+
+// Steps all buckets: each is read into `memory`, stepped there and written back. Gives false, and has done nothing,
+// where that cannot be: `memory` is too small for two buckets, or there is no room for a thread. Throws DiskError; what
+// was stepped until then stays stepped.
+bool step_copied(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
+                 const Streaming& how);
 
 }  // namespace optim8

@@ -42,11 +42,13 @@ class Segment:
     path: Path | None = None  # of a kept file; one that is not kept has no name
     limited: bool = False  # mapped, and there is a limit on the pages that are in memory
     pinned: bool = False  # CUDA kernels may use it by its addresses
-    handle: int | None = None  # of the file, past the page cache; closed with the segment. None: that cannot be
+    handle: int | None = None  # of the file; closed with the segment
+    direct: int | None = None  # the same past the page cache, where that can be
 
     def __post_init__(self) -> None:
-        if self.handle is not None:
-            weakref.finalize(self, os.close, self.handle)
+        for handle in (self.handle, self.direct):
+            if handle is not None:
+                weakref.finalize(self, os.close, handle)
         if self.limited:
             _limited.add(self)
 
@@ -170,7 +172,8 @@ def mapped(path: Path, size: int, limited: bool, named: bool = True) -> Segment:
     if size == 0:
         return Segment(DISK, torch.empty(0, dtype=torch.uint8), path if named else None, limited)
     memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-    return Segment(DISK, memory, path if named else None, limited, handle=_past_cache(path))
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    return Segment(DISK, memory, path if named else None, limited, handle=handle, direct=_past_cache(path))
 
 
 def _past_cache(path: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""A step over state that is in files: in the mapping of the files, or past the page cache."""
+"""A step over state that is in files: where they are mapped, or in copies."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ from optim8.paging.options import Pager
 from optim8.paging.plan import AHEAD, streaming_room
 from optim8.paging.segments import Segment
 
+# What a step over files does with the state: it uses the mapping, copies through the page cache to memory of its own
+# and back, or copies past the page cache.
+MAPPED, CACHED, DIRECT = "mapped", "cached", "direct"
+
 # The share of the state that must be in the page cache for a step to be faster there. With less, going past it is.
 _ENOUGH = 2 / 3
 # Steps that go past the page cache before it is tried again whether state stays there: at first, and at last.
 _FIRST_WAIT, _LAST_WAIT = 8, 64
+# Buckets that are in memory at a time where the step goes past the page cache: so many keep a disk busy.
+_DIRECT_SLOTS = 8
+# Bytes of a bucket that is copied from the page cache: caches of the processor hold it until it is copied back.
+_CACHED_BUCKET = 2**19
 
 
 class Stream:
     """The steps of one optimizer over its files.
 
-    State that the page cache holds is stepped where it is mapped. What it does not hold is read through it once, for it
-    may stay there. Where it does not stay, steps go past the page cache: they read and write the disk directly, which
-    is faster than through a cache that holds too little, and leaves it to others. After some steps the page cache gets
-    another chance.
+    State that the page cache holds is stepped where it is mapped; under a limit on what may be mapped, it is copied
+    from the page cache, stepped and copied back, which costs less than to map it anew in every step. What the page
+    cache does not hold is read through it once, for it may stay there. Where it does not stay, steps go past the page
+    cache: they read and write the disk directly, which is faster than through a cache that holds too little, and leaves
+    it to others. After some steps the page cache gets another chance.
     """
 
     def __init__(self, owner: str, pager: Pager) -> None:
         self.owner, self.pager = owner, pager
-        self.past_cache = False  # whether the last step went so
-        self._memory: Any = None  # of steps that go past the page cache
+        self.way = MAPPED  # of the last step
+        self._memory: Any = None  # of steps that copy
         self._wait, self._next_wait = 0, _FIRST_WAIT
         self._failed = ""
 
@@ -46,19 +55,16 @@ class Stream:
         """
         if self._failed:
             raise RuntimeError(f"{self.owner}: an earlier step ended in the middle. {self._failed}")
-        pager, room = self.pager, streaming_room(self.pager, host_taken)
-        direct = all(file.handle is not None for file in files)
-        size = min(pager.bucket_bytes // 2, room // 8) if direct else pager.bucket_bytes
-        buckets = _native.cpu().Buckets(rows, [file.span for file in files], size)
-        self._memory = self._memory_of(room) if direct and self._goes_past_cache(buckets.share_in_memory()) else None
+        spans = [file.span for file in files]
+        share = _native.cpu().share_in_memory(spans)
+        self.way = self._way(files, share)
+        ahead = AHEAD * self.pager.bucket_bytes if share < 1 else 0
         try:
-            self.past_cache = buckets.run_cpu(
-                _native.threads(),
-                ahead=AHEAD * pager.bucket_bytes,
-                release=pager.host_bytes is not None,
-                files=[(file.span, file.handle) for file in files] if direct else [],
-                memory=self._memory,
-            )
+            if self.way == MAPPED or not self._copied(rows, files, streaming_room(self.pager, host_taken), ahead):
+                self.way, self._memory = MAPPED, None
+                _native.cpu().Buckets(rows, spans, self.pager.bucket_bytes).run_mapped(
+                    _native.threads(), ahead=ahead, release=self.pager.host_bytes is not None
+                )
         except OSError as error:
             number, what = error.args
             self._failed = (
@@ -68,6 +74,28 @@ class Stream:
             raise OSError(
                 number, f"{self.owner}: the disk failed when state was {what}: {os.strerror(number)}. {self._failed}"
             ) from error
+
+    def _copied(self, rows: Any, files: Sequence[Segment], room: int, ahead: int) -> bool:
+        """Whether there is memory to step copies of the state in, and that is done."""
+        direct, threads = self.way == DIRECT, _native.threads()
+        size = min(self.pager.bucket_bytes // 2 if direct else _CACHED_BUCKET, room // 8)
+        memory = self._memory = self._memory_of(room if direct else min(room, 2 * threads * _CACHED_BUCKET))
+        if memory is None:
+            return False
+        buckets = _native.cpu().Buckets(rows, [file.span for file in files], size)
+        done: bool = buckets.run_copied(
+            threads,
+            ahead=0 if direct else ahead,
+            files=[(file.span, file.direct if direct else file.handle) for file in files],
+            memory=memory,
+            slots=_DIRECT_SLOTS if direct else threads,
+        )
+        return done
+
+    def _way(self, files: Sequence[Segment], share: float) -> str:
+        if all(file.direct is not None for file in files) and self._goes_past_cache(share):
+            return DIRECT
+        return MAPPED if self.pager.host_bytes is None else CACHED
 
     def _goes_past_cache(self, share: float) -> bool:
         if share >= _ENOUGH:
@@ -79,12 +107,12 @@ class Stream:
         self._wait, self._next_wait = self._next_wait, min(2 * self._next_wait, _LAST_WAIT)
         return False
 
-    def _memory_of(self, room: int) -> Any:
+    def _memory_of(self, size: int) -> Any:
         """None where there is no such room: the mapping needs none."""
-        if self._memory is not None and self._memory.size == room:
+        if self._memory is not None and self._memory.size == size:
             return self._memory
         self._memory = None
         try:
-            return _native.cpu().DirectMemory(room)
+            return _native.cpu().DirectMemory(size)
         except MemoryError:
             return None
