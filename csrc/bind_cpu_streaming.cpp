@@ -137,10 +137,10 @@ class Copied {
         std::unique_lock<std::mutex> lock(mutex_);
         Slot& slot = slots_[next_slot_++];
         while (error_.number == 0 && next_ < buckets_.size()) {
-            const size_t b = next_++, from = fetched_, to = fetched_ = end_of_fetch(b);
+            const size_t b = next_++, from = std::max(b, fetched_), to = fetched_ = end_of_fetch(b, from);
             lock.unlock();
-            for (size_t ahead = from; ahead < to; ++ahead)
-                for (const Span& span : buckets_[ahead].spans) fetch_pages(span.first, span.second);
+            for (size_t i = from; i < to; ++i)
+                for (const Span& span : buckets_[i].spans) fetch_pages(span.first, span.second);
             int error = move(false, slot, b, buckets_[b].spans);
             lock.lock();
             if (has_failed(error, false)) return;
@@ -159,9 +159,8 @@ class Copied {
         }
     }
 
-    // Up to which bucket there is to be fetched when bucket b is read.
-    size_t end_of_fetch(size_t b) const {
-        size_t end = std::max(b, fetched_);
+    // Up to which bucket there is to be fetched when bucket b is read, and all before `end` is fetched.
+    size_t end_of_fetch(size_t b, size_t end) const {
         int64_t waiting = 0;
         for (size_t i = b; i < end; ++i) waiting += buckets_[i].bytes;
         for (; end < buckets_.size() && waiting < how_.ahead; ++end) waiting += buckets_[end].bytes;
@@ -259,7 +258,7 @@ class Copied {
     std::vector<Slot> slots_;
     std::vector<char*> free_pages_;
     size_t next_;           // bucket
-    size_t fetched_ = 0;    // bucket, and all before
+    size_t fetched_ = 0;    // buckets
     size_t next_slot_ = 0;  // of the thread that starts next
     int may_step_ = 0;      // threads
     std::condition_variable changed_;
