@@ -149,6 +149,24 @@ def test_a_step_takes_the_way_that_the_page_cache_asks_for(tmp_path: Path) -> No
     assert ways == [CACHED, CACHED, CACHED, DIRECT, DIRECT, DIRECT]
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="what was read from the disk is told by Linux's /proc")
+@pytest.mark.usefixtures("past_cache")
+def test_a_step_past_the_page_cache_reads_its_state_once(tmp_path: Path) -> None:
+    def read_from_disk() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+    p = parameter(torch.ones(2**24), torch.ones(2**24))
+    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget="4MiB", bucket="1MiB"))
+    optimizer.step()
+    (segment,) = (segment for segment in optimizer._store.segments if segment.tier == segments.DISK)
+    os.fsync(segment.handle)
+    os.posix_fadvise(segment.handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    before = read_from_disk()
+    optimizer.step()
+    assert 0.9 < (read_from_disk() - before) / segment.memory.numel() < 1.1
+
+
 @pytest.fixture
 def small_files() -> Iterator[Any]:
     """Sets the size from which on a file cannot be written."""
