@@ -1,5 +1,6 @@
-"""Paged steps on a GPU: the link to pinned host memory, steps with state on both sides of it, and a training whose
-float32 Adam state does not fit the memory it is given. Prints what it finds as `ROW` and JSON, row by row.
+"""Paged steps on a GPU: the link to pinned host memory, steps with state on both sides of it, the same with copies in
+place of kernels that use the memory of the host, and a training whose float32 Adam state does not fit the memory it is
+given. Prints what it finds as `ROW` and JSON, row by row.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import optim8
 from optim8.paging import Pager
 
 TENSORS = 64
+BUCKETS = 16  # of copied state
+SLOTS = 2  # of device memory for it: while one is stepped, the other one is filled
 STEPS = 10  # of the training
 
 
@@ -89,6 +92,73 @@ def measure_paged_steps(numel: int, link: float, quick: bool) -> None:
             torch.cuda.empty_cache()
 
 
+class Copied:
+    """What the other way to page would cost: state is copied to the device bucket by bucket, on a stream of its own,
+    stepped there and copied back on a third stream. To measure, not to use: each bucket is an optimizer's state, which
+    stays on the device, and buckets wait for each other as if there were memory for two."""
+
+    def __init__(self, params: list[Parameter]) -> None:
+        size = len(params) // BUCKETS
+        self.buckets = [optim8.AdamW8bit(params[at : at + size]) for at in range(0, len(params), size)]
+        self.there: list[list[Tensor]] = []
+        for optimizer in self.buckets:
+            optimizer.step()
+            values = [value for entry in optimizer.state.values() for value in entry.values()]
+            self.there.append([value for value in values if value.numel() > 1])  # not the counts of steps
+        self.here = [[torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for v in part] for part in self.there]
+        for part, on_device in zip(self.here, self.there, strict=True):
+            self._copy(part, on_device)
+        self.in_stream, self.out_stream = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.events = [[torch.cuda.Event() for _ in range(3)] for _ in self.buckets]  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _copy(to: list[Tensor], of: list[Tensor]) -> None:
+        for goal, source in zip(to, of, strict=True):
+            goal.copy_(source, non_blocking=True)
+
+    def step(self) -> None:
+        current = torch.cuda.current_stream()
+        self.in_stream.wait_stream(current)
+        for b, optimizer in enumerate(self.buckets):
+            arrived, stepped, left = self.events[b]
+            with torch.cuda.stream(self.in_stream):
+                if b >= SLOTS:
+                    self.in_stream.wait_event(self.events[b - SLOTS][2])
+                self._copy(self.there[b], self.here[b])
+                arrived.record()
+            current.wait_event(arrived)
+            optimizer.step()
+            stepped.record()
+            with torch.cuda.stream(self.out_stream):
+                self.out_stream.wait_event(stepped)
+                self._copy(self.here[b], self.there[b])
+                left.record()
+        current.wait_stream(self.out_stream)
+
+
+def measure_copied_steps(numel: int, link: float, quick: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        params = [Parameter(torch.randn(numel // TENSORS, device="cuda", dtype=dtype)) for _ in range(TENSORS)]
+        for p in params:
+            p.grad = torch.randn_like(p) * 1e-2
+        copied = Copied(params)
+        moved = 2 * sum(value.nbytes for part in copied.here for value in part)
+        milliseconds = median_ms([copied.step], quick)
+        torch.cuda.synchronize()
+        pairs = [pair for parts in zip(copied.here, copied.there, strict=True) for pair in zip(*parts, strict=True)]
+        give(
+            {
+                "subject": f"100% paged, through copies, {str(dtype)[6:]}",
+                "ms": milliseconds,
+                "of_link": moved / (1e-3 * milliseconds) / link,
+                "state_came_back": all(torch.equal(here, there.cpu()) for here, there in pairs),
+            }
+        )
+        del copied, params
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def _trained(make: Callable[[list[Parameter]], torch.optim.Optimizer], width: int, layers: int) -> list[float]:
     """The losses of a model that learns to give fixed random outputs."""
     torch.manual_seed(0)
@@ -135,7 +205,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
     quick = parser.parse_args().quick
     link = measure_link(1 << 20 if quick else 1 << 30, quick)
-    measure_paged_steps(1 << 20 if quick else 1 << 28, link, quick)
+    for measure in (measure_paged_steps, measure_copied_steps):
+        measure(1 << 20 if quick else 1 << 28, link, quick)
     measure_training(*((64, 2) if quick else (4096, 16)))
     return 0
 

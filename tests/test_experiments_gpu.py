@@ -139,6 +139,8 @@ def test_measure_gives_shares_and_ratios(tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         for share in ("0%", "50%", "100%"):
             assert subjects[f"{share} paged, {dtype}"]["ms"] > 0
+        assert subjects[f"100% paged, through copies, {dtype}"]["of_link"] > 0
+        assert subjects[f"100% paged, through copies, {dtype}"]["state_came_back"]
     trainings = [row for name, row in subjects.items() if name.startswith("training")]
     assert len(trainings) == 2
     assert all(row["learns"] for row in trainings)

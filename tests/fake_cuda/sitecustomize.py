@@ -52,6 +52,9 @@ class _Stream:
     def wait_stream(self, other: object) -> None:
         pass
 
+    def wait_event(self, event: object) -> None:
+        pass
+
 
 fakes: dict[str, Any] = {
     "is_available": lambda: True,
@@ -63,6 +66,7 @@ fakes: dict[str, Any] = {
     "reset_peak_memory_stats": lambda: None,
     "max_memory_allocated": lambda: 0,
     "empty_cache": lambda: None,
+    "synchronize": lambda: None,
     "set_sync_debug_mode": lambda mode: None,
     "current_stream": _Stream,
     "stream": lambda stream: contextlib.nullcontext(),
