@@ -167,6 +167,27 @@ def test_a_step_past_the_page_cache_reads_its_state_once(tmp_path: Path) -> None
     assert 0.9 < (read_from_disk() - before) / segment.memory.numel() < 1.1
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="what is mapped is told by Linux's /proc")
+def test_pages_that_were_looked_at_are_let_go_of_by_the_next_step(way: str, tmp_path: Path) -> None:
+    def resident_kib(address: int) -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        for line in lines:
+            begin, dash, end = line.split()[0].partition("-")
+            if dash and int(begin, 16) <= address < int(end, 16):
+                return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+        raise LookupError(address)
+
+    p = parameter(torch.ones(2**22), torch.ones(2**22))
+    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget="1MiB", bucket="1MiB"))
+    optimizer.step()
+    codes = optimizer.state[p]["exp_avg"]
+    codes.max()
+    assert resident_kib(codes.data_ptr()) >= codes.nbytes // 1024
+    optimizer.step()
+    assert optimizer._store._stream.way == way
+    assert resident_kib(codes.data_ptr()) < 256
+
+
 @pytest.fixture
 def small_files() -> Iterator[Any]:
     """Sets the size from which on a file cannot be written."""

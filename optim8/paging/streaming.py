@@ -65,6 +65,8 @@ class Stream:
                 _native.cpu().Buckets(rows, spans, self.pager.bucket_bytes).run_mapped(
                     _native.threads(), ahead=ahead, release=self.pager.host_bytes is not None
                 )
+            if self.pager.host_bytes is not None:
+                _native.cpu().release_pages(spans)  # what somebody has looked at
         except OSError as error:
             number, what = error.args
             self._failed = (
