@@ -92,11 +92,11 @@ class Copied {
 
     bool run() {
         const size_t resident = next_;
-        if (slots_.size() < std::min({size_t{2}, how_.slots, buckets_.size() - resident})) return false;
-        DiskThreads disk(slots_.size(), &Copied::serve, this);
+        if (slots_.empty() || resident == buckets_.size()) return false;
+        DiskThreads disk(slots_.size(), how_.threads, &Copied::serve, this);
         if (disk.none()) return false;
-        // No more threads than `threads` step at a time. Those of the disk get what this one leaves them.
-        const int own = resident > 0 ? how_.threads - how_.threads / 2 : 0;
+        // No more threads than `threads` step at a time. While this one and its team do, one of the disk may.
+        const int own = resident > 0 ? std::max(1, how_.threads - 1) : 0;
         allow(how_.threads - own);
         {
             const Allowing at_the_end{*this, own};

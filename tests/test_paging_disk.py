@@ -6,10 +6,13 @@ import errno
 import gc
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import functional_reference
 import pytest
 import torch
 from cases import CASES, Case
@@ -36,6 +39,12 @@ def past_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Stream, "_goes_past_cache", lambda *_: True)
 
 
+@pytest.fixture(params=[1, 4], ids=["1 thread", "4 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    with functional_reference.threads(request.param):
+        yield
+
+
 @pytest.fixture(params=[DIRECT, CACHED])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The way of every step under a limit."""
@@ -50,7 +59,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 PAGERS: dict[str, dict[str, Any]] = {
     "no limit": {"bucket": "128KiB"},
     "a limit": {"bucket": "512KiB", "host_budget": "512KiB"},
-    "half in memory": {"bucket": "512KiB", "host_budget": "900KiB"},
+    "half in memory": {"bucket": "512KiB", "host_budget": "700KiB"},
     "kept": {"bucket": "64KiB", "keep": True},
     "one bucket": {},
 }
@@ -61,13 +70,14 @@ WAYS = [*((pager, 8) for pager in PAGERS), ("a limit", 32), ("kept", 32)]
 
 @pytest.mark.parametrize("pager, optim_bits", WAYS)
 @ALL
-@pytest.mark.usefixtures("past_cache")
+@pytest.mark.usefixtures("past_cache", "threads")
 def test_bits_are_those_of_a_resident_step(case: Case, optim_bits: int, pager: str, tmp_path: Path) -> None:
     steps_like_a_resident_one(case, optim_bits, pager, DIRECT, tmp_path)
 
 
 @pytest.mark.parametrize("pager, optim_bits", [("a limit", 8), ("half in memory", 8), ("a limit", 32)])
 @ALL
+@pytest.mark.usefixtures("threads")
 def test_bits_of_state_copied_from_the_page_cache_are_so_too(
     case: Case, optim_bits: int, pager: str, tmp_path: Path
 ) -> None:
@@ -86,14 +96,19 @@ def steps_like_a_resident_one(case: Case, optim_bits: int, pager: str, way: str,
         **options,
         paged=Pager(directory=tmp_path / "kept" if "keep" in PAGERS[pager] else tmp_path, **PAGERS[pager]),
     )
+    ways = set()
     for t in range(4):
         for params, optimizer in ((resident, a), (paged, b)):
             steps(params, optimizer, t, t + 1)
         assert snapshot(b) == snapshot(a), t
-        assert b._store._stream.way == way
+        ways.add(b._store._stream.way)
+    # Where nothing of a step is on the disk, there is nothing to copy.
+    assert way in ways
+    assert ways == {way} or (pager == "half in memory" and ways == {way, MAPPED})
     b.close()
 
 
+@pytest.mark.usefixtures("threads")
 def test_many_tensors_in_any_order_share_pages(way: str, tmp_path: Path) -> None:
     """Groups that were made in another order than their state, and neighbours of which only some are stepped."""
     results = []
@@ -240,6 +255,87 @@ def test_no_step_follows_one_that_a_disk_ended_also_where_nothing_is_kept(small_
     ):
         optimizer.step()
     assert torch.equal(p, before)
+
+
+@pytest.mark.usefixtures("way", "threads")
+def test_a_disk_that_fails_beside_state_in_memory_ends_the_step_too(small_files: Any, tmp_path: Path) -> None:
+    params = [parameter(torch.ones(n), torch.ones(n)) for n in (2**18, 2**21)]
+    optimizer = optim8.AdamW8bit(params, paged=Pager(directory=tmp_path, bucket="1MiB", host_budget="2MiB"))
+    optimizer.step()
+    assert [place.tier for place in optimizer.placement()] == ["host", "disk"]
+    small_files(MIB)
+    with pytest.raises(OSError, match="load a checkpoint of both"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("way")
+def test_no_step_follows_one_that_memory_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    p = parameter(torch.ones(100_000), torch.ones(100_000))
+    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget="1MiB", bucket="1MiB"))
+    optimizer.step()
+
+    def no_memory() -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(Stream, "_copied", lambda *_: no_memory)
+    with pytest.raises(MemoryError, match=r"AdamW8bit: no memory in the middle of a step\. .*load a checkpoint"):
+        optimizer.step()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="an earlier step ended in the middle"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("bucket, budget", [("64KiB", "128KiB"), ("64KiB", "256KiB"), ("128KiB", "128KiB")])
+@pytest.mark.usefixtures("threads")
+def test_small_budgets_are_enough_to_copy(way: str, bucket: str, budget: str, tmp_path: Path) -> None:
+    p = parameter(torch.ones(300_000), torch.ones(300_000))
+    optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget=budget, bucket=bucket))
+    for _ in range(2):
+        optimizer.step()
+        assert optimizer._store._stream.way == way
+
+
+BOUND = """
+import os, sys, threading
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+import torch, optim8
+from optim8.paging import Pager
+torch.set_num_threads(2)
+torch.ones(2**20).exp()
+p = torch.nn.Parameter(torch.ones(2**22))
+p.grad = torch.ones(2**22)
+optimizer = optim8.AdamW8bit([p], paged=Pager(directory=sys.argv[1], host_budget="1MiB", bucket="1MiB"))
+optimizer.step()
+known, new, stepping = set(os.listdir("/proc/self/task")), set(), True
+
+def watch():
+    while stepping:
+        for task in set(os.listdir("/proc/self/task")) - known:
+            try:
+                new.add(len(os.sched_getaffinity(int(task))))
+            except ProcessLookupError:
+                pass
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+known.add(str(watcher.native_id))
+for _ in range(30):
+    optimizer.step()
+stepping = False
+watcher.join()
+print(len(os.sched_getaffinity(0)), max(new))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two processors, on Linux"
+)
+def test_threads_of_a_step_use_all_processors_also_where_openmp_binds_its_own(tmp_path: Path) -> None:
+    for bound, expected in (("false", "2 2"), ("true", "1 2")):
+        environment = {**os.environ, "OMP_PROC_BIND": bound, "OMP_NUM_THREADS": "2"}
+        command = [sys.executable, "-c", BOUND, str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.stdout.strip(), done.stderr) == (expected, ""), bound
 
 
 @pytest.mark.usefixtures("way")

@@ -27,7 +27,7 @@ struct Streaming {
 };
 
 // Steps all buckets: each is read into `memory`, stepped there and written back. Gives false, and has done nothing,
-// where that cannot be: `memory` is too small for two buckets, or there is no room for a thread. Throws DiskError; what
+// where that cannot be: `memory` is too small for a bucket, or there is no room for a thread. Throws DiskError; what
 // was stepped until then stays stepped.
 bool step_copied(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
                  const Streaming& how);

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <unistd.h>
 #if defined(__linux__)
+#include <sched.h>
 #include <sys/mman.h>
 #endif
 
@@ -62,17 +63,43 @@ inline int transfer(bool writing, int handle, char* memory, size_t size, size_t 
     return 0;
 }
 
-// Threads that wait for a disk most of their time. Their stacks are small, for those count as data of the process,
-// which may be limited (RLIMIT_DATA). They must not allocate memory: each would get a heap of its own.
+#if defined(__linux__)
+// The processors of this thread and `threads` - 1 more of OpenMP. A thread that OpenMP binds to a place of its own
+// (OMP_PROC_BIND) would hand that on to each thread that it starts, and all would share one processor.
+inline cpu_set_t processors_of(int threads) {
+    cpu_set_t all;
+    CPU_ZERO(&all);
+    if (sched_getaffinity(0, sizeof all, &all) != 0 || CPU_COUNT(&all) >= threads) return all;
+#pragma omp parallel num_threads(threads)
+    {
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        if (sched_getaffinity(0, sizeof own, &own) == 0) {
+#pragma omp critical
+            CPU_OR(&all, &all, &own);
+        }
+    }
+    return all;
+}
+#endif
+
+// Threads that read and write files, and step what they have read. Their stacks are small, for those count as data of
+// the process, which may be limited (RLIMIT_DATA). They must not allocate memory: each would get a heap of its own.
 class DiskThreads {
   public:
-    // As many as there are to be had, up to `most`, call work(argument).
-    DiskThreads(size_t most, void* (*work)(void*), void* argument) {
+    // As many as there are to be had, up to `most`, call work(argument), where `threads` threads of OpenMP may run.
+    DiskThreads(size_t most, int threads, void* (*work)(void*), void* argument) {
         pthread_attr_t attributes;
         pthread_attr_init(&attributes);
         // What libraries keep for each thread lies in its stack too; the system tells how much that is.
         const long least = sysconf(_SC_THREAD_STACK_MIN);
         pthread_attr_setstacksize(&attributes, static_cast<size_t>(least > 0 ? least : 0) + (size_t{128} << 10));
+#if defined(__linux__)
+        const cpu_set_t processors = processors_of(threads);
+        if (CPU_COUNT(&processors) > 0) pthread_attr_setaffinity_np(&attributes, sizeof processors, &processors);
+#else
+        (void)threads;
+#endif
         threads_.reserve(most);
         pthread_t thread;
         while (threads_.size() < most && pthread_create(&thread, &attributes, work, argument) == 0)

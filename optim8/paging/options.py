@@ -47,14 +47,14 @@ class Pager:
             state is made, less `device_reserve`.
         host_budget: bytes of host memory. None: for CUDA parameters no limit; for parameters on the CPU all state is
             in the file, and as much of it is in memory as the system's page cache holds. A limit covers the buckets
-            that are being stepped too; where state is in the file, pages are let go of behind the step.
+            that are being stepped too: a step copies them from the file and back, and leaves none of it mapped.
         directory: folder of the file. None: that of temporary files, which TMPDIR names; mind that some systems have
             that in memory. It must be there, except with `keep`.
         keep: keep the file. All state is in `directory` then, which is a checkpoint of its own. It belongs to one
             optimizer at a time, whose parameters are on the CPU.
         resume: go on with the state that an earlier optimizer kept in `directory`; needs `keep`.
-        bucket: bytes of state that a step streams at a time, of the budget's; where the budget leaves room, up to four
-            buckets are in memory.
+        bucket: bytes of the budget that are kept for streaming. A step over the file takes what the budget leaves, but
+            no more than four times that, and moves state in smaller pieces, of a half at most.
         device_reserve: bytes to leave free on a CUDA device where `device_budget` is None.
         changed_params: go on also with parameters other than those that the last step in `directory` left; needs
             `resume`. They are refused otherwise, where the directory tells of them.

@@ -95,6 +95,7 @@ class Store:
             OSError: the disk is full, or the file cannot be made.
         """
         if tier == HOST:
+            self._stream.free_memory()  # there is less room for it now
             segment = segments.in_memory(arenas, pinned=device.type == "cuda")
         else:
             segment = (

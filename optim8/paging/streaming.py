@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from optim8 import _native
@@ -50,51 +51,60 @@ class Stream:
             host_taken: bytes of state in memory of the host.
 
         Raises:
-            OSError: the disk failed, and the step has ended in the middle.
+            OSError, MemoryError: the disk failed, or there was no memory, and the step has ended in the middle.
             RuntimeError: that has happened before.
         """
         if self._failed:
             raise RuntimeError(f"{self.owner}: an earlier step ended in the middle. {self._failed}")
-        spans = [file.span for file in files]
-        share = _native.cpu().share_in_memory(spans)
+        room = streaming_room(self.pager, host_taken)
+        share = _native.cpu().share_in_memory([file.span for file in files])
         self.way = self._way(files, share)
-        ahead = AHEAD * self.pager.bucket_bytes if share < 1 else 0
+        copied = None if self.way == MAPPED else self._copied(rows, files, room, share)
         try:
-            if self.way == MAPPED or not self._copied(rows, files, streaming_room(self.pager, host_taken), ahead):
+            if copied is None or not copied():
                 self.way, self._memory = MAPPED, None
-                _native.cpu().Buckets(rows, spans, self.pager.bucket_bytes).run_mapped(
-                    _native.threads(), ahead=ahead, release=self.pager.host_bytes is not None
+                _native.cpu().Buckets(rows, [file.span for file in files], self.pager.bucket_bytes).run_mapped(
+                    _native.threads(),
+                    ahead=0 if share == 1 else AHEAD * self.pager.bucket_bytes,
+                    release=self.pager.host_bytes is not None,
                 )
-            if self.pager.host_bytes is not None:
-                _native.cpu().release_pages(spans)  # what somebody has looked at
-        except OSError as error:
-            number, what = error.args
+        except (OSError, MemoryError) as error:
             self._failed = (
                 "Parameters and state are half old and half new and cannot be used. Make a new optimizer and load a "
                 "checkpoint of both."
             )
+            if isinstance(error, MemoryError):
+                raise MemoryError(f"{self.owner}: no memory in the middle of a step. {self._failed}") from error
+            number, what = error.args
             raise OSError(
                 number, f"{self.owner}: the disk failed when state was {what}: {os.strerror(number)}. {self._failed}"
             ) from error
+        if self.pager.host_bytes is not None:
+            _native.cpu().release_pages([file.span for file in files])  # what somebody has looked at
 
-    def _copied(self, rows: Any, files: Sequence[Segment], room: int, ahead: int) -> bool:
-        """Whether there is memory to step copies of the state in, and that is done."""
+    def free_memory(self) -> None:
+        """Let go of what a step keeps for the next one."""
+        self._memory = None
+
+    def _copied(self, rows: Any, files: Sequence[Segment], room: int, share: float) -> Callable[[], bool] | None:
+        """A step of copies of the state, which may find that it cannot be; None where there is no memory for it."""
         direct, threads = self.way == DIRECT, _native.threads()
-        size = min(self.pager.bucket_bytes // 2 if direct else _CACHED_BUCKET, room // 8)
+        size = min(self.pager.bucket_bytes // 2 if direct else _CACHED_BUCKET, room // (_DIRECT_SLOTS + 1))
         memory = self._memory = self._memory_of(room if direct else min(room, 2 * threads * _CACHED_BUCKET))
         if memory is None:
-            return False
-        buckets = _native.cpu().Buckets(rows, [file.span for file in files], size)
-        done: bool = buckets.run_copied(
+            return None
+        return partial(
+            _native.cpu().Buckets(rows, [file.span for file in files], size).run_copied,
             threads,
-            ahead=0 if direct else ahead,
+            ahead=0 if direct or share == 1 else AHEAD * self.pager.bucket_bytes,
             files=[(file.span, file.direct if direct else file.handle) for file in files],
             memory=memory,
             slots=_DIRECT_SLOTS if direct else threads,
         )
-        return done
 
     def _way(self, files: Sequence[Segment], share: float) -> str:
+        if not files:
+            return MAPPED
         if all(file.direct is not None for file in files) and self._goes_past_cache(share):
             return DIRECT
         return MAPPED if self.pager.host_bytes is None else CACHED
