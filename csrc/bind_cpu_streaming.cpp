@@ -14,8 +14,8 @@ namespace {
 // A page that several buckets use. The last one that is stepped writes it, with what the others left.
 struct SharedPage {
     uintptr_t at;
-    size_t users, left;  // buckets, and those of them that are not stepped yet
-    char* kept;          // the page as those that are left it
+    size_t left;  // buckets that are not stepped yet
+    char* kept;   // the page as those that are left it
 };
 
 struct SharedPages {
@@ -48,7 +48,7 @@ SharedPages shared_pages(const Buckets& buckets) {
         for (uintptr_t at = edges[i].at; at < edges[i + 1].at; at += page) {
             for (const size_t b : using_it) found.of_bucket[b].push_back(found.all.size());
             for (size_t b = *using_it.begin(); b < *using_it.rbegin(); ++b) ++open[b];
-            found.all.push_back({at, using_it.size(), using_it.size(), nullptr});
+            found.all.push_back({at, using_it.size(), nullptr});
         }
     }
     found.most_open = *std::max_element(open.begin(), open.end());
