@@ -319,11 +319,13 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 known.add(str(watcher.native_id))
-for _ in range(30):
+for _ in range(1000):
     optimizer.step()
+    if 2 in new:
+        break
 stepping = False
 watcher.join()
-print(len(os.sched_getaffinity(0)), max(new))
+print(len(os.sched_getaffinity(0)), max(new, default=None))
 """
 
 
