@@ -46,7 +46,7 @@ test: env ## run the tests and the examples in docstrings
 # The package goes to a folder of its own, so a sanitized module never mixes with the normal one. Leaks are not looked
 # for: CPython and torch keep what they allocate. libstdc++ is preloaded so that AddressSanitizer finds its throw.
 SANITIZED := build/sanitized
-NATIVE_TESTS = $(wildcard $(patsubst %, tests/test_%*.py, codec functional_ numerics_ optim_))
+NATIVE_TESTS = $(wildcard $(patsubst %, tests/test_%*.py, codec functional_ numerics_ optim_ paging_disk paging_step))
 SANITIZED_TESTS = $(filter-out tests/test_optim_training.py tests/test_functional_peers.py, $(NATIVE_TESTS)) \
     tests/test_install.py::test_the_tests_run_against_the_build_that_was_asked_for
 .PHONY: test-sanitize
