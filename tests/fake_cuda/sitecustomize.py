@@ -56,6 +56,11 @@ class _Stream:
         pass
 
 
+class _CUDAGraph:
+    def __init__(self) -> None:
+        raise RuntimeError("no CPU poses as a CUDAGraph")
+
+
 fakes: dict[str, Any] = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
@@ -69,9 +74,11 @@ fakes: dict[str, Any] = {
     "synchronize": lambda: None,
     "set_sync_debug_mode": lambda mode: None,
     "current_stream": _Stream,
+    "is_current_stream_capturing": lambda: False,
     "stream": lambda stream: contextlib.nullcontext(),
     "Stream": _Stream,
     "Event": _Event,
+    "CUDAGraph": _CUDAGraph,
 }
 for name, fake in fakes.items():
     setattr(torch.cuda, name, fake)
