@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from optim8.paging.options import Pager
 from optim8.paging.segments import DEVICE, DISK, HOST, PAGE
 
-# Times `bucket` that a step over the disk takes in memory where there is room. Once would do for a disk that never
-# pauses.
+# Times `bucket` that a step over the disk takes in memory where there is room, or has the system fetch ahead.
+# Once would do for a disk that never pauses.
 AHEAD = 4
 
 
