@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,54 @@ def test_paged_must_be_a_bool_or_a_pager() -> None:
         TypeError, match=r"AdamW8bit: paged must be True, False or an optim8\.paging\.Pager, got '2GiB'"
     ):
         optim8.AdamW8bit([parameter(torch.ones(3))], paged="2GiB")
+
+
+def test_the_repr_of_a_pager_is_what_differs_from_the_defaults_in_words(tmp_path: Path) -> None:
+    """And makes the same Pager, within the digits shown."""
+    assert repr(Pager()) == "Pager()"
+    pager = Pager(device_budget=0, host_budget=3 * 2**29, directory=tmp_path, keep=True, bucket="64KiB")
+    shown = f"Pager(device_budget=0, host_budget='1.5GiB', directory={str(tmp_path)!r}, keep=True, bucket='64KiB')"
+    assert repr(pager) == shown
+    assert eval(shown) == pager
+
+
+def test_the_repr_of_a_placement_is_bytes_by_tier(tmp_path: Path) -> None:
+    params = [parameter(torch.ones(8192)), parameter(torch.ones(3))]
+    optimizer = optim8.AdamW8bit(params, paged=Pager(directory=tmp_path))
+    assert repr(optimizer.placement()) == "Placement(2 parameters, state: none yet)"
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert repr(optimizer.placement()) == "Placement(2 parameters, state: 16.28KiB on disk)"
+
+
+@pytest.mark.parametrize("directory", ["run", Path("run")])
+def test_a_relative_directory_is_that_of_the_working_directory_when_the_pager_is_made(
+    directory: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is used later, after the program has gone elsewhere, there may be one of the same name."""
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    for keep in (False, True):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        pager = Pager(directory=directory, keep=keep)
+        assert pager.directory == tmp_path / "run"
+        monkeypatch.chdir("elsewhere")
+        params = [parameter(torch.ones(8192), torch.ones(8192))]
+        optimizer = optim8.AdamW8bit(params, paged=pager)
+        optimizer.step()
+        Path("model.pt").touch()
+        if keep:
+            optimizer.note_checkpoint("model.pt")
+            for what in ("model.pt", "s3://bucket/model.pt"):
+                optimizer.note_checkpoint(what)
+                noted = json.loads((tmp_path / "run" / "checkpoint.json").read_text())["what"]
+                assert noted == repr(what if ":" in what else str(tmp_path / "elsewhere" / what))
+        optimizer.flush()
+        optimizer.close()
+        assert [place.where for place in optimizer.placement()] == [str(tmp_path / "run")]
+        assert list(Path("run").iterdir()) == []
+        assert ((tmp_path / "run" / "params.json").exists()) == keep
 
 
 PLANS: tuple[tuple[dict[str, Any], str, dict[str, int], list[str]], ...] = (

@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -111,7 +112,9 @@ class PagedState(torch.optim.Optimizer):
                 f"{type(self).__name__}.note_checkpoint: needs paged=Pager(directory=..., keep=True). Leave it out: "
                 "without a kept directory there is nothing to be found after a crash."
             )
-        self._store.kept.journal.note_checkpoint(f"'{os.fspath(path)}'")
+        text = os.fsdecode(path)
+        # It is read by another process, which may be elsewhere. What is no file (an address, say) stays as it is.
+        self._store.kept.journal.note_checkpoint(f"'{Path(text).absolute() if Path(text).exists() else text}'")
 
     def _note_state_dict(self) -> None:
         if self._store is not None and self._store.kept is not None and not self._store.kept.journal.closed:

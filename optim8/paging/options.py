@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
+_SIZES = ("device_budget", "host_budget", "bucket", "device_reserve")  # options in bytes
 SMALLEST_BUCKET = 64 * 2**10  # below, the cost of a bucket outweighs its work
 
 
@@ -34,7 +35,14 @@ def as_bytes(name: str, value: int | str) -> int:
     return value
 
 
-@dataclass(frozen=True)
+def size_text(count: int) -> str:
+    """Bytes as a text that `as_bytes` reads, of four digits or so, such as "1.5GiB"."""
+    units = [("B", 1), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)]
+    unit, size = next((unit for unit in reversed(units) if count >= unit[1]), units[0])
+    return f"{count / size:.4g}{unit}"
+
+
+@dataclass(frozen=True, repr=False)
 class Pager:
     """Where the state of an optimizer may live. `paged=True` is `paged=Pager()`.
 
@@ -48,8 +56,9 @@ class Pager:
         host_budget: bytes of host memory. None: for CUDA parameters no limit; for parameters on the CPU all state is
             in the file, and as much of it is in memory as the system's page cache holds. A limit covers the buckets
             that are being stepped too: a step copies them from the file and back, and leaves none of it mapped.
-        directory: folder of the file. None: that of temporary files, which TMPDIR names; mind that some systems have
-            that in memory. It must be there, except with `keep`.
+        directory: folder of the file; a relative one is taken from the present working directory. None: that of
+            temporary files, which TMPDIR names; mind that some systems have that in memory. It must be there, except
+            with `keep`.
         keep: keep the file. All state is in `directory` then, which is a checkpoint of its own. It belongs to one
             optimizer at a time, whose parameters are on the CPU.
         resume: go on with the state that an earlier optimizer kept in `directory`; needs `keep`.
@@ -73,7 +82,7 @@ class Pager:
     changed_params: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("device_budget", "host_budget", "bucket", "device_reserve"):
+        for name in _SIZES:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, as_bytes(name, value))
@@ -93,7 +102,16 @@ class Pager:
                 "Pager: changed_params=True is a word on the parameters of a resumed run. Pass resume=True too."
             )
         if self.directory is not None:
-            object.__setattr__(self, "directory", Path(self.directory))
+            # Not when it is used: a program may go elsewhere until then, as those with a folder for each run do.
+            object.__setattr__(self, "directory", Path(self.directory).absolute())
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, with sizes in words."""
+        given = {name: getattr(self, name) for name in _DEFAULTS if getattr(self, name) != _DEFAULTS[name]}
+        words = {name: size_text(value) if name in _SIZES and value else value for name, value in given.items()}
+        if self.directory is not None:
+            words["directory"] = str(self.directory)
+        return f"Pager({', '.join(f'{name}={value!r}' for name, value in words.items())})"
 
     @property
     def bucket_bytes(self) -> int:
@@ -114,6 +132,9 @@ class Pager:
     def device_bytes(self) -> int | None:
         """`device_budget` in bytes."""
         return None if self.device_budget is None else as_bytes("device_budget", self.device_budget)
+
+
+_DEFAULTS = {field.name: getattr(Pager(), field.name) for field in fields(Pager)}
 
 
 def pager_of(owner: str, paged: bool | Pager | None, default: bool) -> Pager | None:

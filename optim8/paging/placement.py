@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from optim8.paging.options import size_text
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,6 +36,10 @@ class Placement(Sequence[Place]):
 
     def __getitem__(self, index: int) -> Place:  # type: ignore[override]
         return self._places[index]
+
+    def __repr__(self) -> str:
+        tiers = [f"{size_text(size)} on {tier}" for tier, size in self.bytes_by_tier().items()]
+        return f"Placement({len(self)} parameters, state: {', '.join(tiers) or 'none yet'})"
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of state in each tier that holds any."""

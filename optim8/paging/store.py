@@ -30,7 +30,7 @@ class Store:
 
     def __init__(self, owner: str, rule: str, pager: Pager) -> None:
         self.owner, self.rule, self.pager = owner, rule, pager
-        self.directory = Path(tempfile.gettempdir()) if pager.directory is None else Path(pager.directory)
+        self.directory = Path(pager.directory or tempfile.gettempdir()).absolute()
         self.segments: list[Segment] = []
         self.kept: Kept | None = None
         self.groups: Groups = []  # of the optimizer
