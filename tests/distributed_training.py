@@ -164,26 +164,28 @@ def gradients(place: Place) -> None:
 def gradient_scaler(place: Place) -> None:
     """An infinite gradient on one rank: every rank leaves the step out."""
     case = CASES["AdamW8bit"]
-    net = sharded(place)
-    optimizer = default_size(case, net)
-    scaler = torch.amp.GradScaler(place.device.type, init_scale=64.0)
-    twin = sharded(place)
-    own = default_size(case, twin)
-    scaler.scale(net()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    twin().backward()
-    own.step()
-    assert snapshot_local(optimizer) == snapshot_local(own)
-    optimizer.zero_grad()
-    scaler.scale(net()).backward()
-    if place.rank == place.world - 1:
-        local(net.weights["rows_of_a_block"].grad).view(-1)[5] = float("inf")
-    before = snapshot_local(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    assert snapshot_local(optimizer) == before
-    assert scaler.get_scale() == 32
+    for fused in (None, True):
+        net, twin = sharded(place), sharded(place)
+        optimizer = case.make(net.parameters(), min_8bit_size=4096, fused=fused)
+        own = case.make(twin.parameters(), min_8bit_size=4096, fused=fused)
+        scaler = torch.amp.GradScaler(place.device.type, init_scale=64.0)
+        scaler.scale(net()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        twin().backward()
+        own.step()
+        assert snapshot_local(optimizer) == snapshot_local(own)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert p.grad is None or bits(local(p.grad)) == bits(local(q.grad))
+        optimizer.zero_grad()
+        scaler.scale(net()).backward()
+        if place.rank == place.world - 1:
+            local(net.weights["rows_of_a_block"].grad).view(-1)[5] = float("inf")
+        before = snapshot_local(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert snapshot_local(optimizer) == before
+        assert scaler.get_scale() == 32
 
 
 def clipping(place: Place) -> None:

@@ -18,7 +18,8 @@ _ARGS = """
         eps: added to the square root of the second moment.
         weight_decay: {decay}
         amsgrad, differentiable: must be False.
-        foreach, fused: accepted; every step is one fused call over all tensors, whatever they say.
+        foreach, fused: accepted; every step is one fused call over all tensors, whatever they say. Under GradScaler,
+            fused=True lets the step take the scale itself, as in torch.optim.
         maximize: ascend instead of descend.
         capturable: for CUDA parameters only.
         min_8bit_size: tensors of fewer values keep 32-bit state.

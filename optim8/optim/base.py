@@ -25,8 +25,10 @@ class BlockwiseOptimizer(PagedState):
     A subclass names its rule (one of csrc/core/rules/all.h) and the rule's states, and passes its defaults up.
     """
 
-    # torch.amp.GradScaler hands over its scale and what it found, instead of looking at them: see step.
-    _step_supports_amp_scaling = True
+    # With fused=True as in torch.optim: GradScaler.step calls the step also where a gradient is infinite, and hands
+    # over its scale and what it found (grad_scale, found_inf) instead of looking at them, which would wait for a GPU.
+    # Otherwise it unscales the gradients itself and leaves such a step out. Libraries that clip look at this too.
+    _step_supports_amp_scaling = False
 
     _known_overrides: overrides.Resolved | None = None
 
@@ -37,6 +39,7 @@ class BlockwiseOptimizer(PagedState):
         pager = pager_of(owner, defaults.pop("paged", None), self.always_paged)
         options.check_group(owner, defaults)
         super().__init__(params, defaults)
+        self._step_supports_amp_scaling = bool(defaults.get("fused"))
         self._open_store(pager)
         overrides.register(self)
 
@@ -52,6 +55,8 @@ class BlockwiseOptimizer(PagedState):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "defaults" in state:  # a copy or a pickle
+            self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
         overrides.register(self)
         for group in self.param_groups:
             for name, value in options.EXTRA_DEFAULTS.items():
@@ -139,6 +144,17 @@ class BlockwiseOptimizer(PagedState):
                 self._store.prepare(self.param_groups, self.state)
                 run = self._store.run_step
             run(table, type(self).__name__, scale, found_inf)
+        if scale is not None:
+            self._unscale_gradients(scale)
+
+    def _unscale_gradients(self, scale: torch.Tensor) -> None:
+        """As torch's fused optimizers: after a step that was handed a scale, gradients are without it."""
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for group in self.param_groups:
+            for grad in (sharded.local(param.grad) for param in group["params"] if param.grad is not None):
+                by_device.setdefault(grad.device, []).append(grad)
+        for device, grads in by_device.items():
+            torch._foreach_div_(grads, scale.to(device, non_blocking=True))
 
     def _supply(
         self, parts: list[Part], local: sharded.LocalStep, relaid: list[dict[int, torch.Tensor]], wanted: list[Any]

@@ -19,7 +19,8 @@ class Lion8bit(BlockwiseOptimizer):
         betas: the weights of momentum in the step and in the new momentum, each in [0, 1).
         weight_decay: decoupled weight decay: parameters shrink by the factor 1 - lr * weight_decay.
         maximize: ascend instead of descend.
-        foreach, fused: accepted; every step is one fused call over all tensors, whatever they say.
+        foreach, fused: accepted; every step is one fused call over all tensors, whatever they say. Under GradScaler,
+            fused=True lets the step take the scale itself, as in torch.optim.
         capturable: for CUDA parameters only.
         differentiable: must be False.
         min_8bit_size: tensors of fewer values keep 32-bit state.
