@@ -20,13 +20,14 @@ constexpr RuleInfo rule_infos[] = {
 #undef OPTIM8_RULE_INFO
 };
 
-// The names of the states, in the order of every rule.
+// The names of the states, in the order of every rule: of float32 values, of codes and of their scales.
 constexpr const char* state_names[max_states] = {"exp_avg", "exp_avg_sq"};
+constexpr const char* codes_names[max_states] = {"exp_avg_codes", "exp_avg_sq_codes"};
 constexpr const char* absmax_names[max_states] = {"exp_avg_absmax", "exp_avg_sq_absmax"};
 constexpr const char* step_name = "step";
 
 struct Names {
-    PyObject *grad, *is_neg, *is_zero, *step, *state[max_states], *absmax[max_states];
+    PyObject *grad, *is_neg, *is_zero, *step, *state[max_states], *codes[max_states], *absmax[max_states];
     Names() {
         grad = PyUnicode_InternFromString("grad");
         is_neg = PyUnicode_InternFromString("is_neg");
@@ -34,6 +35,7 @@ struct Names {
         step = PyUnicode_InternFromString(step_name);
         for (int s = 0; s < max_states; ++s) {
             state[s] = PyUnicode_InternFromString(state_names[s]);
+            codes[s] = PyUnicode_InternFromString(codes_names[s]);
             absmax[s] = PyUnicode_InternFromString(absmax_names[s]);
         }
     }
@@ -253,17 +255,20 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         InOrder values_of(entry);
         PyObject* count = entry_of(values_of, key.step, step_name, place);
         for (int s = 0; s < info->states; ++s) {
-            const View values =
-                state_view(entry_of(values_of, key.state[s], state_names[s], place), state_names[s], place, hint);
-            const bool codes = values.is_uint8();
-            const Precision precision = codes ? Precision::Bits8 : Precision::Bits32;
-            if ((!codes && !values.is_float32()) || !values.same_shape(p) || !reaches(p, values) ||
-                (s > 0 && precision != row.precision))
-                place.fail("needs a " + quoted(state_names[s]) + " of uint8 codes or float32, like the parameter " +
-                           p.describe() + " in shape and device, got " + values.describe() +
+            PyObject* tensor = nullptr;
+            if (s == 0) {  // what the first state is, all are
+                tensor = values_of.is_next(key.state[s]) ? nullptr : values_of.find(key.codes[s]);
+                row.precision = tensor != nullptr ? Precision::Bits8 : Precision::Bits32;
+            }
+            const bool codes = row.precision == Precision::Bits8;
+            const char* const name = (codes ? codes_names : state_names)[s];
+            if (tensor == nullptr) tensor = entry_of(values_of, (codes ? key.codes : key.state)[s], name, place);
+            const View values = state_view(tensor, name, place, hint);
+            if (!(codes ? values.is_uint8() : values.is_float32()) || !values.same_shape(p) || !reaches(p, values))
+                place.fail("needs a " + quoted(name) + " of " + (codes ? "uint8 codes" : "float32") +
+                           ", like the parameter " + p.describe() + " in shape and device, got " + values.describe() +
                            ". Load the checkpoint with load_state_dict.");
             moved = moved || !values.same_layout(p);
-            row.precision = precision;
             row.state[s] = values.data;
             if (!codes) continue;
             const View absmax =

@@ -248,8 +248,8 @@ def _set_up(make: Any, p: torch.nn.Parameter, squares: Tensor, step: int) -> Any
     state = optimizer.state[p]
     state["step"].fill_(step)
     if "exp_avg_absmax" in state:
-        state["exp_avg"].fill_(255)  # the code of 1
-        state["exp_avg_sq"].fill_(255)
+        state["exp_avg_codes"].fill_(255)  # the code of 1
+        state["exp_avg_sq_codes"].fill_(255)
         state["exp_avg_absmax"].fill_(2)
         state["exp_avg_sq_absmax"].copy_(squares)
     else:
@@ -286,7 +286,7 @@ def compare_roots(compare: Comparison, quick: bool) -> None:
             compare(
                 f"{what}, absmax", in_8_bits.state[wide]["exp_avg_sq_absmax"], in_32_bits.state[narrow]["exp_avg_sq"]
             )
-            if not torch.all(in_8_bits.state[wide]["exp_avg_sq"] == 255):
+            if not torch.all(in_8_bits.state[wide]["exp_avg_sq_codes"] == 255):
                 compare.differing.append(f"{what}: codes")
 
 

@@ -70,7 +70,7 @@ def assert_holds(optimizer: Any, case: Case, p: torch.Tensor, expected: dict[str
         exact = Rounded.exact(values(floats))
         scales = state[f"{name}_absmax"].double().numpy()
         assert np.array_equal(scales, reference.block_max(exact.value)), name
-        assert not reference.wrong_codes(codes_of(state[name]), exact, signed).size, name
+        assert not reference.wrong_codes(codes_of(state[f"{name}_codes"]), exact, signed).size, name
 
 
 def assert_same_step(params: Params, optimizer: Any, others: Params, other: Any, t: int) -> None:

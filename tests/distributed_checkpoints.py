@@ -53,7 +53,7 @@ class Saved:
                     floats = entry[moment].cpu().numpy()
                     self.moments[name][moment] = (floats, floats, np.ones_like(floats))
                     continue
-                codes = entry[moment].cpu().numpy()
+                codes = entry[f"{moment}_codes"].cpu().numpy()
                 scales = entry[f"{moment}_absmax"].cpu()
                 if scales.dim() == 1:
                     scale = scales.repeat_interleave(BLOCK)[: codes.size]
@@ -294,8 +294,8 @@ def tensor_parallel_checkpoint(place: Place) -> None:
     set_optimizer_state_dict(alone, own, whole)
     # Two shards of a row are in blocks of their own: what is quantized anew stays within a gap of the code.
     entry, shard = own.state[alone[2].weight], optimizer.state[model[2].weight]
-    assert entry["exp_avg"].shape == (72, 96)
-    assert shard["exp_avg"].shape == (72, 96 // place.world)
+    assert entry["exp_avg_codes"].shape == (72, 96)
+    assert shard["exp_avg_codes"].shape == (72, 96 // place.world)
     torch.testing.assert_close(entry["exp_avg_absmax"].max(), max_over_ranks(shard["exp_avg_absmax"].max()))
 
 
@@ -312,12 +312,12 @@ def refusals(place: Place) -> None:
     optimizer, own = default_size(case, net), default_size(case, alone)
     take_steps(net, optimizer, 1, 1)
     take_steps(alone, own, 1, 1)
-    with pytest.raises(ValueError, match=r"\['exp_avg'\] is a DTensor, but the parameter is not"):
+    with pytest.raises(ValueError, match=r"\['exp_avg_codes'\] is a DTensor, but the parameter is not"):
         own.load_state_dict(optimizer.state_dict())
     index = [p.shape for p in net.parameters()].index(SHAPES["rows_of_a_block"])
     absmax = optimizer.state_dict()["state"][index]["exp_avg_absmax"].full_tensor()
     broken: list[tuple[str, torch.Tensor, str]] = [
-        ("exp_avg", own.state_dict()["state"][index]["exp_avg"][1:], "must be uint8"),
+        ("exp_avg_codes", own.state_dict()["state"][index]["exp_avg_codes"][1:], "must be uint8"),
         ("exp_avg_absmax", own.state_dict()["state"][index]["exp_avg_absmax"][1:], "must be float32"),
         ("exp_avg_absmax", absmax[1:], "must be the tiles of"),
         ("exp_avg_absmax", absmax.double(), "must be the tiles of"),

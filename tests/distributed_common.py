@@ -104,4 +104,4 @@ class Twins:
             assert optimizer.precision(p) == ("8bit" if p.numel() >= 4096 else "32bit")
             assert bits(local(p)) == bits(twin)
             assert state_bits(optimizer, p) == state_bits(own, twin)
-            assert optimizer.state[p]["exp_avg"].shape == local(p).shape
+            assert optimizer.moments[0].values(optimizer.state[p]).shape == local(p).shape

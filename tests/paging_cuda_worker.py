@@ -77,8 +77,9 @@ def check_bits(gpu: Gpu, case: Case, optim_bits: int, tiers: str) -> None:
     assert {place.tier for place in optimizers[2].placement() if 0 not in place.shape} == expected
     for p in made[2][0]:
         entry = optimizers[2].state[p]
-        pinned = any(segment.holds(entry["exp_avg"]) for segment in optimizers[2]._store.segments)
-        assert pinned == (not isinstance(entry["exp_avg"], OnCuda) and p.numel() > 0)
+        moment = optimizers[2].moments[0].values(entry)
+        pinned = any(segment.holds(moment) for segment in optimizers[2]._store.segments)
+        assert pinned == (not isinstance(moment, OnCuda) and p.numel() > 0)
 
 
 def check_counted_on_the_device(gpu: Gpu) -> None:
@@ -280,7 +281,7 @@ def check_refusals(gpu: Gpu) -> None:
         assert len(kept.param_groups) == 1
         kept.close()
     for paged in (None, Pager(device_budget=0)):
-        for name in ("exp_avg", "exp_avg_sq_absmax"):
+        for name in ("exp_avg_codes", "exp_avg_sq_absmax"):
             p = params_of("cuda")
             other: Any = optim8.AdamW8bit(p, min_8bit_size=300, paged=paged)
             steps(p, other, 0, 1)

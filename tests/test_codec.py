@@ -135,7 +135,7 @@ def test_the_step_encodes_m_to_the_nearest(name: str, device: torch.device) -> N
     g = np.concatenate([y, np.ones((len(y), 1), np.float32)], 1)
     state = _moments_of(name, g, device)
     assert (state["exp_avg_absmax"] == 1).all()
-    codes = codes_of(state["exp_avg"])
+    codes = codes_of(state["exp_avg_codes"])
     _assert_nearest(codes, g.ravel(), signed=True)
     functional, _ = F.quantize_blockwise(torch.from_numpy(g), blocksize=256)
     assert np.array_equal(codes, codes_of(functional)), "step and functional API have different codes"
@@ -147,7 +147,7 @@ def test_the_step_encodes_v_to_the_nearest(device: torch.device) -> None:
     g = np.concatenate([root, np.ones((len(root), 1), np.float32)], 1)
     state = _moments_of("AdamW8bit", g, device)
     assert (state["exp_avg_sq_absmax"] == 1).all()
-    codes, y = codes_of(state["exp_avg_sq"]), (g * g).ravel()
+    codes, y = codes_of(state["exp_avg_sq_codes"]), (g * g).ravel()
     smallest = reference.dynamic_map(signed=False)[1]
     assert (codes[y < smallest] == 1).all(), "a positive v takes the smallest positive code at least"
     _assert_nearest(codes[y >= smallest], y[y >= smallest], signed=False)
@@ -160,11 +160,13 @@ def test_the_adam_step_decodes_m_exactly(device: torch.device) -> None:
     optimizer = CASES["AdamW8bit"].make([p], hyper)
     codes = torch.arange(256, dtype=torch.uint8)
     zero, one = torch.zeros(256, dtype=torch.uint8), torch.ones(1)
-    state = {"exp_avg": codes, "exp_avg_absmax": one, "exp_avg_sq": zero, "exp_avg_sq_absmax": torch.zeros(1)}
+    state = {"exp_avg_codes": codes, "exp_avg_absmax": one}
+    state |= {"exp_avg_sq_codes": zero, "exp_avg_sq_absmax": torch.zeros(1)}
     load_state(optimizer, {0: {"step": torch.tensor(4000.0), **state}})
     optimizer.step()
     assert np.array_equal(values(p), -0.5 * reference.dynamic_map(signed=True).astype(np.float64))
-    assert codes_of(optimizer.state[p]["exp_avg"]).tolist() == list(range(256)), "half of every value, half the absmax"
+    # Half of every value is half of the absmax.
+    assert codes_of(optimizer.state[p]["exp_avg_codes"]).tolist() == list(range(256))
     assert optimizer.state[p]["exp_avg_absmax"].item() == 0.5
 
 
@@ -175,12 +177,12 @@ def test_the_adam_step_decodes_v_exactly(device: torch.device) -> None:
     optimizer = CASES["AdamW8bit"].make([p], hyper)
     codes = torch.arange(256, dtype=torch.uint8)
     full = torch.full((256,), 255, dtype=torch.uint8)
-    state = {"exp_avg": full, "exp_avg_absmax": torch.tensor([2.0]), "exp_avg_sq": codes}
+    state = {"exp_avg_codes": full, "exp_avg_absmax": torch.tensor([2.0]), "exp_avg_sq_codes": codes}
     load_state(optimizer, {0: {"step": torch.tensor(4000.0), **state, "exp_avg_sq_absmax": torch.ones(1)}})
     optimizer.step()
     half = reference.dynamic_map(signed=False)[1:] * np.float32(0.5)
     assert np.array_equal(values(p)[1:], (-np.float32(1) / np.sqrt(half)).astype(np.float64))
-    assert codes_of(optimizer.state[p]["exp_avg_sq"]).tolist() == list(range(256))
+    assert codes_of(optimizer.state[p]["exp_avg_sq_codes"]).tolist() == list(range(256))
 
 
 def test_the_lion_step_decodes_m_exactly(device: torch.device) -> None:
@@ -191,7 +193,7 @@ def test_the_lion_step_decodes_m_exactly(device: torch.device) -> None:
         p = parameter(torch.zeros(256, device=device), torch.from_numpy(g).to(device))
         hyper = {"lr": 1.0, "betas": (0.5, 0.5), "weight_decay": 0.0}
         optimizer = CASES["Lion8bit"].make([p], hyper)
-        state = {"exp_avg": torch.arange(256, dtype=torch.uint8), "exp_avg_absmax": torch.ones(1)}
+        state = {"exp_avg_codes": torch.arange(256, dtype=torch.uint8), "exp_avg_absmax": torch.ones(1)}
         load_state(optimizer, {0: {"step": torch.tensor(3.0), **state}})
         optimizer.step()
         # The half of the smallest subnormal underflows to 0: the nudge of 0 is not seen.

@@ -72,7 +72,7 @@ def test_torchao(kind: str, optim_bits: int, there: str, dtype: torch.dtype) -> 
             means = {name: was[name].dequantize() for name in ("exp_avg", "exp_avg_sq")}
             if there == "8bit" and optim_bits == 8:
                 for name in means:
-                    assert bits(state[name]) == bits(was[name].codes)
+                    assert bits(state[f"{name}_codes"]) == bits(was[name].codes)
                     assert bits(state[f"{name}_absmax"]) == bits(was[name].scale)
                 continue
             assert_holds(optimizer, CASES[f"{kind}8bit"], p, means)

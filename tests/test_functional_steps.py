@@ -30,7 +30,8 @@ def step(name: str, g: torch.Tensor, p: torch.Tensor, state: dict[str, Any], num
     eps, decay = hyper.get("eps", 0.0), hyper["weight_decay"]
     if "exp_avg_absmax" in state:
         F.optimizer_update_8bit_blockwise(
-            name, g, p, state["exp_avg"], state.get("exp_avg_sq"), beta1, beta2, 0.0, 0.0, eps, number, hyper["lr"],
+            name, g, p, state["exp_avg_codes"], state.get("exp_avg_sq_codes"),
+            beta1, beta2, 0.0, 0.0, eps, number, hyper["lr"],
             F.create_dynamic_map(True).to(p.device),
             F.create_dynamic_map(False).to(p.device) if name == "adam" else None,
             state["exp_avg_absmax"], state.get("exp_avg_sq_absmax"), weight_decay=decay, gnorm_scale=scale,
@@ -64,9 +65,10 @@ def test_bit_equal_to_the_classes(device: torch.device, name: str, dtype: str, g
             for p, state in zip(ours, states):
                 rule = {"exp_avg": 127, "exp_avg_sq": 0} if name == "adam" else {"exp_avg": 127}
                 for key, zero in rule.items():
-                    eight = optim_bits == 8
-                    state[key] = torch.full_like(p, zero, dtype=torch.uint8) if eight else torch.zeros_like(p).float()
-                    if eight:
+                    if optim_bits == 32:
+                        state[key] = torch.zeros_like(p).float()
+                    else:
+                        state[key + "_codes"] = torch.full_like(p, zero, dtype=torch.uint8)
                         state[key + "_absmax"] = torch.zeros(-(-p.numel() // 256), device=device)
         optimizer.step()
         for p, state in zip(ours, states):

@@ -67,7 +67,8 @@ def test_its_codes_are_those_that_the_step_writes(
         assert health.size == health.sampled == p.numel()
         assert health.nonfinite == (10 if i == 0 else 0)
         for name in case.states:
-            assert np.array_equal(health.moments[name].codes.cpu().numpy(), codes_of(optimizer.state[p][name]))
+            codes = codes_of(optimizer.state[p][f"{name}_codes"])
+            assert np.array_equal(health.moments[name].codes.cpu().numpy(), codes)
 
 
 @ALL
@@ -87,7 +88,7 @@ def test_shares_and_errors_follow_their_definitions(case: Case, device: torch.de
     stored = moments(optimizer, case, p)
     for name, signed in case.states.items():
         found = watch.latest["group 0 parameter 0"].moments[name]
-        codes, value = codes_of(optimizer.state[p][name]), exact[name].value
+        codes, value = codes_of(optimizer.state[p][f"{name}_codes"]), exact[name].value
         there = value != 0
         size = np.abs(value[there])
         error = np.minimum(np.abs(stored[name].value - value)[there] / size, 1)
@@ -112,7 +113,7 @@ def test_a_sample_is_of_whole_blocks(case: Case, device: torch.device) -> None:
     (health,) = watch.latest.values()
     assert (health.size, health.sampled) == (200 * 256 + 3, 3 * 256)
     for name in case.states:
-        blocks = codes_of(optimizer.state[p][name])[: 200 * 256].reshape(200, 256)[[0, 99, 199]]
+        blocks = codes_of(optimizer.state[p][f"{name}_codes"])[: 200 * 256].reshape(200, 256)[[0, 99, 199]]
         assert np.array_equal(health.moments[name].codes.cpu().numpy(), blocks.reshape(-1))
 
 
@@ -165,7 +166,7 @@ def test_gradients_of_a_closure_are_those_looked_at() -> None:
             assert call(optimizer, closure) == "loss"
             (health,) = watch.latest.values()
             assert health.nonfinite == 1
-        assert np.array_equal(health.moments["exp_avg"].codes.numpy(), codes_of(optimizer.state[p]["exp_avg"]))
+        assert np.array_equal(health.moments["exp_avg"].codes.numpy(), codes_of(optimizer.state[p]["exp_avg_codes"]))
 
 
 def wide() -> torch.Tensor:
@@ -221,7 +222,7 @@ def test_overridden_options_count() -> None:
         watch = optim8.monitor(optimizer, Writer(), every=1)
         optimizer.step()
         (health,) = watch.latest.values()
-        assert np.array_equal(health.moments["exp_avg"].codes.numpy(), codes_of(optimizer.state[p]["exp_avg"]))
+        assert np.array_equal(health.moments["exp_avg"].codes.numpy(), codes_of(optimizer.state[p]["exp_avg_codes"]))
 
 
 @pytest.mark.parametrize("fused", [None, True])
@@ -235,17 +236,17 @@ def test_gradscaler(fused: bool | None, device: torch.device) -> None:
         scaler.scale((p * torch.linspace(1, 2, 5000, device=device)).sum()).backward()
         if bad:
             p.grad[0] = float("inf")
-        before = optimizer.state[p]["exp_avg"].clone() if optimizer.state else None
+        before = optimizer.state[p]["exp_avg_codes"].clone() if optimizer.state else None
         scaler.step(optimizer)
         scaler.update()
         (health,) = watch.latest.values()
         assert health.nonfinite == int(bad and fused is True)
         if bad:
             assert (health.moments == {}) is (fused is True)
-            assert torch.equal(optimizer.state[p]["exp_avg"], before)
+            assert torch.equal(optimizer.state[p]["exp_avg_codes"], before)
         elif before is not None:
             assert np.array_equal(
-                health.moments["exp_avg"].codes.cpu().numpy(), codes_of(optimizer.state[p]["exp_avg"])
+                health.moments["exp_avg"].codes.cpu().numpy(), codes_of(optimizer.state[p]["exp_avg_codes"])
             )
         optimizer.zero_grad()
 

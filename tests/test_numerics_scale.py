@@ -27,7 +27,7 @@ def _scaled_run(
         p.grad = torch.ldexp(g, torch.tensor(-k, device=g.device))
         optimizer.step()
         path.append(bits(p))
-    codes = {name: bits(optimizer.state[p][name]) for name in case.states} if state_bits == 8 else {}
+    codes = {name: bits(optimizer.state[p][f"{name}_codes"]) for name in case.states} if state_bits == 8 else {}
     return path, codes
 
 
@@ -82,7 +82,7 @@ def test_a_positive_v_never_codes_to_zero(
         for name in unsigned:
             # v is positive wherever the gradient or the old v is: nothing here is so small that float32 makes it 0.
             positive = (values(p.grad) != 0) | (old[name].value > 0)
-            codes = codes_of(optimizer.state[p][name])
+            codes = codes_of(optimizer.state[p][f"{name}_codes"])
             assert (codes[positive] > 0).all()
             assert (codes[~positive] == 0).all()
             assert positive.sum() < n or state
@@ -171,5 +171,5 @@ def test_without_gradient_only_weight_decay_moves(
     for name, moment in moments(optimizer, case, p).items():
         assert (moment.value[zeros] == 0).all(), name
         if state_bits == 8:
-            codes = codes_of(optimizer.state[p][name])
+            codes = codes_of(optimizer.state[p][f"{name}_codes"])
             assert (codes[zeros] == reference.zero_code(case.states[name])).all(), name

@@ -277,7 +277,7 @@ def test_precision_of_a_stranger(case: Case) -> None:
         optimizer.precision(parameter(torch.ones(3)))
 
 
-@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_absmax", "step"])
+@pytest.mark.parametrize("name", ["exp_avg_codes", "exp_avg_absmax", "step"])
 @ALL
 def test_a_state_that_was_tampered_with_is_noticed(case: Case, name: str, device: torch.device) -> None:
     """Whoever replaces a state tensor by one that does not fit gets an error, not a write into foreign memory."""

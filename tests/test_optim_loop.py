@@ -76,7 +76,7 @@ def test_zero_dimensional_empty_and_tiny_parameters(case: Case, optim_bits: int,
         optimizer.step()
         for p, b, shape in zip(params, before, shapes, strict=True):
             assert p.shape == shape
-            assert optimizer.state[p]["exp_avg"].shape == shape
+            assert optimizer.moments[0].values(optimizer.state[p]).shape == shape
             assert_step(optimizer, case, p, b, case.hypers[0], t)
 
 

@@ -70,14 +70,14 @@ def _loaded_over(pair: Pair, folder: Path, case: Case) -> Pair:
     model = _model()
     used = case.make(model.parameters(), case.hypers[1], min_8bit_size=100, paged=_pager(folder))
     _steps(model, used, 0, 4)
-    before = [used.state[p]["exp_avg"].data_ptr() for p in model]
+    before = [used.moments[0].values(used.state[p]).data_ptr() for p in model]
     with torch.no_grad():
         for p, q in zip(model, pair[0], strict=True):
             p.copy_(q)
     saved = copy.deepcopy(pair[1].state_dict())
     used.load_state_dict(saved)
     late = 4  # had no state in the checkpoint of step 2
-    assert [used.state[p]["exp_avg"].data_ptr() for p in model if used.state.get(p)] == before[:late]
+    assert [used.moments[0].values(used.state[p]).data_ptr() for p in model if used.state.get(p)] == before[:late]
     return model, used
 
 

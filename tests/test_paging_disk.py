@@ -195,7 +195,7 @@ def test_pages_that_were_looked_at_are_let_go_of_by_the_next_step(way: str, tmp_
     p = parameter(torch.ones(2**22), torch.ones(2**22))
     optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget="1MiB", bucket="1MiB"))
     optimizer.step()
-    codes = optimizer.state[p]["exp_avg"]
+    codes = optimizer.state[p]["exp_avg_codes"]
     codes.max()
     assert resident_kib(codes.data_ptr()) >= codes.nbytes // 1024
     optimizer.step()

@@ -148,7 +148,7 @@ def steps_replaced_state_where_it_is(size: int, pager: Pager) -> bool:
             p.grad = hostile(size, torch.float32, seed=t)
             optimizer.step()
             if t == 1:
-                optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
+                optimizer.state[p]["exp_avg_codes"] = optimizer.state[p]["exp_avg_codes"].clone()
             if t == 2:
                 optimizer.state[p] = {key: value.clone() for key, value in optimizer.state[p].items()}
         results.append(snapshot(optimizer))
@@ -190,7 +190,7 @@ def test_a_file_has_no_name_and_goes_with_its_optimizer(tmp_path: Path) -> None:
     optimizer.step()
     assert mapped_from(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    codes = optimizer.state[p]["exp_avg"]
+    codes = optimizer.state[p]["exp_avg_codes"]
     del optimizer
     gc.collect()
     assert codes.max() > 127, "a tensor that someone holds keeps its memory"

@@ -83,6 +83,12 @@ class InOrder {
         if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
         return value;
     }
+    // Whether this very object is the next key.
+    bool is_next(PyObject* key) const {
+        Py_ssize_t next = at_;
+        PyObject *found, *value;
+        return PyDict_Next(dict_, &next, &found, &value) && found == key;
+    }
     // Goes past a key that is not asked for, if it is the next one.
     void pass(PyObject* key) { step(key); }
     // Where the next key is expected, for another search in the same dict. Any number is safe there.

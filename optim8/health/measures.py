@@ -90,7 +90,7 @@ def _moments(
     values.grad = _sample(grad if grad.stride() == whole.stride() else _laid_out_as(whole, grad), chosen).float()
     old: dict[str, torch.Tensor] = {"step": sharded.local(entry["step"]).clone()}
     for moment in optimizer.moments:
-        codes, absmax = _sample(sharded.local(entry[moment.name]), chosen), sharded.local(entry[moment.absmax])
+        codes, absmax = _sample(sharded.local(entry[moment.codes]), chosen), sharded.local(entry[moment.absmax])
         absmax = absmax if chosen is None else absmax[chosen.to(absmax.device)]
         # Paged state of a GPU's parameter is in memory of the host.
         old[moment.name] = states.dequantize(moment, codes.to(whole.device), absmax.to(whole.device))

@@ -25,7 +25,8 @@ def _pager_of_copy(store: Store) -> Pager:
 
 
 def _is_state(moments: Sequence[Moment], param: Any, entry: Any) -> bool:
-    return isinstance(param, torch.Tensor) and isinstance(entry, dict) and moments[0].name in entry
+    keys = {moments[0].name, moments[0].codes}
+    return isinstance(param, torch.Tensor) and isinstance(entry, dict) and not keys.isdisjoint(entry)
 
 
 def copied(
@@ -72,7 +73,7 @@ class _Empty:
 
     def __init__(self, carried: Carried) -> None:
         self.carried, self.entries = carried, carried.entries
-        self.names = {"step", *(m.name for m in carried.moments), *(m.absmax for m in carried.moments)}
+        self.names = {*states.names(carried.moments, True), *states.names(carried.moments, False)}
         self.params = [p for p, entry in carried.state.items() if _is_state(carried.moments, p, entry)]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -101,7 +102,9 @@ class _Part:
         self.home, self.place, self.name, self.at = home, place, name, at
 
     def _values(self) -> torch.Tensor:
-        return _flat(self.home.entries[self.place][self.name])[self.at : self.at + _PART]
+        entry = self.home.entries[self.place]
+        name = self.name if self.name in entry else f"{self.name}_codes"  # as version 0.1.0 named codes
+        return _flat(entry[name])[self.at : self.at + _PART]
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = torch.empty_like(self._values())

@@ -93,8 +93,8 @@ def _fits(moments: Sequence[Moment], entry: dict[str, Any], shard: torch.Tensor,
     if not all(name in entry for name in states.names(moments, in_8_bits)):
         return False
     kind = torch.uint8 if in_8_bits else torch.float32
-    codes = [entry[moment.name] for moment in moments]
-    return all((t.dtype, t.shape, t.stride()) == (kind, shard.shape, shard.stride()) for t in codes)
+    values = [moment.values(entry) for moment in moments]
+    return all((t.dtype, t.shape, t.stride()) == (kind, shard.shape, shard.stride()) for t in values)
 
 
 def converted(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from optim8.optim import carried, sharded
+from optim8.optim import carried, sharded, states
 from optim8.optim.states import Moment
 from optim8.paging import Pager, Place, Placement, launches
 from optim8.paging.segments import tensors_of
@@ -63,7 +63,7 @@ class PagedState(torch.optim.Optimizer):
             for param in group["params"]:
                 entry = kept.take(place, sharded.local(param).shape, self._store.segments)
                 if entry:
-                    self.state[param] = entry
+                    self.state[param] = states.under_present_names(self.moments, entry)
                 place += 1
 
     def placement(self) -> Placement:
@@ -148,6 +148,9 @@ class PagedState(torch.optim.Optimizer):
             self._store = state["state"].store
             state = {**state, "state": state["state"].state}
         super().__setstate__(state)
+        for param, entry in self.state.items():
+            if isinstance(param, torch.Tensor) and isinstance(entry, dict):  # of a pickle, maybe an older version's
+                self.state[param] = states.under_present_names(self.moments, entry)
         if self._store is not None:
             self._store.groups = self.param_groups
             self._store.state = self.state
@@ -160,6 +163,6 @@ class PagedState(torch.optim.Optimizer):
                 ("", param, first.absmax in entry)
                 for param, entry in self.state.items()
                 if isinstance(param, torch.Tensor) and entry
-                if entry[first.name].stride() != sharded.local(param).stride()
+                if first.values(entry).stride() != sharded.local(param).stride()
             ]
         )

@@ -159,8 +159,8 @@ def _saved_entry(moments: Sequence[Moment], param: Any, entry: dict[str, Any]) -
     saved = dict(entry)
     shape = tuple(param.shape)
     for moment in moments:
-        values = entry[moment.name]
-        saved[moment.name] = _wrap(values, shape, param.stride(), param)
+        values = moment.values(entry)
+        saved[moment.key(moment.absmax in entry)] = _wrap(values, shape, param.stride(), param)
         if moment.absmax in entry:
             lead, size = tiles.tiling(shape, _ways(param), param.is_contiguous() and values.is_contiguous())
             cut = tiles.from_absmax(tuple(values.shape), values.stride(), entry[moment.absmax], lead, size)
@@ -210,7 +210,7 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
     if not is_dtensor(param):
         if is_dtensor(values):
             raise ValueError(
-                f"{where}[{moment.name!r}] is a DTensor, but the parameter is not. "
+                f"{where}[{moment.key(isinstance(source, Tiled))!r}] is a DTensor, but the parameter is not. "
                 "Save with StateDictOptions(full_state_dict=True), or shard the model first."
             )
         if not isinstance(source, Tiled):
@@ -221,7 +221,7 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
             source = _tiled(source, param)
         else:
             values = source = sources.values(moment, source, source.codes.device)
-    cut = _shard_of(where, moment.name, values, param)
+    cut = _shard_of(where, moment.key(isinstance(source, Tiled)), values, param)
     if not isinstance(source, Tiled):
         return cut
     tiles.size_of(where, moment, source.tiles, param.numel())  # of the whole, so that no rank goes on alone

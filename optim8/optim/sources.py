@@ -90,7 +90,7 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
         target: the state of a parameter, as states.allocate gives it.
         name: for a report; "" for none.
     """
-    goal = target[moment.name]
+    goal = moment.values(target)
     if isinstance(source, Codes):
         if not source.codes.is_contiguous() and source.codes.stride() != goal.stride():
             # Keeps the strides of a dense tensor, and closes the gaps of others.
@@ -117,7 +117,7 @@ def _report(moment: Moment, source: Source, target: Entry, name: str, how: str) 
     asked = report.current()
     if asked is None or not name:
         return
-    goal = target[moment.name]
+    goal = moment.values(target)
     written: Source = Codes(goal, target[moment.absmax]) if moment.absmax in target else goal
     asked.add(
         f"{name}[{moment.name!r}]", how, values(moment, source, goal.device), values(moment, written, goal.device)

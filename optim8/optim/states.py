@@ -1,15 +1,16 @@
 """Optimizer state as tensors: what a state is, its allocation, and its conversion between layouts.
 
-Moments in 8 bits are `name` (uint8 codes of the parameter's shape and strides) and `name_absmax` (float32, one for
-each 256 consecutive values in memory order); in 32 bits `name` alone, float32. The tensors of one allocation are
-views of a few flat arenas.
+Moments in 8 bits are `name_codes` (uint8, of the parameter's shape and strides) and `name_absmax` (float32, one for
+each 256 consecutive values in memory order); in 32 bits `name` alone, float32. Codes never stand under `name`: other
+optimizers would take them for values. The tensors of one allocation are views of a few flat arenas.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,20 +26,43 @@ _ALIGN = 64  # bytes; a cache line, and the width of the widest vector
 
 @dataclass(frozen=True)
 class Moment:
-    """One state of a rule: its name, and whether its code is signed."""
+    """One state of a rule: its name, and whether its code is signed.
+
+    name: the key of its values in float32.
+    codes, absmax: the keys of its codes and of their scales.
+    """
 
     name: str
-    absmax: str  # the name of its scales
     signed: bool
+    codes: str = field(init=False)
+    absmax: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Interned: a step compares the keys of an entry by identity.
+        object.__setattr__(self, "codes", sys.intern(f"{self.name}_codes"))
+        object.__setattr__(self, "absmax", sys.intern(f"{self.name}_absmax"))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # keys are interned anew, and version 0.1.0 had none for codes
 
     @property
     def zero(self) -> int:
         """The code of 0: the middle of the signed map, the start of the unsigned one."""
         return 127 if self.signed else 0
 
+    def key(self, in_8_bits: bool) -> str:
+        """The key of the tensor that has one element for each value of the parameter."""
+        return self.codes if in_8_bits else self.name
 
-EXP_AVG = Moment("exp_avg", "exp_avg_absmax", signed=True)
-EXP_AVG_SQ = Moment("exp_avg_sq", "exp_avg_sq_absmax", signed=False)
+    def values(self, entry: Mapping[str, Any]) -> torch.Tensor:
+        """That tensor of a parameter's state: codes, or float32."""
+        tensor: torch.Tensor = entry[self.key(self.absmax in entry)]
+        return tensor
+
+
+EXP_AVG = Moment("exp_avg", signed=True)
+EXP_AVG_SQ = Moment("exp_avg_sq", signed=False)
 
 
 def blocks(size: int) -> int:
@@ -75,7 +99,16 @@ def state_bytes(moments: Sequence[Moment], size: int, in_8_bits: bool) -> int:
 
 def names(moments: Sequence[Moment], in_8_bits: bool) -> list[str]:
     """The names of the tensors of a parameter's state."""
-    return ["step", *(m.name for m in moments), *(m.absmax for m in moments if in_8_bits)]
+    return ["step", *(m.key(in_8_bits) for m in moments), *(m.absmax for m in moments if in_8_bits)]
+
+
+def under_present_names(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as version 0.1.0 kept it, with codes under `name`, under the names of today; any other as it
+    is."""
+    if not any(moment.absmax in entry and moment.name in entry for moment in moments):
+        return entry
+    codes = {moment.name: moment.codes for moment in moments if moment.absmax in entry}
+    return {codes.get(name, name): value for name, value in entry.items()}
 
 
 def allocate(
@@ -127,7 +160,7 @@ def _allocate(
         cut.append(("step", steps, (), (), steps.place(())))
         for moment in moments:
             if in_8_bits:
-                cut.append((moment.name, codes[moment], shape, stride, codes[moment].place(shape)))
+                cut.append((moment.codes, codes[moment], shape, stride, codes[moment].place(shape)))
                 cut.append((moment.absmax, scales, scales_shape, (1,), scales.place(scales_shape)))
             else:
                 cut.append((moment.name, floats, shape, stride, floats.place(shape)))

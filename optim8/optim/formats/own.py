@@ -14,7 +14,8 @@ from optim8.optim.states import Moment
 
 
 def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
-    return any("optim_bits" in group for group in groups) or any("exp_avg_absmax" in entry for entry in entries)
+    quantized = any(key.endswith("_absmax") for entry in entries for key in entry)
+    return quantized or any("optim_bits" in group for group in groups)
 
 
 def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
@@ -22,15 +23,16 @@ def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
+    entry = states.under_present_names(moments, entry)
     in_8_bits = moments[0].absmax in entry
     if not isinstance(entry.get("step"), (int, float)):
         common.tensor(where, entry, "step", (torch.float32,), ())
     read: Entry = {"step": common.step(where, entry)}
     known = ["step"]
     for moment in moments:
-        known.append(moment.name)
-        kind = torch.uint8 if in_8_bits else torch.float32
-        read[moment.name] = values = common.tensor(where, entry, moment.name, (kind,), param.shape)
+        key, kind = moment.key(in_8_bits), torch.uint8 if in_8_bits else torch.float32
+        known.append(key)
+        read[moment.name] = values = common.tensor(where, entry, key, (kind,), param.shape)
         if in_8_bits:
             known.append(moment.absmax)
             scales = entry.get(moment.absmax)
@@ -47,7 +49,7 @@ def as_sources(moments: Sequence[Moment], entry: dict[str, Any]) -> Entry:
     """The state of an optimizer here as sources, unchecked."""
     read: Entry = {"step": entry["step"]}
     for moment in moments:
-        values = entry[moment.name]
+        values = moment.values(entry)
         read[moment.name] = Codes(values, entry[moment.absmax]) if moment.absmax in entry else values
     return read
 
