@@ -12,7 +12,7 @@ from optim8.functional import _check
 
 # The field's "adam" takes weight decay off the parameter, as torch's AdamW does.
 _RULES = {"adam": ("adamw", 2), "adamw": ("adamw", 2), "lion": ("lion", 1)}
-_STATES = ("exp_avg", "exp_avg_sq")
+_STATES = ("exp_avg", "exp_avg_sq")  # with _codes and _absmax where they are in 8 bits
 _BLOCK = 256
 
 
@@ -79,7 +79,7 @@ def optimizer_update_8bit_blockwise(
         if i >= count:
             _check_absent(who, optimizer_name, {"state2": state, "qmap2": qmap, "absmax2": absmax})
             continue
-        entry[_STATES[i]] = _check_state(who, f"state{i + 1}", state, p, torch.uint8)
+        entry[_STATES[i] + "_codes"] = _check_state(who, f"state{i + 1}", state, p, torch.uint8)
         _check_map(who, f"qmap{i + 1}", qmap, signed=i == 0)
         blocks = _check.blocks(p.numel(), _BLOCK)
         scales = _check.tensor(who, f"absmax{i + 1}", absmax, (torch.float32,))
