@@ -5,7 +5,10 @@ so adding a file never touches this one. Objects stay in build/native-*, so a se
 
 Environment:
   CXX                C++ compiler; default: g++, else c++.
-  OPTIM8_CUDA        1 demands the CUDA module, 0 forbids it; default: built where nvcc is found.
+  OPTIM8_CUDA        1 demands the CUDA module, 0 forbids it. Default: where nvcc is found, the torch of the environment
+                     decides, whether or not the build is isolated from it: the module is built for a torch that is
+                     built for CUDA, GPU or not, and for no other. Without a torch there it is built where there is a
+                     GPU. Minutes of compiling, so a build that leaves it out says so, as does `python -m optim8`.
   OPTIM8_CUDA_ARCHS  architectures such as "80;90;120+PTX", or "native" for the GPUs present;
                      default: those of 80;90;100;120+PTX that nvcc knows.
   OPTIM8_SANITIZE    sanitizers for the CPU module, such as "address,undefined"; objects get a folder of their own.
@@ -15,9 +18,12 @@ Environment:
 from __future__ import annotations
 
 import fcntl
+import functools
+import glob
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -25,7 +31,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build import build
@@ -44,6 +50,7 @@ AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi")
 ISA_FLAGS = {"scalar": [], "avx2": AVX2, "avx512": AVX512} if IS_X86 else {"scalar": []}
 
 DEFAULT_ARCHS = "80;90;100;120+PTX"
+GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
 
 
 def fail(message: str) -> NoReturn:
@@ -146,13 +153,40 @@ def find_nvcc() -> str | None:
     )
 
 
+def torch_version() -> dict[str, Any] | None:
+    """The names in torch/version.py, `__version__` and `cuda` among them, without the seconds that importing torch
+    takes; None where there is no torch.
+
+    An isolated build does not see the environment that it builds for, but runs its Python: pip hides the packages
+    with PYTHONPATH.
+    """
+    find = "import importlib.util as u; s = u.find_spec('torch'); print(*(s.submodule_search_locations if s else []))"
+    open_to_all = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    for environment in (None, open_to_all):
+        run = subprocess.run([sys.executable, "-c", find], env=environment, capture_output=True, text=True, check=False)
+        path = Path(run.stdout.strip(), "version.py")
+        if run.returncode == 0 and path.is_absolute() and path.is_file():
+            return runpy.run_path(str(path))
+    return None
+
+
+@functools.cache
 def cuda_wanted() -> bool:
     choice = setting("OPTIM8_CUDA", ("0", "1"))
     sources, nvcc = list((CSRC / "cuda").glob("*.cu")), find_nvcc()
     if choice == "1" and not (sources and nvcc):
         missing = "nvcc is neither on the PATH nor under CUDA_HOME" if sources else "there is no csrc/cuda/*.cu"
         fail(f"OPTIM8_CUDA=1 demands the CUDA module, but {missing}. Install the CUDA toolkit or unset OPTIM8_CUDA.")
-    return choice != "0" and bool(sources and nvcc)
+    if choice or not (sources and nvcc):
+        return choice == "1"
+    torch = torch_version()
+    if torch is None:
+        wanted, reason = any(map(glob.glob, GPUS)), "there is neither torch nor a GPU here"
+    else:
+        wanted, reason = bool(torch.get("cuda")), f"torch {torch.get('__version__')} is not built for CUDA"
+    if not wanted:
+        print(f"optim8 setup: leaves optim8._cuda out, as {reason}; OPTIM8_CUDA=1 builds it.")
+    return wanted
 
 
 def toolkit_file(nvcc: str, *patterns: str) -> Path:

@@ -30,7 +30,7 @@ def describe_cuda() -> tuple[str, str | None]:
     if _native.cuda_or_none() is not None:
         return "built", None
     if not torch.cuda.is_available():
-        return "not built", None
+        return "not built; nothing here needs it (to have it all the same, install with OPTIM8_CUDA=1)", None
     try:
         _native.module_for(torch.device("cuda"), "optim8._cuda")
     except ImportError as error:

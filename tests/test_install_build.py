@@ -180,6 +180,70 @@ def test_a_tree_without_native_sources_is_refused(tree: Path) -> None:
     assert "csrc/bind_cpu*.cpp" in result.stderr
 
 
+def torch_of(folder: Path, cuda: str | None) -> None:
+    """A torch that tells what it is built for, and cannot be imported."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch/__init__.py").write_text("raise ImportError('a build must not import torch')")
+    (folder / "torch/version.py").write_text(f"__version__ = '9.9'\ncuda = {cuda!r}\n")
+
+
+class TestWhetherCudaIsBuilt:
+    """With nvcc on the PATH and nothing asked for."""
+
+    @pytest.fixture
+    def environment(self, tree: Path) -> Path:
+        """A virtual environment whose packages an isolated build does not see: it has its own, by PYTHONPATH."""
+        (tree / "csrc/cuda").mkdir()
+        (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tree / "venv"], check=True)
+        files = {
+            "sitecustomize.py": "import sys; sys.path[:] = [path for path in sys.path if 'site-packages' not in path]",
+            "setuptools/__init__.py": "def Extension(name, sources): return name\n"
+            "def setup(ext_modules, **_): print(*ext_modules)",
+            "setuptools/command/build.py": "class build: pass",
+            "setuptools/command/build_ext.py": "class build_ext: pass",
+            "nvcc": "",
+        }
+        for name, text in files.items():
+            path = tree / "isolated" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o755)
+        return tree
+
+    @staticmethod
+    def modules(tree: Path, choice: str = "") -> tuple[list[str], str]:
+        """Which modules are built, and what is said."""
+        shown = str(tree / "isolated")
+        path = os.pathsep.join([shown, os.environ["PATH"]])
+        environment = {**os.environ, "OPTIM8_CUDA": choice, "PATH": path, "PYTHONPATH": shown}
+        command = [tree / "venv/bin/python", "setup.py"]
+        run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        *said, names = run.stdout.splitlines()
+        return names.split(), " ".join(said)
+
+    @pytest.mark.parametrize("isolated", [False, True])
+    @pytest.mark.parametrize("cuda", ["13.0", None])
+    def test_the_torch_of_the_environment_decides(self, environment: Path, cuda: str | None, isolated: bool) -> None:
+        (packages,) = (environment / "venv").glob("lib/python*/site-packages")
+        torch_of(packages if isolated else environment / "isolated", cuda)
+        assert self.modules(environment, "0") == (["optim8._cpu"], "")
+        assert self.modules(environment, "1") == (["optim8._cpu", "optim8._cuda"], "")
+        if cuda:
+            assert self.modules(environment) == (["optim8._cpu", "optim8._cuda"], "")
+            return
+        built, said = self.modules(environment)
+        assert built == ["optim8._cpu"]
+        assert "torch 9.9 is not built for CUDA; OPTIM8_CUDA=1 builds it" in said
+
+    def test_without_torch_a_gpu_decides(self, environment: Path) -> None:
+        gpu = Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
+        built, said = self.modules(environment)
+        assert ("optim8._cuda" in built) == gpu
+        assert ("neither torch nor a GPU" in said) != gpu
+
+
 class TestCuda:
     pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -193,7 +257,7 @@ class TestCuda:
     def test_the_module_compiles_and_imports_without_driver(self, cuda_tree: Path) -> None:
         result = setup(cuda_tree, OPTIM8_CUDA="1", OPTIM8_CUDA_ARCHS="80+PTX")
         assert compiled(result) == sorted(["bind_cpu.o", "bind_cuda.o", "dispatch.o", "fill.cu.o", *LOOP_OBJECTS])
-        assert compiled(setup(cuda_tree, OPTIM8_CUDA="", OPTIM8_CUDA_ARCHS="80+PTX")) == []
+        assert compiled(setup(cuda_tree, OPTIM8_CUDA="1", OPTIM8_CUDA_ARCHS="80+PTX")) == []
         script = "from optim8 import _cuda; print(_cuda.number())"
         subprocess.run([sys.executable, "-c", script], cwd=cuda_tree, capture_output=True, check=True)
 
