@@ -1,11 +1,12 @@
 """Trains with state that does not fit, in a process of its own whose data is limited: python paging_worker.py JSON.
 
-Prints one JSON object: a digest of parameters and state, and for each phase the peak of resident memory, file pages
-included, over what the process had before the parameters.
+Prints one JSON object: a digest of parameters and state, and for each phase the most memory that was its own, over what
+the process had before the parameters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import hashlib
@@ -15,13 +16,16 @@ import os
 import pickle
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness import bits, parameter
 
 import optim8
+from optim8 import _native
 from optim8.paging import Pager, segments
 from optim8.paging.streaming import Stream
 
@@ -34,16 +38,51 @@ def memory(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
+def own_memory() -> int:
+    """Bytes in memory that are anonymous, or pages of files of state. Those of libraries are left out: the kernel drops
+    them and reads them back as it likes."""
+    pages = 0
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as map_:  # 8 bytes for each page, the highest bit: present
+        for segment in list(segments._limited):
+            first, end = (address // segments.PAGE for address in segment.span)
+            entries = np.frombuffer(os.pread(map_.fileno(), 8 * (end - first), 8 * first), np.uint64)
+            pages += int((entries >> np.uint64(63)).sum())
+    return memory("RssAnon") + segments.PAGE * pages
+
+
 class Phases:
-    """Peaks of resident memory."""
+    """The most memory in each phase. Pages of files are counted each time before they are let go of; for what is
+    allocated and freed in between there is a limit, beyond which it fails."""
 
-    def __init__(self) -> None:
-        self.before = memory("VmRSS")
+    def __init__(self, may_have: dict[str, int]) -> None:
+        self.may_have = may_have
+        self.before = own_memory()
         self.peaks: dict[str, int] = {}
+        self.most = 0
+        native = _native.cpu()
+        release = native.release_pages
 
-    def end(self, name: str) -> None:
-        self.peaks[name] = memory("VmHWM") - self.before
-        Path("/proc/self/clear_refs").write_text("5")
+        def release_pages(spans: list[tuple[int, int]]) -> None:
+            if spans:
+                self.look()
+            release(spans)
+
+        native.release_pages = release_pages
+
+    def look(self) -> None:
+        self.most = max(self.most, own_memory() - self.before)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.most = 0
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if name in self.may_have:
+            left = self.may_have[name] - (memory("RssAnon") - self.before)
+            resource.setrlimit(resource.RLIMIT_DATA, (min(hard, memory("VmData") + left), hard))
+        yield
+        self.look()
+        self.peaks[name] = self.most
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def make(params: list[torch.nn.Parameter], paged: Any) -> Any:
@@ -97,10 +136,9 @@ def main() -> None:
         train(warm, optimizer, 0, 2)
         copy.deepcopy(optimizer)
         digest(warm, optimizer)
-    Path("/proc/self/clear_refs").write_text("5")
     if asked.get("cold"):
         Stream._goes_past_cache = lambda self, share: share < 1  # type: ignore[method-assign]
-    phases = Phases()
+    phases = Phases(asked.get("may_have", {}))
     params = new_params()
     if not asked["paged"]:
         optimizer = make(params, None)
@@ -119,13 +157,12 @@ def main() -> None:
         resident = "fails to allocate"
     folder = Path(asked["folder"])
     pager = Pager(directory=folder, host_budget=asked["budget"], bucket=asked["bucket"])
-    phases.end("resident")
-    optimizer = make(params, pager)
-    train(params, optimizer, 0, 2, asked["cold"])
-    phases.end("training")
+    with phases.phase("training"):
+        optimizer = make(params, pager)
+        train(params, optimizer, 0, 2, asked["cold"])
     ways = [optimizer._store._stream.way]
-    twin = copy.deepcopy(optimizer, {id(p): p for p in params})
-    phases.end("deepcopy")
+    with phases.phase("deepcopy"):
+        twin = copy.deepcopy(optimizer, {id(p): p for p in params})
     del twin
     torch.save(optimizer.state_dict(), folder / "state.pt")
     del optimizer
@@ -136,21 +173,17 @@ def main() -> None:
     loaded.load_state_dict(saved)
     del saved
     gc.collect()
-    phases.end("saving and loading")
-    train(params, loaded, 2, 4, asked["cold"])
+    with phases.phase("training after loading"):
+        train(params, loaded, 2, 4, asked["cold"])
     ways.append(loaded._store._stream.way)
-    phases.end("training after loading")
     digests = [digest(params, loaded)]
     segments.release([value for entry in loaded.state.values() for value in entry.values()])
-    phases.end("digest")
-    with (folder / "optimizer.pickle").open("wb") as file:
+    with phases.phase("pickle"), (folder / "optimizer.pickle").open("wb") as file:
         pickle.dump(loaded, file)
-    phases.end("pickle")
     del loaded
     gc.collect()  # what it has for steps past the page cache counts as data too
-    with (folder / "optimizer.pickle").open("rb") as file:
+    with phases.phase("unpickling"), (folder / "optimizer.pickle").open("rb") as file:
         back = pickle.load(file)
-    phases.end("unpickling")
     params = [p for group in back.param_groups for p in group["params"]]
     for p in params:
         p.grad = torch.zeros_like(p)

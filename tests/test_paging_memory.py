@@ -23,17 +23,21 @@ BUDGET = 8 * MIB
 # threads. It is less than the state.
 ROOM = 2 * PARAMETERS + BUDGET + 5 * MIB
 STATE = 52 * MIB
+SMALL = 2 * MIB
 # What each phase may have in memory. Pickle makes two copies of the parameters and holds them until it is done.
 MAY_HAVE = {
-    "training": PARAMETERS + GRADIENTS + BUDGET,
-    "deepcopy": PARAMETERS + GRADIENTS + 2 * BUDGET,
-    "pickle": PARAMETERS + GRADIENTS + BUDGET + 2 * PARAMETERS,
-    "unpickling": PARAMETERS + GRADIENTS + BUDGET + 2 * PARAMETERS,
+    "training": PARAMETERS + GRADIENTS + BUDGET + SMALL,
+    "training after loading": PARAMETERS + GRADIENTS + BUDGET + SMALL,
+    "deepcopy": PARAMETERS + GRADIENTS + 2 * BUDGET + SMALL,
+    "pickle": PARAMETERS + GRADIENTS + BUDGET + 2 * PARAMETERS + SMALL,
+    "unpickling": PARAMETERS + GRADIENTS + BUDGET + 2 * PARAMETERS + SMALL,
 }
 
 
 def work(**asked: Any) -> Any:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # What is freed is given back at once, so that what is allocated is what is used.
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "paging_worker.py", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
     assert done.returncode == 0, done.stderr
@@ -49,14 +53,14 @@ def past_cache(folder: Path) -> bool:
     return handle is not None
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize("cold", [False, True], ids=["page cache", "disk"])
 def test_state_that_cannot_be_allocated_is_trained_under_a_budget(cold: bool, tmp_path: Path) -> None:
     expected = work(paged=False)
-    got = work(paged=True, room=ROOM, budget=BUDGET, bucket=4 * MIB, folder=str(tmp_path), cold=cold)
+    got = work(paged=True, room=ROOM, budget=BUDGET, bucket=4 * MIB, folder=str(tmp_path), cold=cold, may_have=MAY_HAVE)
     assert got["resident"] == "fails to allocate"
     assert got["ways"] == ["direct" if cold and past_cache(tmp_path) else "cached"] * 2
     assert got["digests"] == expected["digests"], "loaded from a state dict, and from a pickle"
     assert got["tiers"]["host"] <= BUDGET - 4 * MIB
     assert sum(got["tiers"].values()) > STATE > ROOM
-    assert {name: (got["peaks"][name], may) for name, may in MAY_HAVE.items() if got["peaks"][name] > 1.1 * may} == {}
+    assert {name: (got["peaks"][name], may) for name, may in MAY_HAVE.items() if got["peaks"][name] > may} == {}
