@@ -7,8 +7,14 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test,experiments,lint
+# What pip takes for torch, such as a wheel. Else it takes its default, which on Linux is the build for CUDA, of several
+# GB; a torch that is in .venv already stays.
+TORCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+COMMA := ,
+# What a target needs beside the package, by the names of extras in pyproject.toml.
+with = $(VENV)/.built $(patsubst %,$(VENV)/.with-%,$(subst $(COMMA), ,$(1)))
 NATIVE := $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -20,28 +26,39 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: env
-env: $(VENV)/.built ## make .venv, with the package in it (editable) and what tests, experiments and lint need
+env: $(call with,$(EXTRAS)) ## make .venv, with the package in it (editable) and what tests, experiments and lint need
 
-$(VENV)/.installed: constraints.txt pyproject.toml
+$(VENV)/.python: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make env: constraints.txt is for Python 3.11 \
 	and newer, $(PYTHON) is " + sys.version.split()[0] + ". Name another: make env PYTHON=python3.12")'
 	@echo "installing into $(VENV) (some minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools pybind11 ninja
-	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(PIP) setuptools pybind11 ninja $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml
+	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
+# Without the package itself, which need not be built again for each.
+$(VENV)/.with-%: $(VENV)/.installed
+	@$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*extras["$*"], sep="\n")' > $@.txt
+	$(PIP) --requirement $@.txt
+	@touch $@
+
 .PHONY: demo
-demo: env ## train a small GPT with AdamW, AdamW8bit and Lion8bit side by side
+demo: $(call with,experiments) ## train a small GPT with AdamW, AdamW8bit and Lion8bit side by side
 	$(BIN)/python experiments/train_lm.py $(ARGS)
 
+# At most four at a time, each with its share of the processors. A file stays together: its tests share what is costly.
 .PHONY: test
-test: env ## run the tests and the examples in docstrings
-	$(BIN)/pytest --quiet --doctest-modules optim8 tests $(ARGS)
+test: $(call with,test,experiments) ## run the tests and the examples in docstrings
+	$(BIN)/pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --doctest-modules optim8 tests $(ARGS)
 
 # The package goes to a folder of its own, so a sanitized module never mixes with the normal one. Leaks are not looked
 # for: CPython and torch keep what they allocate. libstdc++ is preloaded so that AddressSanitizer finds its throw.
@@ -50,7 +67,7 @@ NATIVE_TESTS = $(wildcard $(patsubst %, tests/test_%*.py, codec functional_ nume
 SANITIZED_TESTS = $(filter-out tests/test_optim_training.py tests/test_functional_peers.py, $(NATIVE_TESTS)) \
     tests/test_install.py::test_the_tests_run_against_the_build_that_was_asked_for
 .PHONY: test-sanitize
-test-sanitize: env ## run the tests of native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer
+test-sanitize: $(call with,test) ## run the tests of native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer
 	OPTIM8_CUDA=0 OPTIM8_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -58,7 +75,7 @@ test-sanitize: env ## run the tests of native CPU code under AddressSanitizer an
 	$(BIN)/pytest --quiet -m "not slow" $(SANITIZED_TESTS) $(ARGS)
 
 .PHONY: lint
-lint: env ## check style and types
+lint: $(call with,test,experiments,lint) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -66,25 +83,21 @@ lint: env ## check style and types
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 .PHONY: format
-format: env ## bring all files into the style that lint checks
+format: $(call with,lint) ## bring all files into the style that lint checks
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 .PHONY: bench
-bench: $(VENV)/.peers ## measure the optimizer step against torch and the peers
+bench: $(call with,experiments,peers) ## measure the optimizer step against torch and the peers
 	$(BIN)/python experiments/bench_step.py $(ARGS)
 
-$(VENV)/.peers: $(VENV)/.built
-	$(PIP) --no-build-isolation --editable '.[$(EXTRAS),peers]'
-	@touch $@
-
 .PHONY: report
-report: env ## render the tables and pictures of README.md and docs from experiments/results
+report: $(call with,experiments) ## render the tables and pictures of README.md and docs from experiments/results
 	$(BIN)/python experiments/report.py $(ARGS)
 
 .PHONY: cuda-check
-cuda-check: env ## compile the CUDA module (needs nvcc, no GPU) and import it
+cuda-check: $(VENV)/.built ## compile the CUDA module (needs nvcc, no GPU) and import it
 	OPTIM8_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda-check
 	$(BIN)/python -c 'import sys; sys.path.insert(0, "build/cuda-check/optim8"); import _cuda; print("imported", _cuda.__file__)'
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,12 +22,22 @@ settings.load_profile("bounded")
 collect_ignore = ["fake_cuda"]
 
 
+# Files that take long for how few tests they have. They come first, so that no process is left with one at the end.
+LONG = ["test_cuda_on_cpu", "test_cuda_module", "test_distributed", "test_experiments", "test_experiments_gpu"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where several processes run tests, each gets its share of the threads."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the tensors of the tests live: cpu (default) or cuda")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too (so does any -m)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if config.getoption("--slow") or config.getoption("-m"):
         return
     for item in items:

@@ -24,10 +24,12 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*still, str(program), *arguments], capture_output=True, text=True, check=False, timeout=120)
 
 
+# To compile the kernels with sanitizers takes minutes.
+@pytest.mark.parametrize("sanitizer", ["plain", pytest.param("memory", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize("kernels", ["step", "blockwise", "fourbit", "int8"])
-def test_kernels_equal_those_of_the_cpu_under_sanitizers(kernels: str, order: str) -> None:
-    result = run(build.program("compare", "memory"), kernels, order)
+def test_kernels_equal_those_of_the_cpu(kernels: str, order: str, sanitizer: str) -> None:
+    result = run(build.program("compare", sanitizer), kernels, order)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     compared = re.fullmatch(r"(\d+) values compared, 0 differ\n", result.stdout)
     assert compared is not None

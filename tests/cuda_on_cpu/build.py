@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -47,10 +48,11 @@ def _build(result: Path, objects: Sequence[tuple[Path, Path, list[str]]], link: 
     for source, output, flags in objects:
         lines += [f"build {output}: compile {source}", f"  flags = {' '.join(flags)}"]
     lines.append(f"build {result}: link {' '.join(str(output) for _, output, _ in objects)}")
-    (folder / f"{result.stem}.ninja").write_text("\n".join(lines) + "\n")
-    run = subprocess.run(
-        [_ninja(), "-C", str(folder), "-f", f"{result.stem}.ninja"], capture_output=True, text=True, check=False
-    )
+    command = [_ninja(), "-C", str(folder), "-f", f"{result.stem}.ninja"]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run at a time take turns
+        (folder / f"{result.stem}.ninja").write_text("\n".join(lines) + "\n")
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(run.stdout + run.stderr)
     return result
