@@ -82,6 +82,8 @@ fakes: dict[str, Any] = {
 }
 for name, fake in fakes.items():
     setattr(torch.cuda, name, fake)
+# torch's own optimizers ask it for a stream, which a torch that is built for CUDA has only with a driver.
+torch.accelerator.current_accelerator = lambda check_available=False: None
 
 
 def _without_capturable(make: Any) -> Any:
