@@ -104,7 +104,7 @@ class Fairseq:
 ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "betas as a string": ({"betas": "(0.8, 0.95)"}, {"betas": (0.8, 0.95)}),
     "betas as a bare string": ({"betas": " 0.8,0.95 "}, {"betas": (0.8, 0.95)}),
-    "betas as a list": ({"betas": [0.8, 0.95]}, {"betas": [0.8, 0.95]}),
+    "betas as a list": ({"betas": [0.8, 0.95]}, {"betas": (0.8, 0.95)}),
     "args": ({"args": Fairseq()}, {"optim_bits": 8, "min_8bit_size": 10_000}),
     "args, a namespace": ({"args": argparse.Namespace(min_8bit_size=7, lr=3)}, {"min_8bit_size": 7, "lr": 1e-3}),
     "args=None": ({"args": None}, {"min_8bit_size": 4096}),

@@ -37,7 +37,7 @@ class BlockwiseOptimizer(PagedState):
         _native.cpu()  # a missing build is an error here, not at the first step
         defaults = options.completed(owner, defaults)
         pager = pager_of(owner, defaults.pop("paged", None), self.always_paged)
-        options.check_group(owner, defaults)
+        options.normalize_group(owner, defaults)
         super().__init__(params, defaults)
         self._step_supports_amp_scaling = bool(defaults.get("fused"))
         self._open_store(pager)
@@ -72,7 +72,7 @@ class BlockwiseOptimizer(PagedState):
         super().add_param_group(param_group)
         group = self.param_groups[count]
         try:
-            options.check_group(type(self).__name__, group)
+            options.normalize_group(type(self).__name__, group)
             for index, param in enumerate(group["params"]):
                 options.check_param(type(self).__name__, count, index, param)
             if self._store is not None:
@@ -177,7 +177,7 @@ class BlockwiseOptimizer(PagedState):
     def _hyper(self, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> Any:
         """The group's scalars; what lives on a device stays there."""
         owner = type(self).__name__
-        options.check_group(owner, group)  # a user or a scheduler may have edited it
+        options.normalize_group(owner, group)  # a user or a scheduler may have edited it
         if group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
             raise ValueError(f"{owner}: capturable=True needs CUDA parameters, got one on cpu. Use capturable=False.")
         lr = group["lr"]
@@ -211,6 +211,8 @@ class BlockwiseOptimizer(PagedState):
         resolved = self._resolved()
         if resolved is None or not resolved.by_id:
             return [(i, g["params"], self._hyper(g, scale, found_inf)) for i, g in enumerate(self.param_groups)]
+        for group in self.param_groups:
+            options.normalize_group(type(self).__name__, group)
         return [
             (i, params, self._hyper({**group, **changes} if changes else group, scale, found_inf))
             for i, (group, split) in enumerate(zip(self.param_groups, resolved.parts, strict=True))
@@ -306,7 +308,9 @@ class BlockwiseOptimizer(PagedState):
         launches.settle()
         sharded.check_can_save(type(self).__name__, self.param_groups)
         params = [param for group in self.param_groups for param in group["params"]]
-        return sharded.saved_state_dict(self.moments, params, super().state_dict())
+        packed = super().state_dict()
+        packed = {**packed, "param_groups": [options.saved(group) for group in packed["param_groups"]]}
+        return sharded.saved_state_dict(self.moments, params, packed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.
@@ -340,7 +344,8 @@ class BlockwiseOptimizer(PagedState):
         ]
         groups = checkpoint.merged_groups(owner, self.param_groups, deepcopy(saved))
         for group in groups:
-            options.check_group(owner, {**options.EXTRA_DEFAULTS, **group})
+            group.update({**options.EXTRA_DEFAULTS, **group})
+            options.normalize_group(owner, group)
         with self._turn:
             self._resolved()
             state = checkpoint.loaded_state(

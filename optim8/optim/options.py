@@ -1,20 +1,42 @@
-"""Checks of what a user may set on an optimizer or a parameter group."""
+"""What a user may set on an optimizer or a parameter group: its types, its checks, and how it is stored."""
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 MIN_8BIT_SIZE = 4096
+
+# Types of arguments. Numbers may also be numpy's, and pairs numpy arrays; they are stored as floats and tuples.
+Number: TypeAlias = float | torch.Tensor
+Betas: TypeAlias = Sequence[Number] | str
+Bits: TypeAlias = Literal[8, 32]
 
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
 EXTRA_DEFAULTS = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8}
 
 # What one parameter may have otherwise than its group, with values that pass every check.
 OVERRIDABLE: dict[str, Any] = {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, **EXTRA_DEFAULTS}
+
+
+class BitsandbytesArguments(TypedDict, total=False):
+    """What bitsandbytes' optimizers take besides: `args` is read for what it has of `optim_bits`, `min_8bit_size` and
+    the last four, which are accepted with the value that changes nothing."""
+
+    args: object
+    is_paged: bool
+    percentile_clipping: int
+    block_wise: bool
+    max_unorm: float
+    skip_zeros: bool
+
 
 # Arguments of bitsandbytes' optimizers: the one value that is honoured, and what to do instead of the others.
 _NEUTRAL: dict[str, tuple[Any, str]] = {
@@ -33,16 +55,10 @@ def without_neutral(owner: str, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in _NEUTRAL}
 
 
-def with_betas(owner: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, with betas written as a string, such as "(0.9, 0.999)", as numbers."""
-    betas = given.get("betas")
-    if not isinstance(betas, str):
-        return given
-    try:
-        numbers = tuple(float(part) for part in betas.strip().strip("()[]").split(","))
-    except ValueError:
-        raise ValueError(f'{owner}: betas must be a pair of numbers, or like "(0.9, 0.999)", got {betas!r}.') from None
-    return {**given, "betas": numbers}
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: " Did you mean 'weight_decay'?", or nothing."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def completed(owner: str, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -60,40 +76,75 @@ def completed(owner: str, defaults: dict[str, Any]) -> dict[str, Any]:
         extra = {**extra, **{name: getattr(args, name) for name in there}}
     for name, value in without_neutral(owner, extra).items():
         if name not in EXTRA_DEFAULTS:
-            raise TypeError(f"{owner}: {name!r} is no argument of this optimizer.")
+            close = did_you_mean(name, [*defaults, *BitsandbytesArguments.__annotations__])
+            raise TypeError(f"{owner}: {name!r} is no argument of this optimizer.{close}")
         defaults[name] = value
     if is_paged and defaults.get("paged") is None:
         defaults["paged"] = True
     elif is_paged and not defaults["paged"]:
         raise ValueError(f"{owner}: is_paged=True contradicts paged=False. Leave one out.")
-    return with_betas(owner, defaults)
+    return defaults
 
 
-def _number(owner: str, name: str, value: Any, least: float, below: float = math.inf) -> None:
+def _number(owner: str, name: str, value: Any, least: float, below: float = math.inf) -> float | torch.Tensor:
+    """The value as a float; a tensor stays one, since it may be changed in place."""
+    if type(value) is float and least <= value < below:
+        return value  # every step comes here
+    one = value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{owner}: {name} must have one element when it is a tensor, got {value.numel()}.")
         if value.device.type != "cpu":
-            return  # looking at it would wait for the device
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}.")
-    if not least <= float(value) < below:
+            return value  # looking at it would wait for the device
+        one = value.item()
+    elif isinstance(value, np.ndarray) and value.size == 1:
+        one = value.item()
+    if isinstance(one, bool) or not isinstance(one, Real):
+        hint = " Write it as a number; in YAML, 1e-4 is text and 1.0e-4 a number." if isinstance(one, str) else ""
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}.{hint}")
+    if not least <= float(one) < below:
         end = " and finite" if below == math.inf else f" and below {below:g}"
         raise ValueError(f"{owner}: {name} must be at least {least:g}{end}, got {value!r}.")
+    return value if isinstance(value, torch.Tensor) else float(one)
 
 
-def check_group(owner: str, group: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError for the first option of a parameter group that cannot be honoured."""
-    _number(owner, "lr", group["lr"], 0.0)
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"{owner}: betas must be a pair of numbers, got {betas!r}.")
-    for i, beta in enumerate(betas):
-        _number(owner, f"betas[{i}]", beta, 0.0, 1.0)
-    _number(owner, "weight_decay", group["weight_decay"], 0.0)
+def _betas(owner: str, value: Any) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    """A pair of numbers: any sequence of two, or a string such as "(0.9, 0.999)" (as bitsandbytes)."""
+    pair = value
+    if isinstance(value, str):
+        try:
+            pair = [float(part) for part in value.strip().strip("()[]").split(",")]
+        except ValueError:
+            pair = None
+    if isinstance(pair, np.ndarray | torch.Tensor) and pair.ndim != 1:
+        pair = None
+    if not isinstance(pair, (tuple, Sequence, np.ndarray, torch.Tensor)) or len(pair) != 2:
+        raise ValueError(f'{owner}: betas must be a pair of numbers, or like "(0.9, 0.999)", got {value!r}.')
+    first, second = (_number(owner, f"betas[{i}]", beta, 0.0, 1.0) for i, beta in enumerate(pair))
+    return first, second
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of any type as an int; None where it is none."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real) or float(value) % 1 != 0:
+        return None
+    return int(float(value))
+
+
+def normalize_group(owner: str, group: dict[str, Any]) -> None:
+    """Check the options of a parameter group, and store its numbers as plain ones, whatever library they came from:
+    floats, ints, and betas as a tuple. Tensors stay tensors.
+
+    Raises:
+        ValueError, TypeError: the first option that cannot be honoured; options before it may be stored already.
+    """
+    group["lr"] = _number(owner, "lr", group["lr"], 0.0)
+    group["betas"] = _betas(owner, group["betas"])
+    group["weight_decay"] = _number(owner, "weight_decay", group["weight_decay"], 0.0)
     if "eps" in group:
-        _number(owner, "eps", group["eps"], 0.0)
+        group["eps"] = _number(owner, "eps", group["eps"], 0.0)
     if group.get("amsgrad"):
         raise ValueError(
             f"{owner}: amsgrad=True is not supported (it needs a third state). "
@@ -106,11 +157,24 @@ def check_group(owner: str, group: dict[str, Any]) -> None:
         )
     if group.get("fused") and group.get("foreach"):
         raise ValueError(f"{owner}: fused and foreach cannot both be True. Leave both out: a step is always one call.")
-    size = group["min_8bit_size"]
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(f"{owner}: min_8bit_size must be a whole number of values, 0 or more, got {size!r}.")
-    if group["optim_bits"] not in (8, 32):
+    size, bits = _whole(group["min_8bit_size"]), _whole(group["optim_bits"])
+    if size is None or size < 0:
+        got = group["min_8bit_size"]
+        raise ValueError(f"{owner}: min_8bit_size must be a whole number of values, 0 or more, got {got!r}.")
+    if bits not in (8, 32):
         raise ValueError(f"{owner}: optim_bits must be 8 or 32, got {group['optim_bits']!r}.")
+    group["min_8bit_size"], group["optim_bits"] = size, bits
+
+
+def saved(value: Any) -> Any:
+    """A value of a group as it is saved: numpy's scalars, which torch.load(weights_only=True) refuses, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(saved, value))
+    if type(value) is dict:
+        return {key: saved(item) for key, item in value.items()}
+    return value
 
 
 def check_param(owner: str, group_index: int, index: int, param: torch.Tensor) -> None:

@@ -87,10 +87,11 @@ def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{who}: name at least one option: {', '.join(known)}.")
     for name in changes:
         if name not in known:
-            raise ValueError(f"{who}: {name!r} cannot be overridden. Options are {', '.join(known)}.")
-    changes = options.with_betas(who, changes)
-    options.check_group(who, {**known, **changes})
-    return changes
+            close = options.did_you_mean(name, known)
+            raise ValueError(f"{who}: {name!r} cannot be overridden.{close} Options are {', '.join(known)}.")
+    whole = {**known, **changes}
+    options.normalize_group(who, whole)
+    return {name: whole[name] for name in changes}
 
 
 def of_tensor(who: str, param: torch.Tensor) -> Find:
