@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from harness import ALL, bits, hostile, parameter, snapshot
 
 import optim8
 from optim8.paging import Pager, journal
-from optim8.paging.streaming import CACHED, DIRECT, MAPPED
 
 HERE = Path(__file__).parent
 ADAMW = CASES["AdamW8bit"]
@@ -96,130 +92,6 @@ def test_loading_into_a_kept_directory_and_resuming(tmp_path: Path) -> None:
         again.close()
         donor.step()
     assert len(list((tmp_path / "kept").glob("state-*"))) == 1
-
-
-WORKER = """
-import sys, torch
-from pathlib import Path
-sys.path.insert(0, {here!r})
-from test_paging_kept import ADAMW, keep
-from optim8.paging.streaming import DIRECT, MAPPED, Stream
-torch.set_num_threads(1)
-p = torch.nn.Parameter(torch.ones(2**24, dtype=torch.bfloat16))
-p.grad = torch.full_like(p, 0.25)
-Stream._goes_past_cache = lambda self, share: {way!r} == DIRECT
-budget = None if {way!r} == MAPPED else "256KiB"
-optimizer = ADAMW.make([p], paged=keep(Path({folder!r}), host_budget=budget, bucket="64KiB"))
-optimizer.step()
-assert optimizer._store._stream.way == {way!r}
-optimizer.note_checkpoint("runs/last.pt")
-print("go", flush=True)
-if {between}:
-    sys.stdin.read()
-while True:
-    optimizer.step()
-"""
-
-
-def killed(folder: Path, between: bool, way: str) -> None:
-    """Leave a directory as a process leaves it that is killed in the middle of a step, or between two."""
-    code = WORKER.format(here=str(HERE), folder=str(folder), between=between, way=way)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"go\n"
-        with (folder / "kept" / "journal").open("rb", buffering=0) as journal:
-            while not between and os.pread(journal.fileno(), 1, 8) != b"\1":
-                time.sleep(0)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
-@pytest.mark.parametrize("way", [MAPPED, CACHED, DIRECT])
-def test_sigkill_in_the_middle_of_a_step_is_noticed(way: str, tmp_path: Path) -> None:
-    killed(tmp_path, False, way)
-    p = parameter(torch.ones(2**24, dtype=torch.bfloat16))
-    with pytest.raises(RuntimeError) as error:
-        ADAMW.make([p], paged=keep(tmp_path, resume=True))
-    text = str(error.value)
-    for part in (
-        "ended while it was stepping, after step",
-        "cannot be used",
-        "'runs/last.pt' of step 1, 20",
-        "directory",
-    ):
-        assert part in text
-    with pytest.raises(FileExistsError):
-        ADAMW.make([p], paged=keep(tmp_path))
-
-
-@pytest.mark.parametrize("way", [MAPPED, CACHED, DIRECT])
-def test_sigkill_between_steps_loses_nothing(way: str, tmp_path: Path) -> None:
-    killed(tmp_path, True, way)
-    resumed, reference = (parameter(torch.ones(2**24, dtype=torch.bfloat16)) for _ in range(2))
-    for p in (resumed, reference):
-        p.grad = torch.full_like(p, 0.25)
-    plain = ADAMW.make([reference])
-    plain.step()
-    with torch.no_grad():
-        resumed.copy_(reference)
-    optimizer = ADAMW.make([resumed], paged=keep(tmp_path, resume=True))
-    assert snapshot(optimizer) == snapshot(plain)
-    optimizer.step()
-    plain.step()
-    assert bits(resumed) == bits(reference)
-
-
-def _patch(path: Path, at: int, content: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(content)
-
-
-def _layout(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    layout = json.loads((folder / "layout.json").read_text())
-    change(layout)
-    (folder / "layout.json").write_text(json.dumps(layout))
-
-
-Damage = Callable[[Path], Any]
-DAMAGED: dict[str, tuple[Damage, type[Exception], str]] = {
-    "a file of another run": (
-        lambda d: _patch(d / "state-0.bin", 13, b"0" * 32),
-        ValueError,
-        "state-0.bin is a file of another run. Restore the right one",
-    ),
-    "a short file": (
-        lambda d: os.truncate(d / "state-0.bin", 4096),
-        ValueError,
-        r"must have \d+ bytes, got 4096. .* Restore it",
-    ),
-    "a file that is gone": (lambda d: (d / "state-0.bin").unlink(), ValueError, "must have .* bytes, got 0"),
-    "a journal that is gone": (lambda d: (d / "journal").unlink(), RuntimeError, "journal is not one of optim8"),
-    "half a load": (lambda d: _patch(d / "journal", 8, b"\2"), RuntimeError, "while it was loading a state dict"),
-    "a power cut": (
-        lambda d: _patch(d / "journal", 9, b"\0" * 3 + b"\0" * 4) or _patch(d / "journal", 24, b"another boot"),
-        RuntimeError,
-        "restarted before the state .* was all on the disk .* none was taken",
-    ),
-    "no state": (lambda d: (d / "layout.json").unlink(), FileNotFoundError, "found none. Pass the directory of the"),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_directory_is_refused_and_left_alone(what: str, tmp_path: Path) -> None:
-    params = new_params()
-    optimizer = ADAMW.make(params, paged=keep(tmp_path))
-    steps(params, optimizer, 0, 2)
-    optimizer.close()
-    damage, kind, message = DAMAGED[what]
-    damage(tmp_path / "kept")
-    before = {p.name: p.read_bytes()[:4096] for p in (tmp_path / "kept").iterdir() if p.name != "journal"}
-    for _ in range(2):  # refusing gives the directory back
-        with pytest.raises(kind, match=message):
-            ADAMW.make(params, paged=keep(tmp_path, resume=True))
-    assert {p.name: p.read_bytes()[:4096] for p in (tmp_path / "kept").iterdir() if p.name != "journal"} == before
 
 
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {

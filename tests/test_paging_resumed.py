@@ -220,19 +220,35 @@ def _loaded_after_flush(params: Params, optimizer: Any) -> None:
     optimizer.flush()
 
 
-@pytest.mark.parametrize("last", [_stepped, _stepped_after_flush, _loaded, _loaded_after_flush])
-def test_without_a_flush_after_the_last_step_nothing_is_compared(
-    last: Callable[[Params, Any], None], tmp_path: Path
-) -> None:
-    """Nor after a state dict was loaded. The copy is what a process leaves that is killed then."""
+def _as_if_killed(last: Callable[[Params, Any], None], folder: Path) -> tuple[list[torch.Tensor], Path]:
+    """Parameters, and a copy of a directory as a process leaves it that is killed then."""
     params = model()
-    (tmp_path / "a").mkdir()
-    optimizer = made(params, keep(tmp_path / "a"))
+    (folder / "a").mkdir()
+    optimizer = made(params, keep(folder / "a"))
     step(params, optimizer)
     last(params, optimizer)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(folder / "a", folder / "b")
+    return values_of(params), folder / "b"
+
+
+@pytest.mark.parametrize("last", [_loaded, _loaded_after_flush])
+def test_nothing_is_compared_after_a_state_dict_was_loaded(last: Callable[[Params, Any], None], tmp_path: Path) -> None:
+    _, left = _as_if_killed(last, tmp_path)
     others = model(1)
-    step(others, made(others, keep(tmp_path / "b", resume=True)))
+    step(others, made(others, keep(left, resume=True)))
+
+
+@pytest.mark.parametrize("last", [_stepped, _stepped_after_flush])
+def test_without_a_flush_after_the_last_step_a_few_parameters_are_compared(
+    last: Callable[[Params, Any], None], tmp_path: Path
+) -> None:
+    right, left = _as_if_killed(last, tmp_path)
+    params = model(1)
+    optimizer = made(params, keep(left, resume=True))
+    with pytest.raises(ValueError, match=r"parameter 0 .* was stepped last \(step 2\)"):
+        step(params, optimizer)
+    put(params, right)
+    step(params, optimizer)
 
 
 def test_loaded_state_is_not_that_of_the_directory(history: list[list[torch.Tensor]], tmp_path: Path) -> None:
@@ -249,6 +265,8 @@ def test_directories_of_earlier_versions_are_resumed(history: list[list[torch.Te
     with (tmp_path / "kept" / "journal").open("r+b") as journal:
         journal.seek(10)
         journal.write(b"\0")
+        journal.seek(64)
+        journal.write(b"\0" * 8)
     params = model(1)
     step(params, made(params, keep(tmp_path, resume=True)))
 

@@ -27,6 +27,11 @@ class PagedState(torch.optim.Optimizer):
 
     _store: Store | None = None  # where state lives that is paged
 
+    @property
+    def _turn(self) -> Any:
+        """Held by the thread that steps, loads or notes a checkpoint."""
+        raise NotImplementedError
+
     def precision(self, param: torch.Tensor) -> str:
         """How the state of `param` is kept."""
         raise NotImplementedError
@@ -38,14 +43,17 @@ class PagedState(torch.optim.Optimizer):
         """State from here on lives where `pager` says; that which an earlier run kept there is taken."""
         if pager is None:
             return
-        self._store = store = Store(type(self).__name__, self.rule, pager)
+        params = (
+            [sharded.local(param) for group in self.param_groups for param in group["params"]] if pager.keep else []
+        )
+        self._store = store = Store(type(self).__name__, self.rule, pager, params)
         store.state, store.local = self.state, sharded.local
         if store.kept is not None:
             try:
                 store.check_reach(param for group in self.param_groups for param in group["params"])
                 self._take_kept(0)
             except BaseException:
-                store.kept.journal.close()
+                store.kept.close()
                 raise
             weakref.finalize(self, store.close)
 
@@ -70,7 +78,8 @@ class PagedState(torch.optim.Optimizer):
         """Where the state of each parameter is: in memory of its device, in memory of the host, or on the disk.
 
         Returns:
-            One optim8.paging.Place for each parameter, in order; printed, a table.
+            One optim8.paging.Place for each parameter, in order; printed, a table, which also has the copy of the state
+            at the checkpoint that was noted last, if there is one.
         """
         store, places = self._store, []
         for number, group in enumerate(self.param_groups):
@@ -83,7 +92,10 @@ class PagedState(torch.optim.Optimizer):
                 size = sum(tensor.nbytes for tensor in tensors)
                 shape, precision = tuple(param.shape), self.precision(param)
                 places.append(Place(number, index, name, shape, precision, tier, where, size))
-        return Placement(places)
+        noted = store.kept.checkpoint if store is not None and store.kept is not None else None
+        if noted is None or not noted.nbytes:
+            return Placement(places)
+        return Placement(places, str(noted), noted.nbytes)
 
     def flush(self) -> None:
         """Write state that is kept in a directory to the disk; waits for it.
@@ -101,11 +113,16 @@ class PagedState(torch.optim.Optimizer):
             self._store.close()
 
     def note_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Say that the present state was saved to `path`. Should the process be killed in the middle of a step, the
-        error of the next run that opens the kept directory names it.
+        """Say that the parameters, and whatever else a run needs, were saved to `path` as they are now. All state is
+        written to the disk, and copied there. A run that is killed later is resumed from here, with the same bits:
+        with the parameters of `path` and Pager(..., resume=True). The copy is as large as the state, replaces that of
+        the checkpoint before, and takes about as long as a step from the disk.
 
         Raises:
             ValueError: the optimizer keeps no directory.
+            OSError: there is no room on the disk for the copy. The state is unharmed, and the checkpoint noted before
+                is still there.
+            RuntimeError: the state is half stepped because of an error, or the optimizer was closed.
         """
         if self._store is None or self._store.kept is None:
             raise ValueError(
@@ -114,11 +131,13 @@ class PagedState(torch.optim.Optimizer):
             )
         text = os.fsdecode(path)
         # It is read by another process, which may be elsewhere. What is no file (an address, say) stays as it is.
-        self._store.kept.journal.note_checkpoint(f"'{Path(text).absolute() if Path(text).exists() else text}'")
+        what = f"'{Path(text).absolute() if Path(text).exists() else text}'"
+        with self._turn:
+            self._store.note_checkpoint(what)
 
     def _note_state_dict(self) -> None:
-        if self._store is not None and self._store.kept is not None and not self._store.kept.journal.closed:
-            self._store.kept.journal.note_checkpoint("a state dict that was taken")
+        if self._store is not None:
+            self._store.note_state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

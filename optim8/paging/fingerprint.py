@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -29,3 +30,16 @@ def of(tensor: torch.Tensor) -> str | None:
 def dtype_in(fingerprint: str) -> str:
     """The dtype that a fingerprint tells of."""
     return fingerprint.partition(" ")[0]
+
+
+def of_all(params: Sequence[tuple[torch.Tensor, bool]]) -> dict[int, str]:
+    """The fingerprints of parameters (values, whether they count) whose values are at hand, by position."""
+    texts = {place: of(param) for place, (param, counts) in enumerate(params) if counts}
+    return {place: text for place, text in texts.items() if text is not None}
+
+
+def match(fingerprints: Mapping[int, str], params: Sequence[torch.Tensor]) -> bool:
+    """Whether there is a parameter to compare, and all that there are have these fingerprints."""
+    now = {place: of(params[place]) for place in fingerprints if place < len(params)}
+    compared = [text == fingerprints[place] for place, text in now.items() if text is not None]
+    return bool(compared) and all(compared)

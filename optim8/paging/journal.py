@@ -1,9 +1,5 @@
-"""What a kept directory says of itself: who has it, whether its state is whole, and what the last checkpoint was.
-
-Files: `journal`, locked by its owner and mapped, so that what it says survives a kill; `layout.json`, where each
-tensor lies; `options.pt`, the options of the parameter groups; `state-<n>.bin`, the state; `params.json`, fingerprints
-of the parameters that the last step left.
-"""
+"""Whose a kept directory is, and whether its state is whole: a file that is locked by its owner and mapped, so that
+what it says survives a kill."""
 
 from __future__ import annotations
 
@@ -12,19 +8,19 @@ import json
 import mmap
 import os
 import struct
-import time
 from pathlib import Path
-from typing import Any
 
-import torch
+from optim8.paging import checkpoint
+from optim8.paging.records import Records
 
-IDLE, STEPPING, LOADING = range(3)
-_DOING = {STEPPING: "stepping", LOADING: "loading a state dict"}
+IDLE, STEPPING, LOADING, RETURNING = range(4)
+_DOING = {STEPPING: "stepping", LOADING: "loading a state dict", RETURNING: "returning to a checkpoint"}
 _MAGIC = b"optim8 1"
 _SIZE = 4096
 # After the magic: what is being done, whether all is on the disk, whether params.json tells of the parameters of this
-# state, process, count of steps, boot of the system.
-_MARK, _SYNCED, _PARAMS, _PROCESS, _STEPS, _BOOT = 8, 9, 10, 12, 16, 24
+# state, process, count of steps, boot of the system, bytes of the witness and the witness: fingerprints, as JSON, of a
+# few of the parameters that the last step left.
+_MARK, _SYNCED, _PARAMS, _PROCESS, _STEPS, _BOOT, _WITNESS = 8, 9, 10, 12, 16, 24, 64
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -35,32 +31,25 @@ def _boot() -> bytes:
         return b"\0" * 36
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file, so that it is the old one or the new one also after a kill or a power cut."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 class Journal:
-    """The lock and the marks of a kept directory.
+    """The lock and the marks of a kept directory, which is made where it is not there.
+
+    Args:
+        records: of the directory.
+        is_new: it holds no state yet.
 
     Raises:
-        OSError: the directory cannot be used: another optimizer has it, it cannot be written to, it holds state though
-            nothing is to be resumed, or none though it is.
-        RuntimeError: its state is not whole; the message names the last checkpoint.
+        OSError: another optimizer has the directory, or it cannot be written to.
+        RuntimeError: its journal is damaged.
     """
 
-    def __init__(self, owner: str, directory: Path, resume: bool) -> None:
-        self.owner, self.directory = owner, directory
-        self.stepped = False  # the state is that of a step made here, of whose parameters there is no word yet
-        path = directory / "journal"
+    def __init__(self, records: Records, is_new: bool) -> None:
+        self.records, self.owner, self.directory = records, records.owner, records.directory
+        owner, directory = self.owner, self.directory
+        self.stepped = False  # the state is that of a step made here, and params.json does not tell of it yet
         try:
             directory.mkdir(exist_ok=True)
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._handle = os.open(directory / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -69,20 +58,11 @@ class Journal:
             ) from error
         try:
             self._lock()
-            if os.fstat(self._handle).st_size < _SIZE:
-                os.posix_fallocate(self._handle, 0, _SIZE)
+            self._check_file(is_new)
             self._map = mmap.mmap(self._handle, _SIZE)
         except BaseException:
             os.close(self._handle)
             raise
-        try:
-            self.layout = self._read_layout(resume)
-        except BaseException:
-            self.close()  # the mapping has the lock too
-            raise
-        struct.pack_into("<i", self._map, _PROCESS, os.getpid())
-        self._map[_BOOT : _BOOT + 36] = _boot()
-        self._map[: len(_MAGIC)] = _MAGIC
 
     def _lock(self) -> None:
         try:
@@ -95,48 +75,65 @@ class Journal:
                 "Close it (optimizer.close()), or pass a Pager with another directory.",
             ) from error
 
-    def _read_layout(self, resume: bool) -> dict[str, Any] | None:
-        path = self.directory / "layout.json"
-        if not path.exists():
-            if resume:
-                raise FileNotFoundError(
-                    f"{self.owner}: resume=True needs state that was kept in {self.directory}, found none. "
-                    "Pass the directory of the earlier run, or resume=False."
-                )
-            return None
-        layout: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not resume:
-            raise FileExistsError(
-                f"{self.owner}: {self.directory} holds the state of another run ({layout['optimizer']}, step "
-                f"{self.steps}). Pass resume=True to go on with it, or another directory to start anew."
-            )
-        mark = self._map[_MARK]
-        if self._map[: len(_MAGIC)] != _MAGIC:
-            raise RuntimeError(f"{self.owner}: {path.parent}/journal is not one of optim8. {self._advice()}")
-        if mark != IDLE:
+    def _check_file(self, is_new: bool) -> None:
+        size, head = os.fstat(self._handle).st_size, os.pread(self._handle, len(_MAGIC), 0)
+        if is_new:
+            os.posix_fallocate(self._handle, 0, _SIZE)
+        elif size != _SIZE or head != _MAGIC:
             raise RuntimeError(
-                f"{self.owner}: the process that had the state in {self.directory} ended while it was {_DOING[mark]}, "
-                f"after step {self.steps}. The state is half old and half new and cannot be used. {self._advice()}"
+                f"{self.owner}: {self.directory / 'journal'} must be {_SIZE} bytes that begin with "
+                f"{_MAGIC.decode()!r}, got {size} that begin with {head!r}. It is damaged or of another version of "
+                "optim8, and does not tell whether the state is whole. Restore it, or start with another directory and "
+                "load a checkpoint."
             )
-        if not self._map[_SYNCED] and self._map[_BOOT : _BOOT + 36] != _boot():
-            raise RuntimeError(
-                f"{self.owner}: the system was restarted before the state in {self.directory} was all on the disk "
-                f"(step {self.steps}). It may be half old and half new and cannot be used. {self._advice()}"
-            )
-        return layout
 
-    def _advice(self) -> str:
-        path = self.directory / "checkpoint.json"
-        begin = "Start with another directory and load a checkpoint"
-        if not path.exists():
-            return f"{begin}; none was taken from this state."
-        last = json.loads(path.read_text(encoding="utf-8"))
-        return f"{begin}; the last one is {last['what']} of step {last['step']}, {last['time']}."
+    @property
+    def problem(self) -> str:
+        """Why the state cannot be used; empty where it can."""
+        mark = self._map[_MARK]
+        if mark != IDLE:
+            doing = _DOING.get(mark, "doing what this version of optim8 does not know")
+            return (
+                f"the process that had the state in {self.directory} ended while it was {doing}, after step "
+                f"{self.steps}. The state is half old and half new and cannot be used."
+            )
+        if not self.synced and self._map[_BOOT : _BOOT + 36] != _boot():
+            return (
+                f"the system was restarted before the state in {self.directory} was all on the disk (step "
+                f"{self.steps}). It may be half old and half new and cannot be used."
+            )
+        return ""
+
+    def claim(self) -> None:
+        """Have the journal speak of this process. State that cannot be used is marked as such, for what was to be seen
+        from the boot of the system goes."""
+        if self.problem:
+            self._map[_MARK] = RETURNING
+        struct.pack_into("<i", self._map, _PROCESS, os.getpid())
+        self._map[_BOOT : _BOOT + 36] = _boot()
+        self._map[: len(_MAGIC)] = _MAGIC
+
+    @property
+    def synced(self) -> bool:
+        """Whether all is on the disk."""
+        return bool(self._map[_SYNCED])
 
     @property
     def steps(self) -> int:
-        """Steps that were made since the directory was made."""
+        """Steps that were made since the directory was made, or to the checkpoint that it has returned to."""
         return int(struct.unpack_from("<q", self._map, _STEPS)[0])
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        struct.pack_into("<q", self._map, _STEPS, count)
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError where the state is not whole since something was interrupted here."""
+        if self._map[_MARK] not in (IDLE, RETURNING):
+            raise RuntimeError(
+                f"{self.owner}: {_DOING[self._map[_MARK]]} was interrupted, so the state in {self.directory} is half "
+                f"old and half new. {checkpoint.advice(self.records)}"
+            )
 
     def begin(self, what: int) -> None:
         """From here on the state is not whole.
@@ -144,78 +141,51 @@ class Journal:
         Raises:
             RuntimeError: it was not whole before.
         """
-        if self._map[_MARK] != IDLE:
-            raise RuntimeError(
-                f"{self.owner}: {_DOING[self._map[_MARK]]} was interrupted, so the state in {self.directory} is half "
-                f"old and half new. {self._advice()}"
-            )
+        self.check_whole()
         self.stepped = False
         self._map[_PARAMS] = 0
-        if self._map[_SYNCED]:
+        struct.pack_into("<q", self._map, _WITNESS, 0)
+        if self.synced:
             self._map[_SYNCED] = 0
             self._map.flush()  # before any state that has changed can be on the disk, for the power may fail then
         self._map[_MARK] = what
 
-    def end(self, stepped: bool) -> None:
-        """The state is whole again."""
-        if stepped:
-            struct.pack_into("<q", self._map, _STEPS, self.steps + 1)
+    def end(self, witness: dict[int, str] | None = None) -> None:
+        """The state is whole again; `witness`: fingerprints of some parameters, where a step has ended."""
+        if witness is not None:
+            self.steps += 1
             self.stepped = True
+            content = json.dumps(witness).encode()
+            self._map[_WITNESS + 8 : _WITNESS + 8 + len(content)] = content
+            struct.pack_into("<q", self._map, _WITNESS, len(content))
         self._map[_MARK] = IDLE
 
-    def note_checkpoint(self, what: str) -> None:
-        """Remember the last checkpoint, for those who find the state half stepped."""
-        last = {"what": what, "step": self.steps, "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
-        write_whole(self.directory / "checkpoint.json", json.dumps(last).encode())
+    @property
+    def witness(self) -> dict[int, str]:
+        """Fingerprints of some of the parameters that the last change of the state left, by position; empty where it
+        was no step."""
+        size = struct.unpack_from("<q", self._map, _WITNESS)[0]
+        try:
+            content = json.loads(self._map[_WITNESS + 8 : _WITNESS + 8 + size]) if size else {}
+            return {int(place): str(text) for place, text in content.items()}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{self.owner}: {self.directory / 'journal'} is damaged: what it says of parameters is no JSON. "
+                "Restore it, or start with another directory and load a checkpoint."
+            ) from error
 
-    def write_layout(self, layout: dict[str, Any]) -> None:
-        """Make it what the directory holds; files of state that it does not name are removed."""
-        write_whole(self.directory / "layout.json", json.dumps(layout).encode())
-        self.layout = layout
-        self.tidy()
+    @property
+    def has_params(self) -> bool:
+        """Whether params.json tells of the parameters of this state."""
+        return bool(self._map[_PARAMS])
 
-    def tidy(self) -> None:
-        """Remove files of state that the layout does not name."""
-        named = set() if self.layout is None else {segment["file"] for segment in self.layout["segments"]}
-        for path in self.directory.glob("state-*.bin"):
-            if path.name not in named:
-                path.unlink()
-
-    def write_options(self, groups: list[dict[str, Any]]) -> None:
-        """The options of the parameter groups, without their parameters."""
-        beside = self.directory / ".options.pt.new"
-        torch.save(groups, beside)
-        beside.replace(self.directory / "options.pt")
-
-    def read_options(self) -> list[dict[str, Any]]:
-        """What write_options wrote."""
-        return torch.load(self.directory / "options.pt", weights_only=True)  # type: ignore[no-any-return]
-
-    def write_params(self, fingerprints: dict[int, str]) -> None:
-        """Fingerprints of the parameters that the last step left, by position."""
-        content = {"steps": self.steps, "params": fingerprints}
-        write_whole(self.directory / "params.json", json.dumps(content).encode())
+    def note_params(self) -> None:
+        """From here on params.json does."""
         self._map[_PARAMS] = 1
         self.stepped = False
 
-    def read_params(self) -> dict[int, str]:
-        """What write_params wrote, if that was after the last change of the state; else nothing."""
-        path = self.directory / "params.json"
-        if not self._map[_PARAMS] or not path.exists():
-            return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
-        # After a power cut the file may be an older one than the journal knows.
-        same = content["steps"] == self.steps
-        return {int(place): text for place, text in content["params"].items()} if same else {}
-
-    def sync(self) -> None:
-        """All of it to the disk."""
-        for path in self.directory.iterdir():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    def note_sync(self) -> None:
+        """From here on all is on the disk."""
         if self._map[_MARK] == IDLE:
             self._map[_SYNCED] = 1
             self._map.flush()

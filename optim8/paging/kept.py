@@ -1,102 +1,197 @@
-"""State in a kept directory: written so that a later optimizer finds it, and found again."""
+"""State in a kept directory: written so that a later optimizer finds it, and found again.
+
+Files: `journal`, the lock and the marks; `layout.json`, where each tensor lies; `options.pt`, the options of the
+parameter groups; `state-<n>.bin`, the state; `params.json`, fingerprints of the parameters that the last step left;
+`checkpoint.json`, the checkpoint that was noted last; `checkpoint-<n>.bin` and `checkpoint-options.pt`, a copy of the
+state at that step.
+"""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optim8.paging import fingerprint, journal, segments
-from optim8.paging.segments import PAGE, Arena, Segment
+from optim8.paging import checkpoint, fingerprint, layout, resuming, segments
+from optim8.paging.checkpoint import Checkpoint
+from optim8.paging.journal import RETURNING, Journal
+from optim8.paging.options import Pager
+from optim8.paging.records import Records
+from optim8.paging.segments import Arena, Segment
 
-_DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
+_LAYOUT = {"optimizer": str, "rule": str, "run": str, "count": int, "segments": list, "params": dict}
 Groups = Sequence[dict[str, Any]]
 
 
 class Kept:
-    """The kept directory of one optimizer: its journal, and the map between its tensors and its files."""
+    """The kept directory of one optimizer: its journal, and the map between its tensors and its files.
 
-    def __init__(self, owner: str, rule: str, directory: Path, resume: bool, changed_params: bool) -> None:
-        self.owner, self.rule, self.directory = owner, rule, directory
-        self.journal = journal.Journal(owner, directory, resume)
+    Args:
+        owner: the optimizer's class.
+        rule: its rule.
+        pager: says where the directory is, and what is to be resumed.
+        params: the parameters that the optimizer has now, local values, by position.
+
+    Raises:
+        OSError: the directory cannot be used: another optimizer has it, it cannot be written to, it holds state though
+            nothing is to be resumed, or none though it is; or there is no room to return to a checkpoint.
+        RuntimeError: its state is not whole, or ahead of the checkpoint; the message names the checkpoint.
+        ValueError: a file is damaged, or of another run, rule or version.
+    """
+
+    def __init__(self, owner: str, rule: str, pager: Pager, params: Sequence[torch.Tensor]) -> None:
+        self.owner, self.rule, self.pager, self.directory = owner, rule, pager, Path(str(pager.directory))
+        self.records = Records(owner, self.directory)
+        is_new = not (self.directory / "layout.json").exists()
+        self.journal = Journal(self.records, is_new)
         self.pending: dict[int, dict[str, Any]] = {}  # tensors by position of the parameter, not yet taken
         self.expected: dict[int, str] = {}  # fingerprints of the parameters, not yet compared
+        self.checkpoint: Checkpoint | None = None
+        self.returns = False  # the state is the checkpoint's, and the directory still holds that of the last step
         self._options: list[dict[str, Any]] = []
         self._known: list[tuple[torch.Tensor, str, Any]] = []  # what layout.json describes
+        self._witnesses: list[int] = []  # positions of the parameters that a step leaves fingerprints of
+        self._layout: dict[str, Any] = {"segments": [], "params": {}}  # of the files that are mapped
+        self._files: list[str] = []  # of state, in layout.json
         self.run = uuid.uuid4().hex
         self._count = 0
         self.stale = True  # layout.json does not describe the state
         try:
-            if self.journal.layout is not None:
-                self._check(self.journal.layout)
-                self.expected = {} if changed_params else self.journal.read_params()
-            self.journal.tidy()
+            self._open(is_new, params)
         except BaseException:
-            self.journal.close()
+            self.journal.close()  # the mapping has the lock too
             raise
 
-    def _check(self, layout: dict[str, Any]) -> None:
-        if layout["rule"] != self.rule:
-            raise ValueError(
-                f"{self.owner}: {self.directory} holds state of {layout['optimizer']}. Resume with that class, or pass "
-                "another directory."
-            )
-        self.run, self._count = layout["run"], layout["count"]
-        for segment in layout["segments"]:
-            path = self.directory / segment["file"]
-            found = path.stat().st_size if path.exists() else 0
-            if found != segment["size"]:
-                raise ValueError(
-                    f"{self.owner}: {path} must have {segment['size']} bytes, got {found}. It is not the file of this "
-                    "state. Restore it, or start with another directory and load a checkpoint."
-                )
-            with path.open("rb") as file:
-                if file.read(PAGE) != self._header(segment["file"]):
-                    raise ValueError(
-                        f"{self.owner}: {path} is a file of another run. Restore the right one, or start with another "
-                        "directory and load a checkpoint."
-                    )
-        self.pending = {int(place): tensors for place, tensors in layout["params"].items()}
+    @property
+    def advice(self) -> str:
+        """What to do where the state cannot be used."""
+        return checkpoint.advice(self.records)
 
-    def _header(self, name: str) -> bytes:
-        return f"optim8 state {self.run} {name}\n".encode().ljust(PAGE, b"\0")
+    def _open(self, is_new: bool, params: Sequence[torch.Tensor]) -> None:
+        if is_new:
+            if self.pager.resume:
+                raise FileNotFoundError(
+                    f"{self.owner}: resume={self.pager.resume!r} needs state that was kept in {self.directory}, found "
+                    "none. Pass the directory of the earlier run, or resume=False."
+                )
+            self.journal.claim()
+            self._tidy([])
+            return
+        content = self._read_layout()
+        if not self.pager.resume:
+            raise FileExistsError(
+                f"{self.owner}: {self.directory} holds the state of another run ({content['optimizer']}, step "
+                f"{self.journal.steps}). Pass resume=True to go on with it, or another directory to start anew."
+            )
+        if content["rule"] != self.rule:
+            raise ValueError(
+                f"{self.owner}: {self.directory} holds state of {content['optimizer']}. Resume with that class, or "
+                "pass another directory."
+            )
+        self.run, self._count = content["run"], content["count"]
+        self.checkpoint = checkpoint.read(self.records)
+        problem = self.journal.problem
+        live = {} if self.pager.changed_params else self._fingerprints()
+        self.returns = resuming.returns(self, problem, live, params)
+        last = self.checkpoint if self.returns else None
+        if last is None:
+            self._check_files(content, "layout.json")
+        else:
+            self._check_files(last.layout, checkpoint.NAME, of_copy=True)
+        self.journal.claim()
+        self._files = [] if problem else [file for file, _ in layout.files(self.records, content, "layout.json", "")]
+        self._tidy(self._files)
+        if last is not None:
+            content, live = self._layout_of_copy(last), last.params
+        self._layout = content
+        with self.records.parsing("layout.json", f"Restore it. {self.advice}"):
+            self.pending = {int(place): dict(tensors) for place, tensors in content["params"].items()}
+        self.expected = {} if self.pager.changed_params else dict(live)
+
+    def _read_layout(self) -> dict[str, Any]:
+        try:
+            content = self.records.read_json("layout.json", _LAYOUT, f"Restore it. {self.advice}")
+        except ValueError:
+            last = checkpoint.read(self.records) if self.pager.resume == "checkpoint" else None
+            if last is None or not last.layout:
+                raise
+            content = last.layout  # which is all that is needed then
+        if content is None:
+            raise FileNotFoundError(f"{self.owner}: {self.directory / 'layout.json'} was removed while it was opened.")
+        return content
+
+    def _fingerprints(self) -> dict[int, str]:
+        """Of parameters that the last step left: those that params.json tells of, or a few where there was no flush;
+        none where the state was loaded."""
+        advice = "Restore it, or resume with Pager(..., changed_params=True): then no parameters are compared."
+        content = self.records.read_json("params.json", {"steps": int, "params": dict}, advice)
+        # After a power cut the file may be an older one than the journal knows.
+        if content is None or not self.journal.has_params or content["steps"] != self.journal.steps:
+            return self.journal.witness
+        with self.records.parsing("params.json", advice):
+            return {int(place): str(text) for place, text in content["params"].items()}
+
+    def _check_files(self, content: dict[str, Any], name: str, of_copy: bool = False) -> None:
+        """Raise ValueError where files of state are not those of this layout, of the file `name`."""
+        for index, (file, size) in enumerate(layout.files(self.records, content, name, self.advice)):
+            path = checkpoint.path_of_copy(self.records, index) if of_copy else self.directory / file
+            layout.check_file(self.owner, path, size, layout.header(self.run, file), self.advice, of_copy)
+
+    def _layout_of_copy(self, last: Checkpoint) -> dict[str, Any]:
+        """Bring back the state of the checkpoint, in new files; those of the last step stay until it is stepped."""
+        files = layout.files(self.records, last.layout, checkpoint.NAME, self.advice)
+        with self.records.parsing(checkpoint.NAME, self.advice):
+            self._count = max(self._count, int(last.layout["count"]))
+        names = {file: self._new_name() for file, _ in files}
+        for index, (file, size) in enumerate(files):
+            head = layout.header(self.run, names[file])
+            checkpoint.copy_back(checkpoint.path_of_copy(self.records, index), self.directory / names[file], head, size)
+        with self.records.parsing(checkpoint.NAME, self.advice):
+            return layout.renamed(last.layout, names)
+
+    def _new_name(self) -> str:
+        self._count += 1
+        return f"state-{self._count - 1}.bin"
+
+    def _tidy(self, names: Sequence[str]) -> None:
+        """Remove files of state other than these."""
+        for path in self.directory.glob("state-*.bin"):
+            if path.name not in names:
+                path.unlink()
 
     def segment(self, arenas: Sequence[Arena], limited: bool) -> Segment:
         """A new file of state."""
-        name = f"state-{self._count}.bin"
-        made = segments.in_file(arenas, self.directory, limited, name, self._header(name))
-        self._count += 1
+        name = self._new_name()
+        made = segments.in_file(arenas, self.directory, limited, name, layout.header(self.run, name))
         self.stale = True
         return made
 
     def reopened(self, limited: bool) -> list[Segment]:
         """The files of an earlier run, mapped."""
-        layout = self.journal.layout or {"segments": []}
         return [
             segments.mapped(self.directory / segment["file"], segment["size"], limited)
-            for segment in layout["segments"]
+            for segment in self._layout["segments"]
         ]
 
     def take(self, place: int, shape: Sequence[int], files: Sequence[Segment]) -> dict[str, torch.Tensor]:
         """The state that an earlier run left of the parameter at `place`; empty where it left none.
 
         Raises:
-            ValueError: it is of another shape.
+            ValueError: it is of another shape, or layout.json is damaged.
         """
         entry: dict[str, torch.Tensor] = {}
-        by_name = {file.path.name: file for file in files if file.path is not None}
         for name, at in self.pending.get(place, {}).items():
-            if name != "step" and not name.endswith("_absmax") and list(shape) != at["shape"]:
+            with self.records.parsing("layout.json", f"Restore it. {self.advice}"):
+                was, tensor = layout.tensor(at, files)
+            if name != "step" and not name.endswith("_absmax") and tuple(shape) != was:
                 raise ValueError(
-                    f"{self.owner}: {self.directory} holds state of shape {tuple(at['shape'])} for parameter {place}, "
+                    f"{self.owner}: {self.directory} holds state of shape {was} for parameter {place}, "
                     f"which is {tuple(shape)}. Resume with the same parameters in the same order."
                 )
-            dtype = _DTYPES[at["dtype"]]
-            flat = segments.part(by_name[at["file"]].memory, at["begin"], at["values"], dtype)
-            entry[name] = flat.as_strided(at["shape"], at["stride"])
+            entry[name] = tensor
         self.pending.pop(place, None)
         return entry
 
@@ -108,26 +203,60 @@ class Kept:
         """
         if self.pending:
             return  # write refuses that
-        found = {place: fingerprint.of(params[place]) for place in self.expected}
-        others = [place for place, text in found.items() if text not in (None, self.expected[place])]
-        if others:
-            was, now = (fingerprint.dtype_in(str(texts[others[0]])) for texts in (self.expected, found))
-            more = f", nor are {len(others) - 1} others" if others[1:] else ""
-            raise ValueError(
-                f"{self.owner}: parameter {others[0]} is not what it was when the state in {self.directory} was "
-                f"flushed or closed after step {self.journal.steps}{more}. "
-                + (f"It was {was} and is {now}. " if was != now else "")
-                + "Parameters and state are of different steps, or one is of another run. Load the parameters of that "
-                "step. If they were changed on purpose, resume with Pager(..., changed_params=True)."
-            )
-        self.expected = {place: self.expected[place] for place, text in found.items() if text is None}
+        resuming.check_params(self, params)
+        self.expected = {
+            place: self.expected[place] for place in self.expected if fingerprint.of(params[place]) is None
+        }
 
     def note_params(self, params: Sequence[tuple[torch.Tensor, bool]]) -> None:
         """Have the directory tell of the parameters (local values, whether they have state) that a step made here has
         left, once for each such step: later ones may be others that were loaded."""
         if self.journal.stepped:
-            found = {place: fingerprint.of(param) for place, (param, has_state) in enumerate(params) if has_state}
-            self.journal.write_params({place: text for place, text in found.items() if text is not None})
+            content = {"steps": self.journal.steps, "params": fingerprint.of_all(params)}
+            self.records.write_json("params.json", content)
+            self.journal.note_params()
+
+    def end_step(self, groups: Groups, local: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """A step has ended. A kill from here on finds fingerprints of a few parameters, which cost next to nothing."""
+        params = [param for group in groups for param in group["params"]]
+        texts = {place: fingerprint.of(local(params[place])) for place in self._witnesses}
+        self.journal.end({place: text for place, text in texts.items() if text is not None})
+
+    def note_state_dict(self) -> None:
+        """Remember that a state dict was taken, where no checkpoint was noted."""
+        if self.checkpoint is None or self.checkpoint.what == checkpoint.STATE_DICT:
+            self.checkpoint = checkpoint.now(checkpoint.STATE_DICT, self.journal.steps)
+            checkpoint.write(self.records, self.checkpoint)
+
+    def note_checkpoint(
+        self, what: str, params: Sequence[tuple[torch.Tensor, bool]], files: Sequence[Segment], past_cache: bool
+    ) -> None:
+        """Remember the last checkpoint, and copy the state, all of which is on the disk: so that a kill or a power cut
+        at any time leaves the one or the other.
+
+        Raises:
+            OSError: there is no room for the copy; the last checkpoint is still the one before.
+        """
+        copied = [file for file in files if file.path is not None] if self.pager.checkpoint_copy else []
+        checkpoint.make_room(self.records, copied)
+        last = checkpoint.now(what, self.journal.steps)
+        checkpoint.write(self.records, last)  # from here on there is no copy
+        self.checkpoint = last
+        checkpoint.copy_state(self.records, copied, past_cache)
+        if self.pager.checkpoint_copy:
+            self.records.write(checkpoint.OPTIONS, (self.directory / "options.pt").read_bytes())
+            # Where nothing has been stepped there is no state to go by.
+            known = self._fingerprints() or fingerprint.of_all([(param, True) for param, _ in params])
+            self.checkpoint = Checkpoint(last.what, last.step, last.time, self._layout, known)
+            checkpoint.write(self.records, self.checkpoint)
+
+    def begin(self, what: int) -> None:
+        """From here on the state is not whole, until it is stepped or loaded."""
+        if self.returns and self.checkpoint is not None:
+            self.journal.begin(RETURNING)
+            self.journal.steps = self.checkpoint.step
+            self.returns = False
+        self.journal.begin(what)
 
     def write(self, groups: Groups, state: dict[Any, Any], files: Sequence[Segment]) -> None:
         """Bring layout and options up to date.
@@ -140,53 +269,40 @@ class Kept:
                 f"{self.owner}: {self.directory} holds state for parameter {min(self.pending)}, which the optimizer "
                 "lacks. Add the parameter groups of the earlier run before the first step."
             )
+        returns = self.returns
         if any(state.get(param, {}).get(name) is not tensor for param, name, tensor in self._known):
             self.stale = True  # someone has replaced state
         if self.stale:
-            self.journal.write_layout(self._layout(groups, state, files))
+            about = {"optimizer": self.owner, "rule": self.rule, "run": self.run, "count": self._count}
+            content = {**about, **layout.describe(self.owner, self.directory, groups, state, files)}
+            if returns:
+                self.begin(RETURNING)
+            self.records.write_json("layout.json", content)
+            self._layout = content
+            self._tidy([str(segment["file"]) for segment in content["segments"]])
             self.stale = False
             params = [param for group in groups for param in group["params"]]
             self._known = [(param, *item) for param in params for item in state.get(param, {}).items()]
+            sizes = sorted((param.numel(), place) for place, param in enumerate(params) if state.get(param))
+            self._witnesses = [place for _, place in sizes[-4:]]
         self.write_options(groups)
+        if returns:
+            self.journal.end()
 
     def read_options(self) -> list[dict[str, Any]]:
         """The options of the earlier run's parameter groups."""
-        return self.journal.read_options()
+        name = checkpoint.OPTIONS if self.returns else "options.pt"
+        return self.records.read_options(name, f"Restore it. {self.advice}")
 
     def write_options(self, groups: Groups) -> None:
         """The groups' options, where they have changed."""
         options = [{key: value for key, value in g.items() if key not in ("params", "param_names")} for g in groups]
         if options != self._options:
-            self.journal.write_options(options)
+            self.records.write_options("options.pt", options)
             self._options = [dict(group) for group in options]
 
-    def _layout(self, groups: Groups, state: dict[Any, Any], files: Sequence[Segment]) -> dict[str, Any]:
-        params: dict[int, dict[str, Any]] = {}
-        flat = [param for group in groups for param in group["params"]]
-        for place, param in enumerate(flat):
-            entry = state.get(param)
-            if entry:
-                params[place] = {name: self._at(place, name, tensor, files) for name, tensor in entry.items()}
-        used = [f for f in files if f.path is not None]
-        return {
-            "optimizer": self.owner,
-            "rule": self.rule,
-            "run": self.run,
-            "count": self._count,
-            "groups": [len(group["params"]) for group in groups],
-            "segments": [{"file": f.path.name, "size": f.memory.numel()} for f in used if f.path is not None],
-            "params": params,
-        }
-
-    def _at(self, place: int, name: str, tensor: Any, files: Sequence[Segment]) -> dict[str, Any]:
-        about = {"shape": list(tensor.shape), "stride": list(tensor.stride()), "values": tensor.numel()}
-        about["dtype"] = str(tensor.dtype).removeprefix("torch.")
-        if tensor.numel() == 0:
-            return {**about, "file": files[0].path.name if files[0].path else "", "begin": 0}
-        for file in files:
-            if file.path is not None and file.holds(tensor):
-                return {**about, "file": file.path.name, "begin": tensor.data_ptr() - file.span[0]}
-        raise RuntimeError(
-            f"{self.owner}: state[{name!r}] of parameter {place} was replaced by a tensor outside of {self.directory}, "
-            "which must hold all state. Copy into the tensor that was there."
-        )
+    def close(self) -> None:
+        """Give the directory back."""
+        if self.returns:  # the state of the last step is still what the directory holds
+            self._tidy(self._files)
+        self.journal.close()

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -61,12 +62,17 @@ class Pager:
             with `keep`.
         keep: keep the file. All state is in `directory` then, which is a checkpoint of its own. It belongs to one
             optimizer at a time, whose parameters are on the CPU.
-        resume: go on with the state that an earlier optimizer kept in `directory`; needs `keep`.
+        resume: go on with the state that an earlier optimizer kept in `directory`; needs `keep`. True: with the state
+            of its last step, or of the checkpoint that it noted last (note_checkpoint), whichever the parameters are
+            of; where the state of the last step cannot be used, with the checkpoint's. "checkpoint": with the
+            checkpoint's.
         bucket: bytes of the budget that are kept for streaming. A step over the file takes what the budget leaves, but
             no more than four times that, and moves state in smaller pieces, of a half at most.
         device_reserve: bytes to leave free on a CUDA device where `device_budget` is None.
         changed_params: go on also with parameters other than those that the last step in `directory` left; needs
             `resume`. They are refused otherwise, where the directory tells of them.
+        checkpoint_copy: have note_checkpoint copy the state, so that a run that was killed later can return to it.
+            That takes as much room on the disk as the state, once. False: such a run starts anew from its checkpoint.
 
     Raises:
         ValueError, TypeError: an option cannot be honoured.
@@ -76,10 +82,11 @@ class Pager:
     host_budget: int | str | None = None
     directory: str | os.PathLike[str] | None = None
     keep: bool = False
-    resume: bool = False
+    resume: bool | Literal["checkpoint"] = False
     bucket: int | str = "16MiB"
     device_reserve: int | str = "1GiB"
     changed_params: bool = False
+    checkpoint_copy: bool = True
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -95,6 +102,8 @@ class Pager:
             )
         if self.keep and self.directory is None:
             raise ValueError("Pager: keep=True needs a directory to keep the state in. Pass directory=.")
+        if self.resume not in (True, False, "checkpoint"):
+            raise ValueError(f"Pager: resume must be True, False or 'checkpoint', got {self.resume!r}.")
         if self.resume and not self.keep:
             raise ValueError("Pager: resume=True goes on in a directory that is kept. Pass keep=True too.")
         if self.changed_params and not self.resume:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from optim8.paging.options import size_text
+from optim8.paging.segments import DISK
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,17 @@ class Place:
 
 
 class Placement(Sequence[Place]):
-    """One Place for each parameter, in the order of the groups; `print` shows a table."""
+    """One Place for each parameter, in the order of the groups; `print` shows a table.
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    Attributes:
+        checkpoint: the checkpoint that was noted last and of which the disk has a copy of the state, as "'last.pt' of
+            step 12"; "" where there is none.
+        checkpoint_bytes: of that copy. They are not in `bytes_by_tier`.
+    """
+
+    def __init__(self, places: Sequence[Place], checkpoint: str = "", checkpoint_bytes: int = 0) -> None:
         self._places = tuple(places)
+        self.checkpoint, self.checkpoint_bytes = checkpoint, checkpoint_bytes
 
     def __len__(self) -> int:
         return len(self._places)
@@ -39,7 +47,8 @@ class Placement(Sequence[Place]):
 
     def __repr__(self) -> str:
         tiers = [f"{size_text(size)} on {tier}" for tier, size in self.bytes_by_tier().items()]
-        return f"Placement({len(self)} parameters, state: {', '.join(tiers) or 'none yet'})"
+        copy = f", copy at {self.checkpoint}: {size_text(self.checkpoint_bytes)}" if self.checkpoint else ""
+        return f"Placement({len(self)} parameters, state: {', '.join(tiers) or 'none yet'}{copy})"
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of state in each tier that holds any."""
@@ -63,6 +72,8 @@ class Placement(Sequence[Place]):
             for place in self._places
         ]
         totals = [("total", "", "", tier, "", f"{n / 2**20:.2f}") for tier, n in self.bytes_by_tier().items()]
+        if self.checkpoint:
+            totals.append(("copy at", "", "", DISK, self.checkpoint, f"{self.checkpoint_bytes / 2**20:.2f}"))
         widths = [max(len(row[i]) for row in [heads, *rows, *totals]) for i in range(len(heads))]
 
         def line(row: Sequence[str]) -> str:

@@ -152,7 +152,7 @@ def in_file(
     kept = False
     try:
         if size:
-            _reserve(handle, size, directory)
+            reserve(handle, size, directory)
             os.pwrite(handle, head, 0)
             for arena, begin in zip(arenas, begins, strict=True):
                 _fill(handle, begin, arena)
@@ -194,8 +194,12 @@ def _past_cache(path: Path) -> int | None:
     return handle
 
 
-def _reserve(handle: int, size: int, directory: Path) -> None:
-    """Blocks on the disk for the whole file. Without them a full disk would kill the process (SIGBUS) in a step."""
+def reserve(handle: int, size: int, directory: Path, what_for: str = "") -> None:
+    """Blocks on the disk for the whole file. Without them a full disk would kill the process (SIGBUS) in a step.
+
+    Raises:
+        OSError: there is no room; `what_for` is said in the message.
+    """
     try:
         os.posix_fallocate(handle, 0, size)
     except OSError as error:
@@ -210,7 +214,7 @@ def _reserve(handle: int, size: int, directory: Path) -> None:
         }.get(error.errno or 0, "Pass a Pager with another directory.")
         raise OSError(
             error.errno,
-            f"paged state needs {size / 2**20:.1f} MiB in {directory}{free}: {error.strerror}. {advice}",
+            f"paged state needs {size / 2**20:.1f} MiB in {directory}{free}{what_for}: {error.strerror}. {advice}",
         ) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,26 @@ from optim8.paging.kept import Groups, Kept
 from optim8.paging.options import Pager
 from optim8.paging.plan import plan
 from optim8.paging.segments import DEVICE, DISK, HOST, Arena, Segment
-from optim8.paging.streaming import Stream
+from optim8.paging.streaming import DIRECT, Stream
 
 
 class Store:
-    """Made by an optimizer from its Pager.
+    """Made by an optimizer from its Pager; `params`: the local values of its parameters, for a kept directory.
 
     Raises:
         OSError: the directory is not there or cannot be written to.
     """
 
-    def __init__(self, owner: str, rule: str, pager: Pager) -> None:
+    def __init__(self, owner: str, rule: str, pager: Pager, params: Sequence[torch.Tensor] = ()) -> None:
         self.owner, self.rule, self.pager = owner, rule, pager
         self.directory = Path(pager.directory or tempfile.gettempdir()).absolute()
         self.segments: list[Segment] = []
         self.kept: Kept | None = None
         self.groups: Groups = []  # of the optimizer
-        self.state: Mapping[Any, Any] = {}  # of the optimizer
+        self.state: dict[Any, Any] = {}  # of the optimizer
         self.local: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach  # the part of a parameter that is here
         if pager.keep:
-            self.kept = Kept(owner, rule, self.directory, pager.resume, pager.changed_params)
+            self.kept = Kept(owner, rule, pager, params)
             self.segments += self.kept.reopened(self.limited)
         else:
             segments.check_directory(self.directory)
@@ -127,11 +127,7 @@ class Store:
                 error of the disk.
             OSError: the disk failed in the middle of the step.
         """
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"{who}: paged state belongs to process {self._process}, which this one ({os.getpid()}) was forked "
-                "from. Make an optimizer here and load the other's state dict."
-            )
+        self._check_process(who)
         launch = _native.steps_elsewhere(table, who, grad_scale, found_inf)
         _native.mark_stepped(table)
         try:
@@ -143,11 +139,18 @@ class Store:
         if rows is not None:
             on_disk = [segment for segment in self.segments if segment.tier == DISK and segment.memory.numel()]
             if self.kept is not None:
-                self.kept.journal.begin(STEPPING)
+                self.kept.begin(STEPPING)
             self._stream.step(rows, on_disk, self._bytes_in(HOST))
             rows.count()
             if self.kept is not None:
-                self.kept.journal.end(stepped=True)
+                self.kept.end_step(self.groups, self.local)
+
+    def _check_process(self, who: str) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{who}: paged state belongs to process {self._process}, which this one ({os.getpid()}) was forked "
+                "from. Make an optimizer here and load the other's state dict."
+            )
 
     def check_params(self, groups: Groups) -> None:
         """Before the first step: raise ValueError where parameters are not those of a kept directory's state."""
@@ -170,7 +173,7 @@ class Store:
     def begin_loading(self) -> None:
         """From here on state is neither the old nor the new."""
         if self.kept is not None:
-            self.kept.journal.begin(LOADING)
+            self.kept.begin(LOADING)
             self.kept.expected = {}  # the parameters of the old
 
     def end_loading(self, groups: Groups, state: dict[Any, Any]) -> None:
@@ -179,23 +182,47 @@ class Store:
         if self.kept is not None:
             self.kept.pending = {}
             self.prepare(groups, state)
-            self.kept.journal.end(stepped=False)
+            self.kept.journal.end()
 
     def flush(self) -> None:
         """Options, state and journal of a kept directory to the disk."""
-        if self.kept is not None and not self.kept.journal.closed:
+        if self.kept is not None and not self.kept.journal.closed and not self.kept.returns:
             if not self.kept.pending:
                 self.kept.write_options(self.groups)
             if os.getpid() == self._process:  # the parameters of a fork are its own
-                params = [param for group in self.groups for param in group["params"]]
-                self.kept.note_params([(self.local(param), bool(self.state.get(param))) for param in params])
-            self.kept.journal.sync()
+                self.kept.note_params(self._local_params())
+            self.kept.records.sync()
+            self.kept.journal.note_sync()
+
+    def _local_params(self) -> list[tuple[torch.Tensor, bool]]:
+        params = [param for group in self.groups for param in group["params"]]
+        return [(self.local(param), bool(self.state.get(param))) for param in params]
+
+    def note_checkpoint(self, what: str) -> None:
+        """All to the disk, and a copy of the state beside it, to which a later run can return.
+
+        Raises:
+            RuntimeError: the state cannot be used, is another process's, or the optimizer was closed.
+            OSError: there is no room for the copy.
+        """
+        if self.kept is None:
+            return
+        self._check_process(f"{self.owner}.note_checkpoint")
+        self.prepare(self.groups, self.state)
+        self.kept.journal.check_whole()
+        self.flush()
+        self.kept.note_checkpoint(what, self._local_params(), self.segments, self._stream.way == DIRECT)
+
+    def note_state_dict(self) -> None:
+        """Remember that a state dict was taken."""
+        if self.kept is not None and not self.kept.journal.closed and os.getpid() == self._process:
+            self.kept.note_state_dict()
 
     def close(self) -> None:
         """Give a kept directory back, all on the disk. A fork of the process that owns it leaves it alone."""
         if self.kept is not None and os.getpid() == self._process and not self.kept.journal.closed:
             self.flush()
-            self.kept.journal.close()
+            self.kept.close()
 
 
 def placed(store: Store | None, tensor: torch.Tensor) -> tuple[str, str]:
