@@ -53,11 +53,24 @@ def _through_safetensors(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"state": back, "param_groups": state["param_groups"]}
 
 
+def _through_contiguous(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """As people write safetensors, which refuses tensors that do not lie row after row."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors = {f"{i}.{key}": t.contiguous() for i, entry in state["state"].items() for key, t in entry.items()}
+    safetensors.save_file({name: t.clone() for name, t in tensors.items()}, folder / "state.safetensors")
+    back: dict[int, dict[str, torch.Tensor]] = {}
+    for name, t in safetensors.load_file(folder / "state.safetensors").items():
+        i, key = name.split(".")
+        back.setdefault(int(i), {})[key] = t
+    return {"state": back, "param_groups": state["param_groups"]}
+
+
 CARRIERS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "as it is": lambda state, _: copy.deepcopy(state),
     "torch.save": _through_torch_save,
     "pickle": lambda state, _: pickle.loads(pickle.dumps(state)),
     "safetensors": _through_safetensors,
+    "safetensors, contiguous": _through_contiguous,
 }
 
 
@@ -191,6 +204,9 @@ BROKEN: dict[str, Break] = {
     "step of two numbers": lambda d: d["state"][4].update(step=torch.ones(2)),
     "negative step": lambda d: d["state"][4].update(step=torch.tensor(-1.0)),
     "a name that no one knows": lambda d: d["state"][4].update(exp_average=torch.ones(1)),
+    "an order of other dimensions": lambda d: d["state"][4].update(dim_order=torch.tensor([0, 2, 3])),
+    "an order with a dimension twice": lambda d: d["state"][4].update(dim_order=torch.tensor([0, 2, 2, 1])),
+    "an order of fractions": lambda d: d["state"][4].update(dim_order=torch.tensor([0.0, 2.0, 3.0, 1.0])),
     "codes that are a list": lambda d: d["state"][0].update(exp_avg_codes=d["state"][0]["exp_avg_codes"].tolist()),
     "no state at all": lambda d: d.pop("state"),
     "a state for no parameter": lambda d: d["state"].update({17: d["state"].pop(4)}),

@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from optim8 import _native
 from optim8.optim import checkpoint, formats, options, overrides, sharded, states
 from optim8.optim.paged import PagedState
+from optim8.optim.formats import own
 from optim8.optim.sharded import Part
 from optim8.paging import launches
 from optim8.paging.options import pager_of
@@ -309,8 +310,12 @@ class BlockwiseOptimizer(PagedState):
         sharded.check_can_save(type(self).__name__, self.param_groups)
         params = [param for group in self.param_groups for param in group["params"]]
         packed = super().state_dict()
-        packed = {**packed, "param_groups": [options.saved(group) for group in packed["param_groups"]]}
-        return sharded.saved_state_dict(self.moments, params, packed)
+        groups = [options.saved(group) for group in packed["param_groups"]]
+        state = {
+            key: own.with_dim_order(self.moments, entry) if isinstance(entry, dict) else entry
+            for key, entry in packed["state"].items()
+        }
+        return sharded.saved_state_dict(self.moments, params, {**packed, "state": state, "param_groups": groups})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.
@@ -318,9 +323,9 @@ class BlockwiseOptimizer(PagedState):
         State saved here keeps its precision. Dicts of torch.optim's Adam and AdamW, bitsandbytes, torchao and
         lion-pytorch are recognised (docs/migrate.md): their state comes to the precision that `precision` says; codes
         of the same table and block size are taken over as they are. The dict is checked whole before the optimizer
-        changes. Codes whose strides differ from the parameter's are quantized anew, since blocks run in memory order;
-        so the codes of a channels-last parameter must be saved with their strides (torch.save keeps them;
-        `.contiguous()` loses them).
+        changes. Codes of a parameter that lies otherwise in memory are quantized anew, since blocks run in memory
+        order; the state of a channels-last parameter says its order (`dim_order`), so its codes may be made contiguous
+        on the way, as safetensors asks.
 
         Raises:
             TypeError: it is no dict.

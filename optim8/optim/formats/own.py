@@ -13,6 +13,11 @@ from optim8.optim.sources import Codes, Entry, Tiled
 from optim8.optim.states import Moment
 
 
+# The key of the dimensions of codes from the outermost in memory to the innermost, as torch.Tensor.dim_order gives them.
+# It stands where that is not their order: not all carriers keep strides, and blocks run in memory order.
+_DIM_ORDER = "dim_order"
+
+
 def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
     quantized = any(key.endswith("_absmax") for entry in entries for key in entry)
     return quantized or any("optim_bits" in group for group in groups)
@@ -29,11 +34,16 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
         common.tensor(where, entry, "step", (torch.float32,), ())
     read: Entry = {"step": common.step(where, entry)}
     known = ["step"]
+    order = None
+    if in_8_bits and _DIM_ORDER in entry:
+        known.append(_DIM_ORDER)
+        order = _read_order(where, entry[_DIM_ORDER], param.dim())
     for moment in moments:
         key, kind = moment.key(in_8_bits), torch.uint8 if in_8_bits else torch.float32
         known.append(key)
         read[moment.name] = values = common.tensor(where, entry, key, (kind,), param.shape)
         if in_8_bits:
+            values = values if order is None else _laid_out(values, order)
             known.append(moment.absmax)
             scales = entry.get(moment.absmax)
             if isinstance(scales, torch.Tensor) and scales.dim() > 1:
@@ -43,6 +53,29 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
             read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales))
     common.no_other_keys(where, entry, known)
     return read
+
+
+def _read_order(where: str, value: Any, dims: int) -> list[int]:
+    order = value.tolist() if isinstance(value, torch.Tensor) and not value.is_floating_point() else None
+    if not isinstance(order, list) or sorted(order) != list(range(dims)):
+        got = common.describe(value) if order is None else order
+        common.fail(where, f"[{_DIM_ORDER!r}]", f"must be whole numbers, an order of {dims} dimensions, got {got}")
+    return order
+
+
+def _laid_out(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """The same values with dimensions in this order in memory, without gaps."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return tensor.permute(*order).contiguous().permute(*inverse)
+
+
+def with_dim_order(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state to be saved: where codes do not lie row after row, the dict says how."""
+    if moments[0].absmax not in entry or moments[0].values(entry).is_contiguous():
+        return entry
+    strides = moments[0].values(entry).stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    return {**entry, _DIM_ORDER: torch.tensor(order, dtype=torch.int64, device="cpu")}
 
 
 def as_sources(moments: Sequence[Moment], entry: dict[str, Any]) -> Entry:
