@@ -13,8 +13,8 @@ from torch._compile import _disable_dynamo
 
 from optim8 import _native
 from optim8.optim import checkpoint, formats, options, overrides, sharded, states
-from optim8.optim.paged import PagedState
 from optim8.optim.formats import own
+from optim8.optim.paged import PagedState
 from optim8.optim.sharded import Part
 from optim8.paging import launches
 from optim8.paging.options import pager_of

@@ -12,8 +12,7 @@ from optim8.optim.formats import common
 from optim8.optim.sources import Codes, Entry, Tiled
 from optim8.optim.states import Moment
 
-
-# The key of the dimensions of codes from the outermost in memory to the innermost, as torch.Tensor.dim_order gives them.
+# The key of the dimensions of codes, the outermost in memory first, as torch.Tensor.dim_order gives them.
 # It stands where that is not their order: not all carriers keep strides, and blocks run in memory order.
 _DIM_ORDER = "dim_order"
 
