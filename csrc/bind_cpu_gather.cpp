@@ -76,9 +76,23 @@ void check_param(const View& p, const Place& place) {
     if (!p.has_storage())
         place.fail("must be float32, bfloat16 or float16, got " + p.describe() +
                    ". Convert the model, or leave this parameter out.");
-    if (!p.dense())
-        place.fail("must fill its memory without gaps or overlap, got " + p.describe() +
-                   ". Make it contiguous with `param.data = param.data.contiguous()`.");
+}
+
+// A slice has gaps and is stepped all the same; elements of one address cannot be. Each stride must pass over all that
+// the smaller ones reach.
+void check_apart(const View& p, const Place& place) {
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, extent
+    for (int d = 0; d < p.ndim; ++d)
+        if (p.shape[d] > 1) dims.emplace_back(p.strides[d], p.shape[d]);
+    std::sort(dims.begin(), dims.end());
+    int64_t reach = 1;
+    for (const auto& [stride, extent] : dims) {
+        if (stride < reach)
+            place.fail("must have an address for each element, got " + p.describe() +
+                       " that is expanded or overlaps. Give it memory of its own with "
+                       "`param.data = param.data.contiguous()`.");
+        reach += stride * (extent - 1);
+    }
 }
 
 void check_grad(const View& p, const View& g, const Place& place) {
@@ -226,14 +240,18 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         check_param(p, place);
         const View g = view_of(grad, place, "has a gradient that",
                                "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
-        if (ask_.is_lazy(grad, g)) {
-            wanted.layout.push_back(i);
+        const bool lazy = ask_.is_lazy(grad, g);
+        if (!lazy) {
+            check_memory(g, place, "has a gradient that");
+            hint.add_own(grad, g);
+            check_grad(p, g, place);
+        }
+        if (!p.dense()) {
+            check_apart(p, place);
+            wanted.gaps.push_back(i);
             continue;
         }
-        check_memory(g, place, "has a gradient that");
-        hint.add_own(grad, g);
-        check_grad(p, g, place);
-        if (!g.same_layout(p)) {
+        if (lazy || !g.same_layout(p)) {
             wanted.layout.push_back(i);
             continue;
         }

@@ -73,6 +73,7 @@ void bind_step(py::module_& m) {
              py::arg("weight_decay") = 0.0, py::arg("maximize") = false, py::arg("gradient_scale") = 1.0,
              py::arg("count_on_device") = false, py::arg("device_lr") = 0);
     py::class_<Wanted>(m, "Wanted", "What a step needs from Python before it can run.")
+        .def_readonly("gaps", &Wanted::gaps)
         .def_readonly("state", &Wanted::state)
         .def_readonly("layout", &Wanted::layout)
         .def_readonly("moved", &Wanted::moved)

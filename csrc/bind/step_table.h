@@ -24,6 +24,7 @@ using Span = std::pair<uintptr_t, uintptr_t>;  // addresses: first, one past the
 
 // What a step needs from Python before a row can be made.
 struct Wanted {
+    std::vector<int64_t> gaps;    // indices of parameters with gaps between their elements
     std::vector<int64_t> state;   // indices of parameters that have a gradient but no state yet
     std::vector<int64_t> layout;  // indices of parameters whose gradient has other strides than they have
     std::vector<int64_t> moved;   // indices of parameters whose state has other strides than they have now

@@ -83,7 +83,7 @@ def moments(
 def _moments(
     optimizer: BlockwiseOptimizer, group: dict[str, Any], param: torch.Tensor, grad: torch.Tensor, most: int
 ) -> tuple[int, dict[str, MomentHealth]]:
-    whole, entry = sharded.local(param), optimizer.state[param]
+    whole, entry = states.dense(sharded.local(param)), optimizer.state[param]
     chosen = _blocks(whole.numel(), most, whole.device)
     # float32 holds bfloat16 and float16 exactly, and moments do not depend on how the parameter is rounded.
     values = _sample(whole, chosen).float()
