@@ -26,7 +26,7 @@ def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
 
     Codes become float32, exactly (torch's `load_state_dict` then rounds to the dtype of the parameter). Groups keep
     their hyper-parameters and options; those that exist only here are left out. The optimizer is not changed, and the
-    dict shares no memory with it.
+    dict shares no memory with it. What others keep in a parameter's state is left out.
 
     Raises:
         TypeError: no optimizer of this library.
@@ -60,7 +60,8 @@ def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
 
     Codes are taken over as they are; where a parameter does not lie row after row (channels last), they are quantized
     anew, since blocks run row after row there. The layout is the flat one, which every version reads. The optimizer is
-    not changed, and the dict shares no memory with it. Overrides are in no state dict, there as here: repeat them.
+    not changed, and the dict shares no memory with it. What others keep in a parameter's state is left out. Overrides
+    are in no state dict, there as here: repeat them.
 
     Raises:
         TypeError: no optimizer of this library.

@@ -203,7 +203,7 @@ BROKEN: dict[str, Break] = {
     "no step": lambda d: d["state"][4].pop("step"),
     "step of two numbers": lambda d: d["state"][4].update(step=torch.ones(2)),
     "negative step": lambda d: d["state"][4].update(step=torch.tensor(-1.0)),
-    "a name that no one knows": lambda d: d["state"][4].update(exp_average=torch.ones(1)),
+    "a moment of another rule": lambda d: d["state"][4].update(max_exp_avg_sq=torch.ones(2, 3, 10, 20)),
     "an order of other dimensions": lambda d: d["state"][4].update(dim_order=torch.tensor([0, 2, 3])),
     "an order with a dimension twice": lambda d: d["state"][4].update(dim_order=torch.tensor([0, 2, 2, 1])),
     "an order of fractions": lambda d: d["state"][4].update(dim_order=torch.tensor([0.0, 2.0, 3.0, 1.0])),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import cached_property
 from threading import RLock
@@ -12,7 +12,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from optim8 import _native
-from optim8.optim import checkpoint, formats, options, overrides, sharded, states
+from optim8.optim import checkpoint, formats, options, overrides, reset, sharded, states
 from optim8.optim.formats import own
 from optim8.optim.paged import PagedState
 from optim8.optim.sharded import Part
@@ -137,6 +137,9 @@ class BlockwiseOptimizer(PagedState):
         parts = self._parts(scale, found_inf)
         with sharded.LocalStep(type(self).__name__, parts, self.state) as local:
             table, wanted = self._gather(local, relaid)
+            if any(missing.gaps for missing in wanted):
+                local.close_gaps([missing.gaps for missing in wanted])
+                table, wanted = self._gather(local, relaid)
             if any(w.state or w.layout or w.moved or w.step for w in wanted):
                 self._supply(parts, local, relaid, wanted)
                 table, _ = self._gather(local, relaid)
@@ -144,7 +147,10 @@ class BlockwiseOptimizer(PagedState):
             if self._store is not None:
                 self._store.prepare(self.param_groups, self.state)
                 run = self._store.run_step
-            run(table, type(self).__name__, scale, found_inf)
+            try:
+                run(table, type(self).__name__, scale, found_inf)
+            finally:
+                local.copy_back()
         if scale is not None:
             self._unscale_gradients(scale)
 
@@ -295,6 +301,34 @@ class BlockwiseOptimizer(PagedState):
         changes = known.by_id.get(id(param), {}) if known is not None else {}
         return options.wants_8bit({**group, **changes} if changes else group, param)
 
+    @torch.no_grad()
+    def reset_state(self, params: torch.Tensor | Iterable[torch.Tensor] | None = None) -> None:
+        """Forget what the state of parameters has learnt: their next step is a first one, bit for bit.
+
+        Zeroing state by hand would not do: 8-bit state consists of codes, and code 0 is not the value 0. State stays
+        where it lies (in a file, in a CUDA graph) unless it has another precision than new state would have. What
+        others keep with a parameter's state stays as it is.
+
+        Args:
+            params: parameters of this optimizer, one or several; None: all.
+
+        Raises:
+            TypeError, ValueError: something else than parameters of this optimizer; nothing was reset.
+        """
+        chosen = reset.chosen(f"{type(self).__name__}.reset_state", self.param_groups, params)
+        with self._turn:
+            self._resolved()
+            launches.settle()
+            stateful = [(param, group) for param, group in chosen if self.state.get(param)]
+            with self._rewriting():
+                for param, group in stateful:
+                    entry, in_8_bits = self.state[param], self._wants_8bit(group, param)
+                    if states.fits(self.moments, entry, sharded.local(param), in_8_bits, self._store):
+                        reset.in_place(self.moments, entry, in_8_bits)
+                    else:
+                        self._allocate(group, [param])
+                        self.state[param].update(states.others(self.moments, entry))
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's: groups, and state by the position of its parameter. Overrides are not in it.
 
@@ -320,6 +354,7 @@ class BlockwiseOptimizer(PagedState):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.
 
+        What others keep in a parameter's state comes back with a dict of our own, on the parameter's device.
         State saved here keeps its precision. Dicts of torch.optim's Adam and AdamW, bitsandbytes, torchao and
         lion-pytorch are recognised (docs/migrate.md): their state comes to the precision that `precision` says; codes
         of the same table and block size are taken over as they are. The dict is checked whole before the optimizer

@@ -47,7 +47,8 @@ def copied(
     for of_device in by_device.values():
         entries = checkpoint.converted(moments, [wanted for _, wanted in of_device], twin)
         for (param, _), entry in zip(of_device, entries, strict=True):
-            fresh[param] = entry
+            # What others keep is the copy's own too.
+            fresh[param] = {**entry, **deepcopy(states.others(moments, entry), memo)}
     return twin, fresh
 
 

@@ -77,7 +77,7 @@ def loaded_state(
         for at in of_device:
             _, param, shard, _, in_8_bits = at
             entry = present_state.get(param, {}) if reusable else {}
-            if _fits(moments, entry, shard, in_8_bits):
+            if states.fits(moments, entry, shard, in_8_bits, store):
                 state[param] = {name: entry[name] for name in states.names(moments, in_8_bits)}
             else:
                 new.append(at)
@@ -85,16 +85,9 @@ def loaded_state(
         state.update((param, entry) for (_, param, *_), entry in zip(new, fresh, strict=True))
         for name, param, _, read, _ in of_device:
             _fill_entry(moments, read, state[param], name)
+            more = states.others(moments, read)
+            state[param].update({key: sharded.copy_beside(value, param) for key, value in more.items()})
     return state
-
-
-def _fits(moments: Sequence[Moment], entry: dict[str, Any], shard: torch.Tensor, in_8_bits: bool) -> bool:
-    """Whether the state of this precision and of the shard's layout can be filled into `entry`."""
-    if not all(name in entry for name in states.names(moments, in_8_bits)):
-        return False
-    kind = torch.uint8 if in_8_bits else torch.float32
-    values = [moment.values(entry) for moment in moments]
-    return all((t.dtype, t.shape, t.stride()) == (kind, shard.shape, shard.stride()) for t in values)
 
 
 def converted(
@@ -102,7 +95,7 @@ def converted(
     wanted: Sequence[tuple[str, torch.Tensor, dict[str, Any], bool]],
     store: Store | None,
 ) -> list[dict[str, Any]]:
-    """States of an optimizer, laid out anew for the parameters as they are now.
+    """States of an optimizer, laid out anew for the parameters as they are now. What others keep there stays as it is.
 
     Args:
         moments: the states of the rule.
@@ -112,6 +105,7 @@ def converted(
     fresh = states.allocate(moments, [(param, in_8_bits) for _, param, _, in_8_bits in wanted], store)
     for (name, _, entry, _), target in zip(wanted, fresh, strict=True):
         _fill_entry(moments, own.as_sources(moments, entry), target, name)
+        target.update(states.others(moments, entry))
     return fresh
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,6 +136,18 @@ class PagedState(torch.optim.Optimizer):
         with self._turn:
             self._store.note_checkpoint(what)
 
+    @contextmanager
+    def _rewriting(self) -> Iterator[None]:
+        """Around changes of state that are no step: a kept directory is told when it is whole."""
+        if self._store is None:
+            yield
+            return
+        self._store.prepare(self.param_groups, self.state)
+        self._store.begin_rewriting()
+        yield
+        self._store.keep_only(self.state.values())
+        self._store.end_rewriting(self.param_groups, self.state)
+
     def _note_state_dict(self) -> None:
         if self._store is not None:
             self._store.note_state_dict()
@@ -182,6 +195,6 @@ class PagedState(torch.optim.Optimizer):
                 ("", param, first.absmax in entry)
                 for param, entry in self.state.items()
                 if isinstance(param, torch.Tensor) and entry
-                if first.values(entry).stride() != sharded.local(param).stride()
+                if first.values(entry).stride() != states.dense_stride(sharded.local(param))
             ]
         )

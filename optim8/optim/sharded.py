@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, TypeAlias
 
 import torch
 
-from optim8.optim import sources, tiles
+from optim8.optim import sources, states, tiles
 from optim8.optim.sources import Codes, Entry, Source, Tiled
 from optim8.optim.states import BLOCK, Moment
 
@@ -49,7 +50,7 @@ class LocalStep:
     """What one step works on: parts, and for each the state that belongs to its parameters.
 
     Where there are no DTensors these are the optimizer's own objects. A DTensor is stood in for by its local shard,
-    which has the local gradient as its `.grad` until the step is over.
+    which has the local gradient as its `.grad` until the step is over; a tensor with gaps, by a dense copy.
     """
 
     def __init__(self, owner: str, parts: Sequence[Part], state: dict[Any, Any]) -> None:
@@ -57,6 +58,7 @@ class LocalStep:
         self.states: list[dict[Any, Any]] = []
         self._whole, self._state = parts, state
         self._shards: list[tuple[torch.Tensor, torch.Tensor]] = []  # of every DTensor
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor with gaps, dense copy)
         dtensor = _dtensor()
         for part in parts:
             at, params, hyper = part
@@ -74,6 +76,30 @@ class LocalStep:
             else {own: self._state[p] for own, p in zip(part[1], whole[1], strict=True) if p in self._state}
             for part, whole in zip(self.parts, self._whole, strict=True)
         ]
+
+    def close_gaps(self, gaps: Sequence[Sequence[int]]) -> None:
+        """Have dense copies stand in for the tensors with gaps, which are at these indices of each part."""
+        for number, indices in enumerate(gaps):
+            if indices:
+                at, params, hyper = self.parts[number]
+                chosen = set(indices)
+                dense = [self._copied(param) if i in chosen else param for i, param in enumerate(params)]
+                self.parts[number] = (at, dense, hyper)
+        self.refresh()
+
+    def _copied(self, param: torch.Tensor) -> torch.Tensor:
+        copy, grad = param.detach().clone(), param.grad
+        if grad is not None and grad.dtype != copy.dtype:
+            copy.grad_dtype = None  # or it takes no gradient of another dtype
+        copy.grad = grad
+        self._copies.append((param, copy))
+        return copy
+
+    def copy_back(self) -> None:
+        """Give tensors with gaps what their copies have become."""
+        for param, copy in self._copies:
+            param.copy_(copy)
+            copy.grad = None
 
     def _stand_in(self, who: str, param: Any) -> torch.Tensor:
         if not is_dtensor(param):
@@ -160,7 +186,7 @@ def _saved_entry(moments: Sequence[Moment], param: Any, entry: dict[str, Any]) -
     shape = tuple(param.shape)
     for moment in moments:
         values = moment.values(entry)
-        saved[moment.key(moment.absmax in entry)] = _wrap(values, shape, param.stride(), param)
+        saved[moment.key(moment.absmax in entry)] = _wrap(values, shape, states.dense_stride(param), param)
         if moment.absmax in entry:
             lead, size = tiles.tiling(shape, _ways(param), param.is_contiguous() and values.is_contiguous())
             cut = tiles.from_absmax(tuple(values.shape), values.stride(), entry[moment.absmax], lead, size)
@@ -185,6 +211,24 @@ def _shard_of(where: str, name: str, value: torch.Tensor, param: Any) -> torch.T
     if value.placements != param.placements:  # type: ignore[attr-defined]
         value = value.redistribute(mesh, param.placements)  # type: ignore[attr-defined]
     return local(value)
+
+
+def copy_beside(value: Any, param: torch.Tensor) -> Any:
+    """A copy of what others keep with a parameter: its tensors on the parameter's device, and those of the shape of a
+    DTensor sharded as it is."""
+    if isinstance(value, dict):
+        return {key: copy_beside(each, param) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copy_beside(each, param) for each in value)
+    if not isinstance(value, torch.Tensor):
+        return deepcopy(value)
+    if is_dtensor(value):
+        return value.detach().clone()
+    shard = local(param)
+    if is_dtensor(param) and value.shape == param.shape:
+        cut = _shard_of("", "", value.detach(), param).to(shard.device, copy=True)
+        return _wrap(cut, value.shape, states.dense_stride(param), param)
+    return value.detach().to(shard.device, copy=True)
 
 
 def of_shard(where: str, moments: Sequence[Moment], param: torch.Tensor, read: dict[str, Any]) -> Entry:
@@ -215,7 +259,7 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
             )
         if not isinstance(source, Tiled):
             return source
-        return Codes(*tiles.to_absmax(where, moment, source.codes, source.tiles, shard.stride()))
+        return Codes(*tiles.to_absmax(where, moment, source.codes, source.tiles, states.dense_stride(shard)))
     if isinstance(source, Codes):
         if source.table is None and source.blocksize == BLOCK:
             source = _tiled(source, param)
@@ -226,7 +270,7 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
         return cut
     tiles.size_of(where, moment, source.tiles, param.numel())  # of the whole, so that no rank goes on alone
     cut_tiles = _shard_of(where, moment.absmax, source.tiles, param)
-    return Codes(*tiles.to_absmax(where, moment, cut, cut_tiles, shard.stride()))
+    return Codes(*tiles.to_absmax(where, moment, cut, cut_tiles, states.dense_stride(shard)))
 
 
 def _tiled(source: Codes, param: Any) -> Tiled:

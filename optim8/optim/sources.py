@@ -42,7 +42,8 @@ class Tiled:
     tiles: torch.Tensor
 
 
-# A float moment is a tensor of any float dtype. An entry has `step`, a number, and one source for each moment.
+# A float moment is a tensor of any float dtype. An entry has `step`, a number, and one source for each moment; in dicts
+# of our own also what others keep there (states.others).
 Source: TypeAlias = torch.Tensor | Codes
 Entry: TypeAlias = dict[str, Any]
 

@@ -92,6 +92,25 @@ def _beside(arenas: Sequence[_Arena]) -> None:
         arena.flat = torch.full((arena.size,), arena.fill, dtype=arena.dtype, device=arena.device)
 
 
+def dense_stride(param: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a parameter's state: its own, or where it has gaps, as a slice has, those of torch.empty_like,
+    without gaps in the same order of dimensions."""
+    own, shape = tuple(param.stride()), param.shape
+    if param.is_contiguous():
+        return own
+    stride, count = list(own), 1
+    for d in sorted(range(len(own)), key=lambda d: (own[d], -d)):
+        stride[d] = count
+        count *= shape[d]
+    # Of a dimension of one element a tensor may have any stride.
+    return own if all(stride[d] == own[d] for d in range(len(own)) if shape[d] > 1) else tuple(stride)
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or where it has gaps, a copy with the strides of its state."""
+    return tensor if tuple(tensor.stride()) == dense_stride(tensor) else tensor.clone()
+
+
 def state_bytes(moments: Sequence[Moment], size: int, in_8_bits: bool) -> int:
     """Bytes of the state of a parameter of `size` values."""
     return 4 + len(moments) * (size + 4 * blocks(size) if in_8_bits else 4 * size)
@@ -109,6 +128,31 @@ def under_present_names(moments: Sequence[Moment], entry: dict[str, Any]) -> dic
         return entry
     codes = {moment.name: moment.codes for moment in moments if moment.absmax in entry}
     return {codes.get(name, name): value for name, value in entry.items()}
+
+
+def others(moments: Sequence[Moment], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept with a parameter's state and is not the optimizer's, such as the slow weights of Lookahead."""
+    own = {name for in_8_bits in (False, True) for name in names(moments, in_8_bits)}
+    return {key: value for key, value in entry.items() if key not in own}
+
+
+def fits(
+    moments: Sequence[Moment], entry: Mapping[str, Any], param: torch.Tensor, in_8_bits: bool, store: Store | None
+) -> bool:
+    """Whether a parameter's state is laid out as `allocate` would lay it out, whatever its values."""
+    own = names(moments, in_8_bits)
+    if entry.keys() - others(moments, entry).keys() != set(own) or not all(torch.is_tensor(entry[n]) for n in own):
+        return False
+    step = entry["step"]
+    values = [entry[moment.key(in_8_bits)] for moment in moments]
+    scales = [entry[moment.absmax] for moment in moments if in_8_bits]
+    kind, number = torch.uint8 if in_8_bits else torch.float32, blocks(param.numel())
+    return (
+        (step.dtype, step.shape) == (torch.float32, ())
+        and all((t.dtype, t.shape, t.stride()) == (kind, param.shape, dense_stride(param)) for t in values)
+        and all((t.dtype, t.shape, t.is_contiguous()) == (torch.float32, (number,), True) for t in scales)
+        and all(t.device == param.device or (store is not None and store.holds(t)) for t in (*values, *scales))
+    )
 
 
 def allocate(
@@ -154,7 +198,7 @@ def _allocate(
     floats = _Arena(torch.float32, device)
     cuts: list[list[tuple[str, _Arena, tuple[int, ...], tuple[int, ...], int]]] = []
     for param, in_8_bits in wanted:
-        shape, stride = tuple(param.shape), tuple(param.stride())
+        shape, stride = tuple(param.shape), dense_stride(param)
         scales_shape = (blocks(param.numel()),)
         cut: list[tuple[str, _Arena, tuple[int, ...], tuple[int, ...], int]] = []
         cut.append(("step", steps, (), (), steps.place(())))

@@ -13,8 +13,13 @@ from pathlib import Path
 from optim8.paging import checkpoint
 from optim8.paging.records import Records
 
-IDLE, STEPPING, LOADING, RETURNING = range(4)
-_DOING = {STEPPING: "stepping", LOADING: "loading a state dict", RETURNING: "returning to a checkpoint"}
+IDLE, STEPPING, LOADING, RETURNING, RESETTING = range(5)
+_DOING = {
+    STEPPING: "stepping",
+    LOADING: "loading a state dict",
+    RETURNING: "returning to a checkpoint",
+    RESETTING: "resetting state",
+}
 _MAGIC = b"optim8 1"
 _SIZE = 4096
 # After the magic: what is being done, whether all is on the disk, whether params.json tells of the parameters of this

@@ -83,6 +83,17 @@ def copy(goal: torch.Tensor, source: torch.Tensor) -> None:
         release((to, of))
 
 
+def fill(goal: torch.Tensor, value: int) -> None:
+    """`goal.fill_(value)` for a dense goal; what is mapped under a limit passes through memory in parts."""
+    if not _is_limited(goal):
+        goal.fill_(value)
+        return
+    flat = goal.as_strided((goal.numel(),), (1,))
+    for begin in range(0, goal.numel(), _CHUNK):
+        part_ = flat[begin : begin + _CHUNK].fill_(value)
+        release((part_,))
+
+
 def release(tensors: Iterable[torch.Tensor]) -> None:
     """Take the pages of tensors that are mapped under a limit out of this process; the file keeps what they hold.
     Other tensors are left alone."""

@@ -13,7 +13,7 @@ import torch
 
 from optim8 import _native
 from optim8.paging import launches, segments
-from optim8.paging.journal import LOADING, STEPPING
+from optim8.paging.journal import LOADING, RESETTING, STEPPING
 from optim8.paging.kept import Groups, Kept
 from optim8.paging.options import Pager
 from optim8.paging.plan import plan
@@ -169,6 +169,17 @@ class Store:
         if self.kept.journal.closed:
             raise RuntimeError(f"{self.owner}: the optimizer was closed, its state is in {self.directory}.")
         self.kept.write(groups, state, self.segments)
+
+    def begin_rewriting(self) -> None:
+        """From here on state is neither the old nor the new."""
+        if self.kept is not None:
+            self.kept.begin(RESETTING)
+
+    def end_rewriting(self, groups: Groups, state: dict[Any, Any]) -> None:
+        """State is whole again."""
+        self.prepare(groups, state)
+        if self.kept is not None:
+            self.kept.journal.end()
 
     def begin_loading(self) -> None:
         """From here on state is neither the old nor the new."""

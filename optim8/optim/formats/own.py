@@ -1,4 +1,4 @@
-"""What the optimizers here save: codes and their scales, or float32."""
+"""What the optimizers here save: codes and their scales, or float32; and what others keep with a parameter's state."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
                 continue
             scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (states.blocks(param.numel()),))
             read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales))
-    common.no_other_keys(where, entry, known)
+    for key, value in entry.items():
+        if key not in known:
+            if isinstance(key, str) and "exp_avg" in key:  # a moment of another rule, or one that was renamed
+                common.no_other_keys(where, entry, [other for other in entry if other != key])
+            read[key] = value  # kept with the parameter by others
     return read
 
 
