@@ -117,6 +117,17 @@ PyObject* entry_of(InOrder& entries, PyObject* key, const char* name, const Plac
     return value;
 }
 
+// Code that knows torch's names puts values beside codes, to reset state for one; they would be ignored.
+void check_one_kind(PyObject* entry, const RuleInfo& info, Precision precision, const Place& place) {
+    const bool codes = precision == Precision::Bits8;
+    if (PyDict_Size(entry) <= 1 + info.states * (codes ? 2 : 1)) return;
+    for (int s = 0; s < info.states; ++s)
+        if (PyDict_Contains(entry, codes ? names().state[s] : names().codes[s]) == 1)
+            place.fail("has both " + quoted(state_names[s]) + " and " + quoted(codes_names[s]) +
+                       ", of which one would be ignored. Delete one; to begin anew, call "
+                       "optimizer.reset_state(parameter) instead of replacing state.");
+}
+
 View state_view(PyObject* value, const char* name, const Place& place, Hint& hint) {
     View view;
     if (!read_view(value, view)) place.fail("has a " + quoted(name) + " that is no dense tensor.");
@@ -297,6 +308,7 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
                            ". Load the checkpoint with load_state_dict.");
             row.absmax[s] = static_cast<float*>(absmax.data);
         }
+        check_one_kind(entry, *info, row.precision, place);
         if (moved) {
             wanted.moved.push_back(i);
             continue;

@@ -181,6 +181,23 @@ def test_a_kept_directory_has_the_state_that_was_reset(case: Case, tmp_path: Pat
     assert float(again.state[params[0]]["step"]) == 2
 
 
+@ALL
+def test_zeroing_codes_by_hand_fails(case: Case, device: torch.device) -> None:
+    """Code 0 of a signed moment is -0.993 absmax: code that means to zero values must not find codes, and values that
+    it puts beside them must not be ignored."""
+    params = _params(device)
+    optimizer = case.make(params)
+    _steps(params, optimizer, 0, 2)
+    with pytest.raises(KeyError, match="exp_avg"):
+        optimizer.state[params[0]]["exp_avg"].zero_()
+    for name in case.states:
+        optimizer.state[params[0]][name] = torch.zeros_like(params[0])
+    before = bits(params[0])
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 has both state\['exp_avg'\] and .*\.reset_state"):
+        optimizer.step()
+    assert bits(params[0]) == before
+
+
 def test_the_example_of_the_documentation() -> None:
     model = torch.nn.Linear(80, 80)
     optimizer = optim8.AdamW8bit(model.named_parameters())

@@ -18,7 +18,7 @@ _DIM_ORDER = "dim_order"
 
 
 def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
-    quantized = any(key.endswith("_absmax") for entry in entries for key in entry)
+    quantized = any(str(key).endswith("_absmax") for entry in entries for key in entry)
     return quantized or any("optim_bits" in group for group in groups)
 
 
