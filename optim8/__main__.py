@@ -67,10 +67,13 @@ def show_info() -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m optim8", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"optim8 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("info", help="what is installed and what runs here (the default)")
     command.add_arguments(
-        commands.add_parser("plan", help="the memory that a training needs", description=command.__doc__)
+        commands.add_parser(
+            "plan", help="the memory that a training needs", description=command.__doc__, epilog=command.EXIT
+        )
     )
     parsed = parser.parse_args(arguments)
     return command.run(parsed) if parsed.command == "plan" else show_info()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import resource
-import struct
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import optim8
-from optim8.__main__ import main
 from optim8.memory import budget, configs
 from optim8.memory.text import binary, parse_bytes
 
@@ -107,6 +103,7 @@ PUBLISHED: list[tuple[dict[str, Any], int]] = [
 
 # What a config may say about how parts are joined, each far from the default.
 VARIANTS: list[dict[str, Any]] = [
+    {**{key: value for key, value in QWEN3_MOE.items() if key != "num_experts"}, "num_local_experts": 128},
     {**LLAMA_7B, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     {**LLAMA_7B, "head_dim": 96, "num_key_value_heads": 4, "architectures": ["LlamaModel"]},
     {**QWEN2, "tie_word_embeddings": False},
@@ -221,6 +218,78 @@ def test_without_transformers_other_models_are_refused(monkeypatch: pytest.Monke
     assert optim8.memory.plan(MIXTRAL, beside=False).size == 46_702_792_704
 
 
+UNREAD: list[dict[str, Any]] = [
+    {**GPT2, "add_cross_attention": True},
+    {**BERT, "position_embedding_type": "relative_key"},
+    {**BERT, "pruned_heads": {"0": [1]}},
+    {**LLAMA_8B, "num_nextn_predict_layers": 1},
+    {**LLAMA_8B, "vocabulary_size": 7},
+    {**QWEN3, "mlp_bias": True},
+]
+
+
+@pytest.mark.parametrize("config", UNREAD, ids=lambda config: list(config)[-1])
+def test_options_that_change_sizes_and_are_not_read_are_refused(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where transformers is there it builds the model; else nothing is left out without a word."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    name = list(config)[-1]
+    with pytest.raises(ValueError, match=rf"{name}=.* not written down here, and transformers, .* not installed"):
+        optim8.memory.plan(config)
+    neutral = {**config, name: None, "rope_theta": 5e5, "max_window_layers": 28, "num_experts_per_tok": 2}
+    assert optim8.memory.plan(neutral, beside=False).size
+
+
+SMALL = {
+    **dict.fromkeys(("hidden_size", "n_embd"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_key_value_heads"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_local_experts", "num_experts"), 4),
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "n_positions": 32,
+    "max_position_embeddings": 32,
+    "head_dim": 16,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "pad_token_id": 0,
+    "layer_types": None,
+}
+
+
+def changed(value: Any) -> list[Any]:
+    """Other values that an option may have, by what it has."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [2 * value, value + 1]
+    return [True, 3, 32] if value is None else [[0]] if value == [] else []
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", configs.FAMILIES)
+def test_every_option_of_transformers_is_read_or_refused(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    written = transformers.AutoConfig.for_model(kind).to_dict()
+    written = {name: SMALL.get(name, value) if value is not None else None for name, value in written.items()}
+    for name, value in written.items():
+        for other in changed(value) if name not in ("model_type", "architectures", "dtype") else []:
+            config = {**written, name: other}
+            try:
+                with torch.device("meta"):
+                    made = transformers.AutoConfig.for_model(**config)
+                    model = getattr(transformers, configs.FAMILIES[kind][1])(made)
+            except Exception:
+                continue  # no model
+            try:
+                _, shapes = configs.shapes(config)
+            except ValueError:
+                continue
+            expected = sorted(tuple(p.shape) for p in model.parameters())
+            assert sorted(shapes.values()) == expected, f"{name}={other!r}"
+
+
 def test_70b_needs_no_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     planned = optim8.memory.plan(LLAMA_70B)
@@ -238,39 +307,18 @@ def test_a_config_of_another_library_is_read_as_its_dict() -> None:
     assert optim8.memory.plan({**GPT2, "quantization_config": None}).bytes == optim8.memory.plan(GPT2).bytes
 
 
-def header(entries: dict[str, Any]) -> bytes:
-    text = json.dumps(entries).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
-def test_a_safetensors_file_is_planned_by_its_header(tmp_path: Path) -> None:
-    parts = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
-    parts[0].write_bytes(header({"__metadata__": {"format": "pt"}, "a": {"dtype": "BF16", "shape": [64, 100]}}))
-    parts[1].write_bytes(header({"b": {"dtype": "F32", "shape": []}, "ids": {"dtype": "I64", "shape": [7]}}))
-    planned = optim8.memory.plan(parts)
-    assert planned.bytes["parameters"] == 64 * 100 * 2 + 4
-    assert planned.bytes["codes"] == 2 * 6400
-    assert planned.bytes["buffers"] == 56 + (64 - 4) * 2  # the integers, and two single values in 64 bytes each
-    assert planned.dtypes == ("bfloat16", "float32")
-    assert optim8.memory.plan(parts, dtype="float16").bytes["parameters"] == 64 * 100 * 2 + 2
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": parts[0].name, "b": parts[1].name}}))
-    assert optim8.memory.plan(index).bytes == planned.bytes
-    index.write_text(json.dumps({"weight_map": {"a": parts[0].name, "b": "3.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match=r"3\.safetensors must be .* no such file"):
-        optim8.memory.plan(index)
-
-
 ERRORS: list[tuple[Any, dict[str, Any], str]] = [
     (7, {}, "the model must be"),
     ({**LLAMA_7B, "vocab_size": None}, {}, "'vocab_size'.*got nothing"),
     ({**GPT2, "n_layer": True}, {}, "'n_layer'.*got True"),
     ({**LLAMA_7B, "quantization_config": {"bits": 4}}, {}, "a quantized model .*Take that entry out"),
-    ({**MIXTRAL, "num_local_experts": None}, {}, "'num_local_experts'.*got nothing"),
+    ({**MIXTRAL, "num_local_experts": None}, {}, "'num_experts' or 'num_local_experts'.*got nothing"),
+    ({**QWEN3_MOE, "num_local_experts": 7}, {}, "'num_experts' and 'num_local_experts' must agree, got 128 and 7"),
     ({}, {}, "needs 'model_type', or sizes"),
     ({"w": [3, "x"]}, {}, "shape of 'w'"),
     ({"w": [3]}, {"optimizer": "sgd"}, "optimizer must be one of adam8bit"),
     ({"w": [3]}, {"optimizer": torch.optim.AdamW}, "optimizer must be one of adam8bit"),
+    ({"w": [3]}, {"optimizer": "adamw-8bit"}, "Do you mean 'adamw8bit'"),
     ({"w": [3]}, {"optimizer": "torch-adamw", "optim_bits": 8}, "optim_bits belongs to optim8"),
     ({"w": [3]}, {"optimizer": "torch-adamw", "paged": True}, "paged belongs to optim8"),
     ({"w": [3]}, {"paged": "yes"}, "paged must be True, False or"),
@@ -281,7 +329,11 @@ ERRORS: list[tuple[Any, dict[str, Any], str]] = [
     ({"w": [3]}, {"dtype": "int8"}, "dtype must be one of"),
     ({"w": [3]}, {"dtype": "float64"}, "must be dense and float32, bfloat16 or float16"),
     ({"w": [3]}, {"optim_bits": 4}, "optim_bits must be 8 or 32"),
-    (torch.nn.Linear(2, 2), {"optimizer": optim8.AdamW8bit(torch.nn.Linear(2, 2).parameters())}, "trainable parameter"),
+    (
+        torch.nn.Linear(2, 2),
+        {"optimizer": optim8.AdamW8bit(torch.nn.Linear(2, 2).parameters())},
+        "must be a parameter of the model",
+    ),
 ]
 
 
@@ -289,69 +341,6 @@ ERRORS: list[tuple[Any, dict[str, Any], str]] = [
 def test_what_cannot_be_planned_is_refused(source: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         optim8.memory.plan(source, **options)
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("none.json", None, "no such file"),
-        ("list.json", b"[1]", "must hold a JSON object"),
-        ("text.json", b"{", "must be JSON"),
-        ("empty.safetensors", b"", "has no header"),
-        ("cut.safetensors", struct.pack("<Q", 100) + b"{", "has no header"),
-        ("huge.safetensors", struct.pack("<Q", 2**63), "has no header"),
-        ("odd.safetensors", header({"a": {"shape": [1]}}), "has no header"),
-    ],
-)
-def test_what_is_no_model_is_refused(
-    name: str, content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    assert main(["plan", str(path)]) == 2
-    printed = capsys.readouterr()
-    assert message in printed.err
-    assert not printed.out
-
-
-def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA_8B))
-    arguments = ["plan", str(path), "--dtype=bfloat16", "--budget=24GiB"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    for word in ("8,030,261,248 parameters", "torch AdamW", "bitsandbytes AdamW8bit", "torchao AdamW8bit", "absmax"):
-        assert word in printed
-    assert "What makes it fit: sharding='fsdp', world_size=2." in printed
-    assert main(["plan", str(path), "--dtype=bfloat16", "--budget=40GiB", "--paged"]) == 0
-    assert "It fits as planned." in capsys.readouterr().out
-    assert main([*arguments, "--json"]) == 0
-    content = json.loads(capsys.readouterr().out)
-    assert content["bytes"] == optim8.memory.plan(LLAMA_8B, dtype="bfloat16").bytes
-    assert content["options"]["as planned"]["fits"] is False
-
-
-@pytest.mark.parametrize(
-    "arguments, code, words",
-    [
-        (["--paged", "--host-budget=1GiB"], 2, "Raise host_budget to 15"),
-        (["--paged", "--host-budget=20GiB"], 0, "codes (host)"),
-        (["--optimizer=pagedadamw8bit", "--host-budget=1GiB", "--device=cpu"], 0, "codes (disk)"),
-        (["--paged", "--budget=32GiB"], 0, " host\n"),
-        (["--host-budget=1GiB"], 2, "--host-budget is for paged state. Pass --paged too"),
-        (["--paged", "--host-budget=1"], 2, "host_budget must have room for one bucket"),
-    ],
-)
-def test_the_command_plans_paged_state(
-    arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA_8B))
-    assert main(["plan", str(path), *arguments]) == code
-    printed = capsys.readouterr()
-    assert words in (printed.err if code else printed.out)
-    assert bool(printed.out) == (code == 0)
 
 
 def test_what_fits_a_budget() -> None:
@@ -367,15 +356,36 @@ def test_what_fits_a_budget() -> None:
         "sharding='fsdp', world_size=2",
     ]
     assert found["dtype='bfloat16'"].plan.bytes == optim8.memory.plan(LLAMA_7B, "torch-adamw", dtype="bfloat16").bytes
-    assert "It fits as planned." in budget.describe(budget.options(planned, "1TiB"), "1TiB")
+    left = 2**40 - need
+    assert f"at most the {binary(left)} that are left" in budget.describe(budget.options(planned, "1TiB"), "1TiB")
     assert "None of these fits" in budget.describe(budget.options(planned, 1), 1)
 
 
+def test_two_changes_at_once_where_one_is_too_little() -> None:
+    planned = optim8.memory.plan(LLAMA_7B, "torch-adamw", beside=False)
+    limit = 14 * 6_738_415_616 // 2  # what parameters and gradients of 16 bits with state of 8 bits take, and more
+    found = {option.name: option for option in budget.options(planned, limit)}
+    both = "optimizer='adamw8bit', dtype='bfloat16'"
+    assert [name for name, option in found.items() if option.fits] == [
+        both,
+        "optimizer='lion8bit', dtype='bfloat16'",
+        "sharding='fsdp', world_size=4",
+    ]
+    assert found[both].plan.bytes == optim8.memory.plan(LLAMA_7B, "adamw8bit", dtype="bfloat16").bytes
+    assert both in budget.describe(list(found.values()), limit)
+
+
 @pytest.mark.parametrize(
-    "text, size", [("24GiB", 24 * 2**30), ("1.5 KiB", 1536), ("80GB", 80 * 10**9), ("7", 7), (7, 7), ("3kB", 3000)]
+    "text, size", [("24GiB", 24 * 2**30), ("1.5 KiB", 1536), ("80GB", 80 * 10**9), ("7B", 7), (7, 7), ("3kB", 3000)]
 )
 def test_sizes_as_text(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "2.5 "])
+def test_sizes_without_a_unit_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"needs a unit, got '{text}'. Write {text.strip()}GiB"):
+        parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "24Gib", "-1", "nan", "inf", "1e400", -1, True, None, "24 GiB extra"])

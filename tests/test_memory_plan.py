@@ -64,6 +64,49 @@ def test_an_optimizer_is_planned_with_its_own_groups() -> None:
     assert planned.bytes == measured(model, optimizer)
 
 
+def test_an_optimizer_may_hold_frozen_parameters() -> None:
+    model = MODELS["transformer"][0]()
+    optimizer = optim8.AdamW8bit(model.parameters())
+    for p in model.encoder.parameters():
+        p.requires_grad_(False)
+    planned = optim8.memory.plan(model, optimizer)
+    train(model, optimizer, MODELS["transformer"][1](torch.float32))
+    assert planned.bytes == measured(model, optimizer)
+    for p in model.decoder.parameters():  # frozen later, their state stays
+        p.requires_grad_(False)
+    later = optim8.memory.plan(model, optimizer)
+    assert later.state_bytes == planned.state_bytes
+    assert later.bytes["gradients"] == 0
+
+
+def test_small_adapters_are_told_to_keep_float32_state() -> None:
+    """Adapters of LoRA are often under min_8bit_size; where that is a good part of the state, the plan says so."""
+    adapters = {f"{i}.lora_A": [4, 512] for i in range(6)}
+    for shapes, told in ((adapters, True), ({**adapters, "w": [1000, 1000]}, False)):
+        planned = optim8.memory.plan({"parameters": shapes}, beside=False)
+        assert bool(planned.notes) == told
+        assert (
+            "6 tensors of fewer values than min_8bit_size keep float32 state: 12,288 values" in str(planned)
+        ) == told
+    quantized = optim8.memory.plan({"parameters": adapters}, min_8bit_size=0)
+    assert not quantized.notes
+    assert quantized.state_bytes < 0.26 * optim8.memory.plan({"parameters": adapters}).state_bytes
+    assert not optim8.memory.plan({"parameters": adapters}, optim_bits=32).notes  # asked for
+
+
+def test_the_table_compares_with_16_bytes_a_parameter() -> None:
+    sizes = {"parameters": {"w": [1024, 1024]}}
+    planned = optim8.memory.plan(sizes, dtype="bfloat16")
+    mixed = next(other for other in planned.beside if other.optimizer == "torch AdamW, float32 master")
+    assert mixed.total == 16 * 2**20 + 4
+    last = next(line for line in str(planned).splitlines() if line.startswith("bytes a parameter"))
+    assert last.split()[3:6] == ["6.03", "8.00", "16.00"]
+    assert "float32 master" not in str(optim8.memory.plan(sizes))
+    theirs = optim8.memory.plan(sizes, "adamw", dtype="bfloat16")
+    assert [other.optimizer for other in theirs.beside][:2] == ["optim8 AdamW8bit", "torch AdamW, float32 master"]
+    assert theirs.optimizer == "torch AdamW"
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_overrides_are_planned(dtype: str | None) -> None:
     model = MODELS["transformer"][0]()
@@ -158,6 +201,9 @@ def test_dtypes_of_gradients_and_master_copies() -> None:
     assert wide.bytes["codes"] == plain_plan.bytes["codes"] == 14000
     torch_adamw = optim8.memory.plan(config, "torch-adamw", dtype="bfloat16", master_copies=True)
     assert torch_adamw.bytes["state32"] == 2 * 7070 * 4 + 2 * 4
+    narrow = optim8.memory.plan(config, "torch-adamw", dtype="bfloat16")
+    assert (narrow.bytes["state16"], narrow.bytes["state32"]) == (2 * 7070 * 2, 2 * 4)
+    assert {row.kind for row in narrow.rows} == {"parameters", "gradients", "bfloat16 state", "step counts"}
     assert optim8.memory.plan(config, master_copies=True).bytes["parameters"] == 7070 * 4  # float32 needs no copy
 
 

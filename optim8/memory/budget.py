@@ -28,42 +28,58 @@ class Option:
 
 
 def options(planned: Plan, budget: int | str) -> list[Option]:
-    """The plan itself, then ways to need less of the device: each change alone, then the smallest number of devices
-    over which shards fit.
+    """The plan itself, then ways to need less of the device: each change alone; where none of them fits, each two of
+    them that do; then the smallest number of devices over which shards fit.
 
     Args:
         planned: what `plan` gave.
-        budget: of one device: bytes, or a text such as "24GiB".
+        budget: of one device: bytes, or a text with a unit such as "24GiB".
     """
     limit = parse_bytes(budget)
-    found = [_option(planned, {}, limit)]
-    found += [_option(planned, change, limit) for change in _changes(planned, limit)]
+    single = [_option(planned, change, limit) for change in _changes(planned, limit)]
+    found = [_option(planned, {}, limit), *single]
+    if not any(option.fits for option in found):
+        found += [option for option in _pairs(planned, single, limit) if option.fits]
     found += [option for option in [_sharded(planned, limit)] if option is not None]
     return found
 
 
 def describe(found: Sequence[Option], budget: int | str) -> str:
-    """A table of the options that `options` found, and a sentence on what makes the plan fit."""
+    """A table of the options that `options` found, with the memory that each leaves, and a sentence on what makes the
+    plan fit."""
     limit = parse_bytes(budget)
     rows = []
     for option in found:
         need = option.plan.needed
-        spare = f"yes, {binary(limit - need)} to spare" if option.fits else f"no, {binary(need - limit)} too much"
+        spare = binary(limit - need) if option.fits else f"does not fit: {binary(need - limit)} too much"
         elsewhere = [f"{binary(count)} {tier}" for tier, count in option.plan.elsewhere.items()]
         rows.append([option.name, binary(need), spare, " and ".join(elsewhere) or "-"])
     fitting = [option.name for option in found if option.fits]
     if found[0].fits:
-        verdict = "It fits as planned."
+        left = binary(limit - found[0].plan.needed)
+        verdict = f"It fits as planned, if activations, which are not planned, take at most the {left} that are left."
     elif fitting:
-        verdict = f"What makes it fit: {'; or '.join(fitting)}."
+        verdict = f"What makes it fit, with the memory in the table left for activations: {'; or '.join(fitting)}."
     else:
-        verdict = "None of these fits. Combine them, or take a smaller model."
-    return f"{table([f'budget {binary(limit)} a device', 'needed', 'fits', 'beside it'], rows)}\n\n{verdict}"
+        verdict = "None of these fits, nor do two of them at once. Take a smaller model."
+    headers = [f"budget {binary(limit)} a device", "needed", "left for activations", "beside it"]
+    return f"{table(headers, rows)}\n\n{verdict}"
 
 
 def _option(planned: Plan, change: dict[str, Any], limit: int) -> Option:
     changed = plan(**{**planned.request, **change}, beside=False) if change else planned
     return Option(change, changed, changed.needed <= limit)
+
+
+def _pairs(planned: Plan, single: Sequence[Option], limit: int) -> Iterator[Option]:
+    """Two changes at once, each two in one order only."""
+    seen: list[dict[str, Any]] = []
+    for option in single:
+        for second in _changes(option.plan, limit):
+            both = {**option.change, **second}
+            if not second.keys() & option.change.keys() and both not in seen:
+                seen.append(both)
+                yield _option(planned, both, limit)
 
 
 def _changes(planned: Plan, limit: int) -> Iterator[dict[str, Any]]:

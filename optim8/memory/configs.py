@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from optim8.memory.decoders import DECODERS
-from optim8.memory.reading import Shapes, Unwritten, head, size
+from optim8.memory.reading import Reader, Shapes, Unwritten, head, size
 
 
 def shapes(config: Mapping[str, Any]) -> tuple[str, Shapes]:
     """Title, and the shape of every parameter by name, tied ones once.
 
     Raises:
-        Unwritten: how such a model is built is not known here.
+        Unwritten: how such a model is built is not known here, or what one of its options does to its sizes.
         ValueError: a size is missing or no positive whole number.
     """
     kind = config.get("model_type")
@@ -28,7 +28,10 @@ def shapes(config: Mapping[str, Any]) -> tuple[str, Shapes]:
         raise Unwritten(f"optim8.memory.plan: the shapes of a {kind!r} are not written down here")
     read, architecture = FAMILIES[kind]
     named = config.get("architectures") or [architecture]
-    return str(named[0]), read(config, str(named[0]))
+    reader = Reader(config)
+    found = read(reader, str(named[0]))
+    reader.check(kind)
+    return str(named[0]), found
 
 
 def _explicit(config: Mapping[str, Any]) -> Shapes:
@@ -86,6 +89,9 @@ def _norm(name: str, width: int) -> Shapes:
 
 
 def _bert(config: Mapping[str, Any], architecture: str) -> Shapes:
+    positions = config.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        raise Unwritten(f"optim8.memory.plan: position_embedding_type={positions!r} is not written down here")
     width, inner = size(config, "hidden_size"), size(config, "intermediate_size")
     vocabulary = size(config, "vocab_size")
     found: Shapes = {

@@ -37,8 +37,9 @@ def _gated(name: str, config: Config, inner: str, bias: bool = False) -> Shapes:
     return found | ({f"{name}.{part}.bias": shape[:1] for part, shape in parts.items()} if bias else {})
 
 
-def _experts(config: Config, count: str, inner: str) -> Shapes:
-    hidden, experts, width = size(config, "hidden_size"), size(config, count), size(config, inner)
+def _experts(config: Config, inner: str) -> Shapes:
+    hidden, width = size(config, "hidden_size"), size(config, inner)
+    experts = size(config, "num_experts", other="num_local_experts")  # transformers writes either, by version
     return {
         "mlp.gate.weight": (experts, hidden),
         "mlp.experts.gate_up_proj": (experts, 2 * width, hidden),
@@ -47,14 +48,14 @@ def _experts(config: Config, count: str, inner: str) -> Shapes:
 
 
 def _mixtral(config: Config, _layer: int) -> Shapes:
-    return _experts(config, "num_local_experts", "intermediate_size")
+    return _experts(config, "intermediate_size")
 
 
 def _qwen_moe(config: Config, layer: int) -> Shapes:
     every = size(config, "decoder_sparse_step", 1)
     if layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % every:
         return _dense(config, layer)
-    return _experts(config, "num_experts", "moe_intermediate_size")
+    return _experts(config, "moe_intermediate_size")
 
 
 def _qwen2_moe(config: Config, layer: int) -> Shapes:

@@ -20,30 +20,40 @@ Bytes = dict[tuple[str, str], int]  # by kind and tier
 Wanted = list[tuple[torch.Tensor, bool]]  # a tensor on the meta device, and whether its state is 8-bit
 
 
-def wanted(made: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[int, tuple[int, ...]]) -> list[Wanted]:
-    """What a device holds of the parameters of each group, and in which precision.
+def wanted(
+    made: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[int, tuple[int, ...]], frozen: set[int]
+) -> tuple[list[Wanted], list[int]]:
+    """What a device holds of the parameters of each group that have state, and in which precision; and the numbers of
+    values of those tensors that would have 8-bit state if they were not under `min_8bit_size`.
 
     Args:
         parts: the shapes that are held, by identity of the parameter.
+        frozen: identities of those that no step changes. Without a gradient they have no state, unless they have it
+            from before.
 
     Raises:
         ValueError: a group has a parameter that is not in `parts`.
     """
     resolved = None if overrides.none_made() else overrides.resolve("optim8.memory.plan", groups)
     found: list[Wanted] = []
+    small: list[int] = []
     for index, group in enumerate(groups):
         found.append([])
         for position, param in enumerate(group["params"]):
             if id(param) not in parts:
                 raise ValueError(
-                    f"optim8.memory.plan: parameter {position} of group {index} of the optimizer must be a trainable "
+                    f"optim8.memory.plan: parameter {position} of group {index} of the optimizer must be a "
                     "parameter of the model. Pass the module that the optimizer was made for."
                 )
-            changes = {} if resolved is None else resolved.by_id.get(id(param), {})
             entry = made.state.get(param)
-            in_8_bits = made.moments[0].absmax in entry if entry else wants_8bit({**group, **changes}, param)
+            if not entry and id(param) in frozen:
+                continue
+            options = {**group, **({} if resolved is None else resolved.by_id.get(id(param), {}))}
+            in_8_bits = made.moments[0].absmax in entry if entry else wants_8bit(options, param)
             found[-1].append((torch.empty(parts[id(param)], device="meta"), in_8_bits))
-    return found
+            if not in_8_bits and wants_8bit({**options, "min_8bit_size": 0}, param):
+                small.append(param.numel())
+    return found, small
 
 
 def laid_out(moments: Sequence[Moment], groups: Sequence[Wanted], pager: Pager | None, device: str, free: int) -> Bytes:
@@ -115,4 +125,4 @@ def _kind(name: str, value: torch.Tensor) -> str:
         return "step counts"
     if value.dtype == torch.uint8:
         return "codes"
-    return "absmax" if name.endswith("_absmax") else "32-bit state"
+    return "absmax" if name.endswith("_absmax") else "float32 state"

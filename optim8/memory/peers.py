@@ -1,6 +1,7 @@
 """What other libraries' optimizers keep for a parameter, in bytes. The tests hold it against the libraries themselves.
 
-torch.optim.AdamW keeps two moments in the parameter's dtype. bitsandbytes (0.50.2) keeps codes and a scale for each 256
+torch.optim.AdamW keeps two moments in the parameter's dtype, so of float32 in mixed precision with float32 parameters,
+and of bfloat16 where the model is cast to it. bitsandbytes (0.50.2) keeps codes and a scale for each 256
 values from 4096 values on, and float32 below; its two tables are shared. torchao (0.18.0) keeps codes and scales where
 the number of values is a multiple of 256 as well, else the parameter's dtype, and a table with every 8-bit tensor.
 """
@@ -21,12 +22,12 @@ Bytes = dict[str, int]
 
 
 def _torch(size: int, dtype: torch.dtype, moments: int) -> Bytes:
-    return {"32-bit state": moments * size * dtype.itemsize, "step counts": _COUNT}
+    return {f"{str(dtype).removeprefix('torch.')} state": moments * size * dtype.itemsize, "step counts": _COUNT}
 
 
 def _bitsandbytes(size: int, dtype: torch.dtype, moments: int) -> Bytes:
     if size < _LEAST:
-        return {"32-bit state": moments * size * 4}
+        return {"float32 state": moments * size * 4}
     return {"codes": moments * size, "absmax": moments * 4 * -(-size // _BLOCK)}
 
 

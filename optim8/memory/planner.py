@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +13,15 @@ from optim8 import optim
 from optim8.memory import layout, sizes
 from optim8.memory.layout import Bytes
 from optim8.memory.peers import PEERS
-from optim8.memory.plans import Plan, Row
+from optim8.memory.plans import STATE, Plan, Row
 from optim8.memory.sizes import Parameter
 from optim8.memory.text import parse_bytes
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.paging.options import Pager, pager_of
 
 SHARDINGS = ("ddp", "fsdp")
+_ALIASES = {"adamw": "torch-adamw"}
+_WORTH_A_NOTE = 0.1  # of the bytes of state
 OURS: dict[str, type[BlockwiseOptimizer]] = {
     "adam8bit": optim.Adam8bit,
     "adamw8bit": optim.AdamW8bit,
@@ -52,11 +56,13 @@ def plan(
     Args:
         model_or_config: a module, on any device; a Hugging Face style config, as a dict, an object with `to_dict` or
             the path of its JSON, of a model of configs.FAMILIES, or of any that transformers, if it is installed, can
-            build on the meta device; `{"parameters": {name: shape}}`; or the path (or paths) of a safetensors file,
-            whose header is read. Parameters that are used twice count once.
+            build on the meta device; `{"parameters": {name: shape}}`; the path (or paths) of a safetensors file, whose
+            header is read; the folder of a model, of which config.json is read, or without one its safetensors files;
+            or a name on the Hugging Face hub whose config.json is in the local cache (nothing is downloaded).
+            Parameters that are used twice count once, frozen ones have neither gradient nor state.
         optimizer: "adam8bit", "adamw8bit", "lion8bit", "pagedadam8bit", "pagedadamw8bit", "pagedlion8bit", or a class
             of optim8; an optimizer of optim8 that holds the
-            module's parameters, whose groups and options then count; or another library's: "torch-adamw",
+            module's parameters, whose groups and options then count; or another library's: "torch-adamw" (or "adamw"),
             "bitsandbytes-adamw8bit", "bitsandbytes-lion8bit", "torchao-adamw8bit".
         dtype: of the parameters; None for what the model, config or file says, float32 where it says nothing.
         grad_dtype: of the gradients; None for the parameters'.
@@ -64,13 +70,15 @@ def plan(
         world_size: number of devices.
         sharding: "ddp", each device holds everything; "fsdp", each holds a part of every parameter, cut along the
             first dimension as `torch.distributed.fsdp.fully_shard` does. What is 8-bit depends on the whole parameter.
-        min_8bit_size, optim_bits: as for the optimizer; None for its defaults.
+        min_8bit_size, optim_bits: as for the optimizer; None for its defaults, by which tensors of fewer than 4096
+            values, as adapters of LoRA often are, keep float32 state. The plan notes it where that is much of the state.
         paged: True, or an optim8.paging.Pager with budgets, as for the optimizer.
         device: "cuda" or "cpu", where the parameters are; None for where the module is, "cuda" for sizes alone.
         budget: memory of a device, bytes or a text such as "24GiB": what parameters, gradients and buffers leave of it
             is what paged state finds free there. Without it, paged state of CUDA parameters is planned in host memory,
             unless the pager has a device_budget.
-        beside: plan torch's, bitsandbytes' and torchao's optimizer as well, for the printed table.
+        beside: plan torch's, bitsandbytes' and torchao's optimizer as well, for the printed table; and torch's with
+            float32 master copies, the 16 bytes a parameter of mixed precision, where parameters are narrower.
 
     Returns:
         The plan of one device; of the fullest one where they differ.
@@ -95,14 +103,16 @@ def plan(
     tier = "device" if device == "cuda" else "host"
     rows = {
         ("parameters", tier): sum(p.nbytes for p in held),
-        ("master copies", tier): sum(p.size * wide.itemsize for p, wide in zip(trained, stepped) if wide != p.dtype),
+        ("float32 master copies", tier): sum(
+            p.size * wide.itemsize for p, wide in zip(trained, stepped) if wide != p.dtype
+        ),
         ("gradients", tier): sum(p.size * (grads or p.dtype).itemsize for p in trained),
         ("model's buffers", tier): model.buffer_bytes,
     }
     options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
     given = {name: value for name, value in options.items() if value is not None}
     free = 0 if budget is None else max(0, parse_bytes(budget) - sum(rows.values()))
-    label, moments, state = _state(optimizer, trained, stepped, given, paged, device, free)
+    label, moments, state, small = _state(optimizer, held, trained, stepped, given, paged, device, free)
     rows |= state
     return Plan(
         model.title,
@@ -112,10 +122,12 @@ def plan(
         sharding,
         sum(p.whole.numel() for p in model.parameters),
         len(model.parameters),
+        sum(p.size for p in held),
         tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters})),
         device,
-        _beside({**request, **dict.fromkeys([*options, "paged"])}, moments) if beside else (),
+        _beside({**request, **dict.fromkeys([*options, "paged"])}, label, moments, stepped) if beside else (),
         request,
+        (*model.notes, *_on_small(small, moments, state)),
     )
 
 
@@ -141,28 +153,49 @@ def _check(model: sizes.Model, world_size: Any, sharding: str, device: str) -> N
         )
 
 
-def _beside(request: dict[str, Any], moments: int) -> tuple[Plan, ...]:
-    names = [name for name, peer in PEERS.items() if peer.moments == moments or name == "torch-adamw"]
-    return tuple(plan(**{**request, "optimizer": name}, beside=False) for name in names)
+def _on_small(small: Sequence[int], moments: int, state: Bytes) -> list[str]:
+    """A sentence on tensors that are too small for 8-bit state, where their state is a good part of all."""
+    nbytes, total = moments * 4 * sum(small), sum(count for (kind, _), count in state.items() if kind in STATE)
+    if nbytes <= _WORTH_A_NOTE * total:
+        return []
+    return [
+        f"{len(small)} tensors of fewer values than min_8bit_size keep float32 state: {sum(small):,} values, "
+        f"{nbytes / total:.0%} of the bytes of state. With min_8bit_size=0 their state is 8-bit too."
+    ]
+
+
+def _beside(request: dict[str, Any], label: str, moments: int, stepped: Sequence[torch.dtype]) -> tuple[Plan, ...]:
+    """The same training with each optimizer that does the same, and with torch's."""
+    names = [] if label.startswith("optim8") else ["adamw8bit" if moments == 2 else "lion8bit"]
+    names += [name for name, peer in PEERS.items() if peer.moments == moments or name == "torch-adamw"]
+    plans = [plan(**{**request, "optimizer": name}, beside=False) for name in names]
+    if any(dtype.itemsize < 4 for dtype in stepped):
+        mixed = plan(**{**request, "optimizer": "torch-adamw", "master_copies": True}, beside=False)
+        plans.insert(names.index("torch-adamw") + 1, replace(mixed, optimizer=f"{mixed.optimizer}, float32 master"))
+    return tuple(other for other in plans if other.optimizer != label)
 
 
 def _state(
     optimizer: Any,
+    held: Sequence[Parameter],
     trained: Sequence[Parameter],
     stepped: Sequence[torch.dtype],
     options: dict[str, Any],
     paged: bool | Pager | None,
     device: str,
     free: int,
-) -> tuple[str, int, Bytes]:
-    """The optimizer's label, its number of moments, and bytes by kind and tier of what it will hold."""
+) -> tuple[str, int, Bytes, list[int]]:
+    """The optimizer's label, its number of moments, bytes by kind and tier of what it will hold, and the sizes of
+    tensors that are too small for 8-bit state."""
+    if isinstance(optimizer, str):
+        optimizer = _ALIASES.get(optimizer.lower(), optimizer)
     if isinstance(optimizer, str) and optimizer.lower() in PEERS:
         if options or paged:
             given = ", ".join([*options, *(["paged"] if paged else [])])
             raise ValueError(f"optim8.memory.plan: {given} belongs to optim8's optimizers, not to {optimizer}.")
         peer = PEERS[optimizer.lower()]
-        held = peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
-        return peer.label, peer.moments, {(kind, _tier(kind, device)): count for kind, count in held.items()}
+        state = peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
+        return peer.label, peer.moments, {(kind, _tier(kind, device)): count for kind, count in state.items()}, []
     cls = OURS.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
     if isinstance(cls, BlockwiseOptimizer):
         if options or paged is not None:
@@ -176,13 +209,15 @@ def _state(
         names = {"params": [p.whole for p in trained], "param_names": [p.name for p in trained]}
         groups = [{**made.param_groups[0], **names}]
     else:
+        near = difflib.get_close_matches(str(optimizer).lower(), [*OURS, *PEERS], 1)
         raise ValueError(
             f"optim8.memory.plan: optimizer must be one of {', '.join([*OURS, *PEERS])}, or an optimizer of optim8 or "
-            f"its class, got {optimizer!r}."
+            f"its class, got {optimizer!r}.{f' Do you mean {near[0]!r}?' if near else ''}"
         )
-    wanted = layout.wanted(made, groups, {id(p.whole): p.local for p in trained})
+    frozen = {id(p.whole) for p in held if not p.trainable}
+    wanted, small = layout.wanted(made, groups, {id(p.whole): p.local for p in held}, frozen)
     label = f"optim8 {type(made).__name__}" + (" paged" if pager is not None and not made.always_paged else "")
-    return label, len(made.moments), layout.laid_out(made.moments, wanted, pager, device, free)
+    return label, len(made.moments), layout.laid_out(made.moments, wanted, pager, device, free), small
 
 
 def _tier(kind: str, device: str) -> str:

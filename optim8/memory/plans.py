@@ -11,19 +11,32 @@ from optim8.memory.text import binary, parse_bytes, table
 # What a row of a plan is about, in the order of the printed table, and the entry of `Plan.bytes` that it counts in.
 KINDS = {
     "parameters": "parameters",
-    "master copies": "parameters",
+    "float32 master copies": "parameters",
     "gradients": "gradients",
     "codes": "codes",
     "absmax": "absmax",
-    "32-bit state": "state32",
+    "float32 state": "state32",
+    "bfloat16 state": "state16",
+    "float16 state": "state16",
+    "float64 state": "state64",
     "step counts": "state32",
     "tables": "buffers",
     "alignment": "buffers",
     "paging buffers": "buffers",
     "model's buffers": "buffers",
 }
-STATE = ("codes", "absmax", "32-bit state", "step counts", "tables")
+STATE = (
+    "codes",
+    "absmax",
+    "float32 state",
+    "bfloat16 state",
+    "float16 state",
+    "float64 state",
+    "step counts",
+    "tables",
+)
 TIERS = ("device", "host", "disk")
+WITHOUT = "Not in it: activations, temporary tensors, buffers for communication, and what CUDA itself takes."
 
 
 @dataclass(frozen=True)
@@ -44,10 +57,12 @@ class Plan:
         rows: bytes by kind and tier.
         world_size, sharding: over how many devices, and how.
         size, tensors: numbers of values and of tensors of the whole model.
+        held: number of values that this device holds.
         dtypes: of the parameters.
         device: where they are, "cuda" or "cpu".
         beside: plans of the same training with other libraries' optimizers.
         request: the arguments that it was planned with.
+        notes: what is worth knowing about it, a sentence each.
     """
 
     title: str
@@ -57,19 +72,22 @@ class Plan:
     sharding: str
     size: int
     tensors: int
+    held: int
     dtypes: tuple[str, ...]
     device: str
     beside: tuple[Plan, ...] = ()
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> dict[str, int]:
         """Bytes on one device, in all tiers, by kind: `parameters` (with master copies), `gradients`, `codes`,
-        `absmax`, `state32` (32-bit state and counts of steps) and `buffers` (for paging, the model's own, tables of
-        codes, and alignment between tensors of state)."""
+        `absmax`, `state32` (float32 state and counts of steps) and `buffers` (for paging, the model's own, tables of
+        codes, and alignment between tensors of state). Where another library keeps moments in 16 or 64 bits, they are
+        `state16` or `state64`."""
         found = dict.fromkeys(("parameters", "gradients", "codes", "absmax", "state32", "buffers"), 0)
         for row in self.rows:
-            found[KINDS[row.kind]] += row.nbytes
+            found[KINDS[row.kind]] = found.get(KINDS[row.kind], 0) + row.nbytes
         return found
 
     @property
@@ -118,6 +136,7 @@ class Plan:
             "tiers": self.tiers,
             "state_bytes": self.state_bytes,
             "rows": [vars(row) for row in self.rows],
+            "notes": list(self.notes),
             "beside": [plan.as_dict() for plan in self.beside],
         }
 
@@ -129,11 +148,13 @@ class Plan:
         for tier in TIERS:
             if any(plan.tiers[tier] for plan in plans):
                 rows.append([f"total ({tier})", *(binary(plan.tiers[tier]) for plan in plans)])
+        rows.append(["bytes a parameter", *(f"{plan.total / max(1, plan.held):.2f}" for plan in plans)])
         over = "one device"
         if self.world_size > 1:
             over = f"{self.sharding} over {self.world_size} devices, bytes of the fullest one"
         head = f"{self.title}: {self.size:,} parameters in {self.tensors} tensors, {' and '.join(self.dtypes)}; {over}"
-        return f"{head}\n\n{table(['', *(plan.optimizer for plan in plans)], rows)}\n\nWithout activations."
+        parts = [head, table(["", *(plan.optimizer for plan in plans)], rows), *self.notes, WITHOUT]
+        return "\n\n".join(parts)
 
 
 def _cell(plan: Plan, kind: str, tier: str) -> str:

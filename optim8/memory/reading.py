@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,19 +13,57 @@ class Unwritten(ValueError):
     """The shapes of this kind of model are not written down in this package."""
 
 
-def size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def size(config: Mapping[str, Any], name: str, default: int | None = None, other: str | None = None) -> int:
     """A whole number of at least 1 from the config.
 
+    Args:
+        other: a second name of the same option.
+
     Raises:
-        ValueError: it is something else, or missing without a default.
+        ValueError: it is something else, or missing without a default; or the two names have two values.
     """
-    value = config.get(name)
-    if value is None:
-        value = default
+    value, same = config.get(name), config.get(other) if other else None
+    if value is not None and same is not None and value != same:
+        raise ValueError(f"optim8.memory.plan: {name!r} and {other!r} must agree, got {value!r} and {same!r}.")
+    value = same if value is None else value
+    value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         got = "nothing" if value is None else repr(value)
-        raise ValueError(f"optim8.memory.plan: the config needs {name!r}, a whole number of at least 1, got {got}.")
+        names = f"{name!r} or {other!r}" if other else repr(name)
+        raise ValueError(f"optim8.memory.plan: the config needs {names}, a whole number of at least 1, got {got}.")
     return value
+
+
+class Reader(dict[str, Any]):
+    """A config that remembers which of its options were asked for."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self._read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        return super().get(name, default)
+
+    def check(self, kind: str) -> None:
+        """That every option which by its name may change sizes was asked for, or has no effect.
+
+        Raises:
+            Unwritten: one was not.
+        """
+        for name, value in self.items():
+            if value and name not in self._read | _NO_SIZE and _SIZE.search(name):
+                raise Unwritten(
+                    f"optim8.memory.plan: what {name}={value!r} does to a {kind!r} is not written down here"
+                )
+
+
+_SIZE = re.compile(r"^(n|num|tie|add)_|(^|_)(size|sizes|dim|dims|layers|heads|experts|rank|bias)$")
+# Of attention patterns, experts in use, heads that share a width, labels of another head, and of generation.
+_NO_SIZE = {
+    *("max_window_layers", "num_experts_per_tok", "num_attention_heads", "n_head", "n_ctx", "num_labels"),
+    *("tie_word_embeddings", "intermediate_size", "num_beams", "num_beam_groups", "num_return_sequences"),
+}
 
 
 def head(config: Mapping[str, Any], name: str, architecture: str, tied: bool, shape: tuple[int, ...]) -> Shapes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,11 +15,11 @@ import torch
 
 from optim8.memory import built, configs
 from optim8.memory.reading import Unwritten
+from optim8.memory.text import binary
 from optim8.optim import sharded
 
 # safetensors' names of dtypes. What is not a float of at least 16 bits takes memory, but is not trained.
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_SAFETENSORS_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 _LONGEST_HEADER = 100_000_000  # bytes; what the format allows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -53,6 +55,7 @@ class Model:
     buffer_bytes: int = 0
     device: str | None = None  # "cpu" or "cuda"; None where the source does not say
     sharded: bool = False  # its parameters are DTensors
+    notes: tuple[str, ...] = ()  # what is worth knowing about it, a sentence each
 
 
 def read(source: Any, dtype: torch.dtype | None) -> Model:
@@ -60,7 +63,8 @@ def read(source: Any, dtype: torch.dtype | None) -> Model:
 
     Args:
         source: a module; a config, as a dict or an object with `to_dict`; the path of a JSON config or of a safetensors
-            file (or a list of such files, or the index of one in parts); or a mapping of names to shapes.
+            file (or a list of such files, or the index of one in parts), or of a folder with them; a name on the
+            Hugging Face hub whose config is in the local cache; or a mapping of names to shapes.
         dtype: of every parameter; None for what the source says, float32 where it says nothing.
 
     Raises:
@@ -69,9 +73,9 @@ def read(source: Any, dtype: torch.dtype | None) -> Model:
     if isinstance(source, torch.nn.Module):
         return _of_module(source, dtype)
     if isinstance(source, (str, Path)):
-        return _of_file(Path(source), dtype)
+        return _of_path(source, dtype)
     if isinstance(source, (list, tuple)) and source and all(isinstance(part, (str, Path)) for part in source):
-        return _of_files([Path(part) for part in source], dtype)
+        return _of_files(source, dtype)
     if hasattr(source, "to_dict"):
         source = source.to_dict()
     if isinstance(source, Mapping):
@@ -116,17 +120,62 @@ def _of_module(module: torch.nn.Module, dtype: torch.dtype | None) -> Model:
     return Model(type(module).__name__, tuple(parameters), buffers, next(iter(devices), None), cut)
 
 
-def _of_files(paths: Sequence[Path], dtype: torch.dtype | None) -> Model:
-    parts = [_of_file(path, dtype) for path in paths]
-    title = f"{parts[0].title} and {len(parts) - 1} more" if len(parts) > 1 else parts[0].title
-    return Model(title, sum((part.parameters for part in parts), ()), sum(part.buffer_bytes for part in parts))
+def _of_files(paths: Sequence[str | Path], dtype: torch.dtype | None) -> Model:
+    if len(paths) == 1:
+        return _of_path(paths[0], dtype)
+    parts = [_of_path(path, dtype) for path in paths]
+    parameters = sum((part.parameters for part in parts), ())
+    others = sum(part.buffer_bytes for part in parts)
+    return Model(f"{parts[0].title} and {len(parts) - 1} more", parameters, others, notes=_notes(others))
+
+
+def _of_path(given: str | Path, dtype: torch.dtype | None) -> Model:
+    path = Path(given)
+    if path.is_dir():
+        return _of_folder(path, dtype)
+    if path.is_file():
+        return _of_file(path, dtype)
+    if _HUB_NAME.fullmatch(str(given)) and path.suffix not in _SUFFIXES:
+        return _of_file(_in_hub_cache(str(given)), dtype)
+    raise FileNotFoundError(
+        f"optim8.memory.plan: {path} must be a JSON config, a safetensors file or a folder of a model; no such file."
+    )
+
+
+# What transformers writes to the folder of a model, what tells most of the training first.
+_IN_FOLDER = ("config.json", "model.safetensors.index.json", "*.safetensors")
+_SUFFIXES = (".json", ".safetensors")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def _of_folder(folder: Path, dtype: torch.dtype | None) -> Model:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"optim8.memory.plan: {folder} holds an adapter alone, which trains beside the model that it is for. Pass "
+            "the whole PEFT model, built under torch.device('meta')."
+        )
+    for pattern in _IN_FOLDER:
+        files = sorted(folder.glob(pattern))
+        if files:
+            return _of_files(files, dtype)
+    raise FileNotFoundError(f"optim8.memory.plan: {folder} must hold one of {', '.join(_IN_FOLDER)}, and holds none.")
+
+
+def _in_hub_cache(name: str) -> Path:
+    """The config of a model on the Hugging Face hub, where an earlier download has left it."""
+    try:
+        found = importlib.import_module("huggingface_hub").try_to_load_from_cache(name, "config.json")
+    except (ImportError, ValueError):  # not installed; no name of a model
+        found = None
+    if isinstance(found, str):
+        return Path(found)
+    raise FileNotFoundError(
+        f"optim8.memory.plan: {name} is no file or folder here. If it is a model of the Hugging Face hub, get its "
+        f"config first, which plan does not do itself: hf download {name} config.json"
+    )
 
 
 def _of_file(path: Path, dtype: torch.dtype | None) -> Model:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"optim8.memory.plan: {path} must be a JSON config or a safetensors file; no such file."
-        )
     if path.suffix == ".safetensors":
         return _of_safetensors(path, dtype)
     try:
@@ -152,13 +201,25 @@ def _of_safetensors(path: Path, dtype: torch.dtype | None) -> Model:
         parameters, others = [], 0
         for name, entry in entries.items():
             kind, shape = entry["dtype"], tuple(int(size) for size in entry["shape"])
-            if kind in _SAFETENSORS:
-                parameters.append(_parameter(name, shape, dtype or _SAFETENSORS[kind]))
-            else:
-                others += prod(shape) * _SAFETENSORS_BITS.get(kind, 8) // 8
+            begin, end = map(int, entry["data_offsets"])
+            if kind not in _SAFETENSORS:
+                others += end - begin
+                continue
+            if end - begin != prod(shape) * _SAFETENSORS[kind].itemsize:
+                raise ValueError(f"{name} is {kind} of shape {list(shape)}, and data_offsets give {end - begin} bytes")
+            parameters.append(_parameter(name, shape, dtype or _SAFETENSORS[kind]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"optim8.memory.plan: {path.name} has no header of a safetensors file: {error}.") from None
-    return Model(path.name, tuple(parameters), others)
+    return Model(path.name, tuple(parameters), others, notes=_notes(others))
+
+
+def _notes(others: int) -> tuple[str, ...]:
+    if not others:
+        return ()
+    return (
+        f"{binary(others)} of tensors that are no floats of 16 bits or more are counted as the model's buffers: they "
+        "take memory and are not trained.",
+    )
 
 
 def _of_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:

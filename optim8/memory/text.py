@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_UNITS = {"": 1, "B": 1, "KB": 1000}
+_UNITS = {"B": 1, "KB": 1000}
 _UNITS |= {f"{prefix}iB": 1024 ** (i + 1) for i, prefix in enumerate("KMGTP")}
 _UNITS |= {f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("kMGTP")}
 
@@ -13,12 +13,16 @@ def parse_bytes(size: int | str) -> int:
     """A number of bytes from a number, or from a text such as "24GiB", "512 MiB" or "80GB".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or a text without a unit: "24" would be 24 bytes, which nobody has in mind.
     """
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     number = str(size).strip().rstrip("BikKMGTP").strip()
     unit = str(size).strip()[len(number) :].strip()
+    if number and not unit and number.replace(".", "", 1).isdigit():
+        raise ValueError(
+            f"optim8.memory: a size needs a unit, got {size!r}. Write {number}GiB, or {number}B for bytes."
+        )
     try:
         found = float(number) * _UNITS[unit]
         if 0 <= found < 2**63:
