@@ -71,7 +71,7 @@ def plan(
         sharding: "ddp", each device holds everything; "fsdp", each holds a part of every parameter, cut along the
             first dimension as `torch.distributed.fsdp.fully_shard` does. What is 8-bit depends on the whole parameter.
         min_8bit_size, optim_bits: as for the optimizer; None for its defaults, by which tensors of fewer than 4096
-            values, as adapters of LoRA often are, keep float32 state. The plan notes it where that is much of the state.
+            values, as adapters of LoRA often are, keep float32 state; the plan notes it where that is a good part.
         paged: True, or an optim8.paging.Pager with budgets, as for the optimizer.
         device: "cuda" or "cpu", where the parameters are; None for where the module is, "cuda" for sizes alone.
         budget: memory of a device, bytes or a text such as "24GiB": what parameters, gradients and buffers leave of it
