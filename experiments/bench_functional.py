@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, RUNS, provenance, table, time_interleaved, write_json
+from common import add_json, json_path, provenance, table, time_interleaved, write_json
 
 from optim8 import _native
 from optim8 import functional as F
@@ -41,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small tensors: shows that it runs, says nothing of speed")
     parser.add_argument("--repeats", type=int, default=15, help="rounds; fewer for a subject that is very slow")
     parser.add_argument("--threads", default=",".join(map(str, sorted({1, every}))), help="numbers of threads")
-    parser.add_argument("--json", type=Path, help="result file; by default in experiments/results, or runs if --quick")
+    add_json(parser, "bench_functional")
     return parser.parse_args()
 
 
@@ -177,9 +176,9 @@ def main() -> None:
             ],
         )
     )
-    default = RUNS / "bench_functional-quick.json" if arguments.quick else RESULTS / "bench_functional.json"
-    write_json(arguments.json or default, result)
-    print(f"\noptim8 used {result['isa']}. Written: {arguments.json or default}")
+    path = json_path(arguments, "bench_functional")
+    write_json(path, result)
+    print(f"\noptim8 used {result['isa']}. Written: {path}")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import default_json, origin, plural, provenance, spread, table, write_json
+from common import add_json, json_path, origin, plural, provenance, spread, table, write_json
 from lm.model import GPT, Shape
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -51,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="steps alone of each training")
     parser.add_argument("--blocks", type=int, default=3, help="profiled blocks of each training")
     parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
-    parser.add_argument("--json", type=Path, help="by default in experiments/results, or runs if --quick")
+    add_json(parser, "bench_monitoring")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.layers, arguments.width, arguments.context, arguments.batches = 1, 64, 32, [2]
@@ -225,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="optim8.monitor")
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
         result = {**head, **measure(arguments, writer)}
-    path = default_json(arguments, "bench_monitoring")
+    path = json_path(arguments, "bench_monitoring")
     write_json(path, result)
     print(f"{rendered(result)}\n\nWritten: {path}")
     return 0

@@ -10,11 +10,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, RUNS, provenance, table, time_interleaved, write_json
+from common import add_json, json_path, provenance, table, time_interleaved, write_json
 from subjects import (
     REFERENCE,
     Case,
@@ -40,7 +39,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", default=",".join(map(str, sorted({1, every}))), help="numbers of threads")
     parser.add_argument("--no-peers", action="store_true", help="leave bitsandbytes and torchao out")
     parser.add_argument("--isa", choices=ISAS, help="force optim8's instruction set (a child process does the work)")
-    parser.add_argument("--json", type=Path, help="result file; by default in experiments/results, or runs if --quick")
+    add_json(parser, "bench_step")
     return parser.parse_args(argv)
 
 
@@ -100,11 +99,6 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def default_path(arguments: argparse.Namespace) -> Path:
-    suffix = f"-{arguments.isa}" if arguments.isa else ""
-    return RUNS / f"bench_step-quick{suffix}.json" if arguments.quick else RESULTS / f"bench_step{suffix}.json"
-
-
 def benchmark(arguments: argparse.Namespace) -> None:
     import optim8._native
 
@@ -128,7 +122,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
                 print(rows_table(found["timings"]), flush=True)
     for name, reason in result["failed"].items():
         print(f"{name} could not run: {reason}")
-    path = arguments.json or default_path(arguments)
+    path = json_path(arguments, f"bench_step-{arguments.isa}" if arguments.isa else "bench_step")
     write_json(path, result)
     print(f"\noptim8 used {result['isa']}. Written: {path}")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "experiments" / "results"  # committed: the figures that the documents quote
+RESULTS = ROOT / "experiments" / "results"  # committed, the figures that the documents quote: written where --json asks
 RUNS = ROOT / "experiments" / "runs"  # ignored by git: whatever a run leaves behind
 
 _ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_bf16", "asimd", "sve")
@@ -99,16 +99,21 @@ def _commit() -> dict[str, Any]:
 
 
 def add_outputs(parser: argparse.ArgumentParser, name: str) -> None:
-    """The options that every experiment has: `--quick`, `--json` and `--png`."""
+    """The options that an experiment with a picture has: `--quick`, `--json` and `--png`."""
     parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
-    parser.add_argument("--json", type=Path, help="result file; by default in experiments/results, or runs if --quick")
+    add_json(parser, name)
     parser.add_argument("--png", type=Path, default=RUNS / f"{name}.png", help="picture")
 
 
-def default_json(arguments: argparse.Namespace, name: str) -> Path:
-    """Where the result goes: to `--json`; without it to results, which the documents quote, unless `--quick`."""
-    default = RUNS / f"{name}-quick.json" if arguments.quick else RESULTS / f"{name}.json"
-    chosen: Path = arguments.json or default
+def add_json(parser: argparse.ArgumentParser, name: str) -> None:
+    """The option `--json`, without which no run replaces what the documents quote (`json_path`)."""
+    text = f"result file, by default in experiments/runs; the documents quote experiments/results/{name}.json"
+    parser.add_argument("--json", type=Path, help=text)
+
+
+def json_path(arguments: argparse.Namespace, name: str) -> Path:
+    """Where the result goes: to `--json`, else to a file in runs, another one where `--quick`."""
+    chosen: Path = arguments.json or RUNS / f"{name}{'-quick' if getattr(arguments, 'quick', False) else ''}.json"
     return chosen
 
 

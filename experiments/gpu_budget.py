@@ -6,6 +6,7 @@ the instructions leave possible. Needs nvcc and no GPU. Not measured: to be held
 
 from __future__ import annotations
 
+import argparse
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sass
-from common import RESULTS, provenance, table, write_json
+from common import add_json, json_path, provenance, table, write_json
 
 # H100 SXM, from NVIDIA's data sheet and tuning guide; 91 % of the memory's bandwidth is what a copy is taken to reach.
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
@@ -85,7 +86,10 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return table([*heads, "held back by", "of copy at most", "of copy expected"], cells)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_json(parser, "gpu_budget")
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         kernels = sass.kernels_of("step.cu", "sm_90", Path(folder))
     rows = []
@@ -118,10 +122,9 @@ def main() -> None:
             }
         )
     constants = {"copy_bandwidth": COPY_BANDWIDTH, "multiprocessors": MULTIPROCESSORS, "clock": CLOCK, "usable": USABLE}
-    write_json(
-        RESULTS / "gpu_budget.json", {**provenance({}), "assumed": constants, "measured": False, "kernels": rows}
-    )
-    print(rows_table(rows))
+    result = json_path(arguments, "gpu_budget")
+    write_json(result, {**provenance({}), "assumed": constants, "measured": False, "kernels": rows})
+    print(f"{rows_table(rows)}\n\nWritten: {result}")
 
 
 if __name__ == "__main__":

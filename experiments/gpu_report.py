@@ -2,8 +2,8 @@
 
 Parts: build (installs the project here, without network), test (the suite on cuda), check (CPU and CUDA bit for bit,
 and compute-sanitizer), measure (times beside device copy and the peers). Each part ends within 8 minutes: what is not
-finished by then is ended and named in the result, what is finished is kept. Each part adds to
-experiments/results/gpu-<name of the GPU>.json. OPTIM8_PEERS names a folder of unpacked packages to measure against.
+finished by then is ended and named in the result, what is finished is kept. Each part adds to --json, or without it to
+experiments/runs/gpu-<name of the GPU>.json. OPTIM8_PEERS names a folder of unpacked packages to measure against.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from commands import FINISHED, Command, Deadline, Outcome, run_all
-from common import RESULTS, ROOT, RUNS, provenance, write_json
+from common import ROOT, add_json, json_path, provenance, write_json
 from gpu_results import related, rendered
 
 PART_SECONDS = 8 * 60 - 15.0  # the rest is for starting, killing and writing
@@ -49,8 +49,7 @@ class Result:
 
     def __init__(self, part: str, arguments: argparse.Namespace) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        default = RUNS / f"gpu-{name}-quick.json" if arguments.quick else RESULTS / f"gpu-{name}.json"
-        self.path: Path = arguments.json or default
+        self.path = json_path(arguments, f"gpu-{name}")
         self.part, self.start = part, time.perf_counter()
         self._head = provenance({"part": part, "quick": arguments.quick, "seconds": arguments.seconds})
 
@@ -238,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=list(PARTS), help="one part; all of them where it is left out")
     parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
-    parser.add_argument("--json", type=Path, help="result file; by default in experiments/results, or runs if --quick")
+    add_json(parser, "gpu-NAME")
     parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="limit of a part")
     parser.add_argument("--tests", type=Path, nargs="+", help="files of the part test; by default all")
     arguments = parser.parse_args(argv)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import atomic_path, default_json, write_json
+from common import atomic_path, json_path, write_json
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and a table needs none of it
     from matplotlib.axes import Axes
@@ -97,7 +97,7 @@ def publish(
     rendered: Callable[[dict[str, Any]], str],
 ) -> None:
     """The end of an experiment: its result as a file and as a picture, where `add_outputs` says, and as text."""
-    path = default_json(arguments, name)
+    path = json_path(arguments, name)
     write_json(path, result)
     save(draw(result), arguments.png)
     print(f"\n{rendered(result)}\n\nWritten: {path}, {arguments.png}")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import add_outputs, default_json, plural, provenance, table, time_interleaved, write_json
+from common import add_outputs, json_path, plural, provenance, table, time_interleaved, write_json
 from instructions import count_instructions
 from measured import Kernel, kernels
 from plotting import STYLES, new_figure, save
@@ -132,7 +132,7 @@ def main() -> int:
         print(rows_table(part, instructions))
     if not instructions:
         print("\nInstructions were not counted (asked not to, or valgrind is not installed).")
-    path = default_json(arguments, "roofline")
+    path = json_path(arguments, "roofline")
     write_json(path, result)
     save(draw(result), arguments.png)
     print(f"\noptim8 used {isa}. Written: {path}, {arguments.png}")
