@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import paged_proof
 import torch
 from common import add_outputs, origin, plural, provenance, table, time_interleaved
-from plotting import new_figure, publish
+from plotting import STYLES, new_figure, publish
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import optim8
@@ -252,12 +252,22 @@ def disk(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
 def draw(result: Mapping[str, Any]) -> Figure:
     """Left: a step from the page cache. Right: bytes per second from the disk."""
     figure, (left, right) = new_figure(columns=2)
-    left.bar([row["name"] for row in result["page_cache"]], [row["median_ms"] for row in result["page_cache"]])
-    left.set_ylabel("step (ms)")
+    rows = result["page_cache"]
+    steps = left.bar([row["name"] for row in rows], [row["median_ms"] for row in rows], **STYLES[2].bar())
+    left.bar_label(steps, [f"{row['median_ms']:.1f} ms\n{row['ratio']:.2f} times" for row in rows], padding=3)
+    left.set_ylabel("step, state in the page cache (ms)")
     of_disk = result["disk"]
     bandwidths = {**of_disk["plain_bandwidth"], "paged step": of_disk["step_bandwidth"]}
-    right.bar([fill(name, 12) for name in bandwidths], [bandwidth / 1e6 for bandwidth in bandwidths.values()])
-    right.set_ylabel("read and written back (MB/s)")
+    fastest = max(of_disk["plain_bandwidth"].values())
+    for name, bandwidth in bandwidths.items():
+        style = STYLES[2 if name == "paged step" else 5]
+        bar = right.bar([fill(name, 12)], [bandwidth / 1e6], **style.bar())
+        right.bar_label(bar, [f"{bandwidth / 1e6:.0f}\n{bandwidth / fastest:.0%}"], padding=3)
+    right.set_ylabel("read from the disk and written back (MB/s)")
+    right.tick_params(axis="x", labelsize=11)
+    for panel in (left, right):
+        panel.margins(y=0.16)
+        panel.grid(visible=False, axis="x")
     return figure
 
 

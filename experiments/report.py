@@ -1,9 +1,9 @@
 """Renders the tables and the figures of the documents from the result files.
 
 A document holds pairs of `<!-- table:NAME -->` and `<!-- /table -->`; what stands between them is made from
-experiments/results/NAME.json. A picture figures/NAME.png that a document shows is drawn from the result that FIGURES
-names, unless it shows that already. `--check` changes nothing and fails where a document or a picture says something
-else.
+experiments/results/NAME.json, or from the several results that COMPARISONS names. A picture figures/NAME.png that a
+document shows is drawn from the result that FIGURES names, unless it shows that already. `--check` changes nothing and
+fails where a document or a picture says something else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bench_monitoring
+import comparison
 import gpu_budget
+import memory_models
 import memory_profile
 import paged
 import parity
@@ -25,7 +27,7 @@ import quantization_error
 import roofline
 import small_gradients
 from common import RESULTS, ROOT, origin, plural, table
-from lm.report import describe, draw_loss, draw_memory, results_table
+from lm.report import describe, draw_loss, results_table
 from plotting import is_current, save
 from subjects import PEERS, REFERENCE, with_version
 
@@ -127,6 +129,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "bench_monitoring": bench_monitoring.rendered,
     "gpu_budget": gpu_budget_table,
     "roofline": kernels,
+    "memory_models": memory_models.rendered,
     "memory_profile": memory_profile.rendered,
     "paged": paged.rendered,
     "parity": parity.rendered,
@@ -134,11 +137,17 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "small_gradients": small_gradients.rendered,
 }
 
+# Tables of several results: their names, and by what.
+COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "steps": (("bench_step", "bench_step-avx2", "bench_step-peers"), comparison.steps),
+    "peers": (("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients"), comparison.peers),
+}
+
 # The picture's name: the result it is drawn from, and by what.
 FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "train_lm-loss": ("train_lm", draw_loss),
-    "train_lm-memory": ("train_lm", draw_memory),
     "roofline": ("roofline", roofline.draw),
+    "memory_models": ("memory_models", memory_models.draw),
     "memory_profile": ("memory_profile", memory_profile.draw),
     "paged": ("paged", paged.draw),
     "parity": ("parity", parity.draw),
@@ -149,11 +158,17 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
 
 def render(name: str, results: Path) -> str:
     """What stands between the marks of table `name`; `bench_step-avx2` is a `bench_step`."""
-    renderer = TABLES.get(name.partition("-")[0])
-    if renderer is None:
-        raise ValueError(f"report: a table must be one of {', '.join(TABLES)}, got {name}. Mend the mark.")
-    path = results / f"{name}.json"
-    return (renderer(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not measured yet.") + "\n"
+    if name in COMPARISONS:
+        sources, renderer = COMPARISONS[name]
+    elif name.partition("-")[0] in TABLES:
+        sources, renderer = (name,), TABLES[name.partition("-")[0]]
+    else:
+        known = ", ".join([*TABLES, *COMPARISONS])
+        raise ValueError(f"report: a table must be one of {known}, got {name}. Mend the mark.")
+    paths = [results / f"{source}.json" for source in sources]
+    if not all(path.exists() for path in paths):
+        return "Not measured yet.\n"
+    return renderer(*(json.loads(path.read_text(encoding="utf-8")) for path in paths)) + "\n"
 
 
 def rendered(document: str, results: Path) -> str:

@@ -1,0 +1,78 @@
+"""What the README compares: bytes as the planner counts them, and speeds from the results that hold them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+from experiments_harness import EXPERIMENTS, read
+
+import optim8
+
+RESULTS = EXPERIMENTS / "results"
+
+
+@pytest.fixture
+def comparison(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import comparison as module
+
+    return module
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """The rows of a Markdown table by what stands first in them."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_memory_of_models_is_what_the_planner_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import memory_models
+
+    recorded = read(RESULTS / "memory_models.json")
+    assert recorded["measured"] is False
+    assert memory_models.count() == recorded["rows"]  # the plan says today what the picture shows
+    llama = optim8.memory.plan(memory_models.MODELS["Llama 3 8B"], dtype="bfloat16", beside=False)
+    shown = cells(memory_models.rendered(recorded))
+    column = shown["model"].index("optim8 AdamW8bit, bfloat16")
+    assert shown["Llama 3 8B"][column] == f"{llama.tiers['device'] / 2**30:.1f}"
+    assert "not measured" in memory_models.rendered(recorded)
+
+
+def test_peers_stand_beside_each_other_with_their_versions(comparison: ModuleType) -> None:
+    names = ("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients")
+    memory, step, avx2, gradients = (read(RESULTS / f"{name}.json") for name in names)
+    table = cells(comparison.peers(memory, step, avx2, gradients))
+    versions = memory["peers"]
+    assert [name.split(" AdamW")[0] for name in table["float32 parameters, on a CPU"]] == [
+        "torch",
+        "optim8",
+        *(f"{library} {versions[library]}" for library in ("bitsandbytes", "torchao")),
+    ]
+    largest = max(row["parameters"] for row in memory["rows"])
+    for place, subject in enumerate(comparison.ADAMW):
+        (row,) = [r for r in memory["rows"] if (r["subject"], r["parameters"]) == (subject, largest)]
+        assert table["optimizer state, bytes a parameter"][place] == f"{row['state_bytes'] / largest:.2f}"
+    assert table["speed of a step, CPU with AVX2"][2:] == ["not measured"] * 2  # no run has peers with AVX2
+    rest = {**gradients, "rows": [row for row in gradients["rows"] if not row["subject"].startswith("torchao")]}
+    fewer = cells(comparison.peers(memory, step, avx2, rest))
+    assert fewer["size of the update for gradients of 1e-8, exact is 1"][3] == "not measured"
+
+
+def test_steps_are_ratios_of_their_own_run(comparison: ModuleType) -> None:
+    best, avx2, peers = (read(RESULTS / f"bench_step{name}.json") for name in ("", "-avx2", "-peers"))
+    text = comparison.steps(best, avx2, peers)
+    heads = cells(text)["float32 parameters"]
+    for result, subject, head in (
+        (best, "optim8 AdamW8bit", "optim8 AdamW8bit, AVX-512"),
+        (avx2, "optim8 AdamW8bit", "optim8 AdamW8bit, AVX2"),
+        (avx2, "optim8 Lion8bit", "optim8 Lion8bit, AVX2"),
+        (peers, "torchao AdamW8bit", f"torchao {peers['peers']['torchao']} AdamW8bit"),
+    ):
+        rows = {(r["case"], r["threads"], r["subject"]): r for r in result["timings"] if r["dtype"] == "float32"}
+        torch_row, row = (rows["one tensor of 64 Mi", 2, name] for name in (comparison.REFERENCE, subject))
+        expected = f"{torch_row['median_ms'] / row['median_ms']:.2f}"
+        assert cells(text)["one tensor of 64 Mi"][heads.index(head)] == expected, (
+            head
+        )  # of two threads, which come last
