@@ -8,20 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optim8.memory.drawing import LOOKS, MIB, draw
 from optim8.memory.text import binary, table
 
 PHASES = ("forward", "backward", "step", "between")
-# Colour and hatch of each kind; neighbours in a bar differ in lightness, so that they are told apart in greyscale too.
-_LOOKS = {
-    "parameters": ("#1b1b1b", ""),
-    "gradients": ("#d9d9d9", ""),
-    "state (device)": ("#0060a8", "//"),
-    "state (host)": ("#8cc6ec", ""),
-    "state (disk)": ("#5b5b5b", ".."),
-    "activations": ("#f0c060", ""),
-    "other": ("#8a5a00", "\\\\"),
-}
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -55,6 +45,13 @@ class Profile:
     def __init__(self, source: str, meaning: str, model: str, optimizer: str) -> None:
         self.source, self.meaning, self.model, self.optimizer = source, meaning, model, optimizer
         self.records: list[Record] = []
+
+    def __repr__(self) -> str:
+        found = "nothing recorded"
+        if self.records:
+            steps = len({record.step for record in self.records if record.phase == "step"})
+            found = f"{steps} step{'s' if steps != 1 else ''}, peak {binary(self.peak)}"
+        return f"<optim8.memory.Profile of {self.model} with {self.optimizer}: {found}, source={self.source!r}>"
 
     @property
     def peak(self) -> int:
@@ -108,55 +105,15 @@ class Profile:
             for step in sorted({record.step for record in records}):
                 for record in self._highest([record for record in records if record.step == step]).values():
                     for kind, count in {"peak": record.peak, **record.kinds}.items():
-                        writer.add_scalar(f"memory MiB {record.phase}/{kind}", count / _MIB, step)
+                        writer.add_scalar(f"memory MiB {record.phase}/{kind}", count / MIB, step)
 
     def plot(self, path: str | Path) -> None:
         """Draw bytes by kind at the end of every phase, and the peaks, to an image file. Needs matplotlib.
 
-        State that lies elsewhere than the memory that is measured is drawn on top of it, and called so.
+        State that lies elsewhere than the memory that is measured is drawn on top of it, and called so. What a process
+        had in its resident set (`source="rss"`) all the time beside the training is left out, and told.
         """
-        from matplotlib import patheffects
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        records = self._drawn(self._complete())
-        figure = Figure(figsize=(11, 5.5), dpi=110, layout="constrained")
-        axes = figure.add_subplot()
-        below = [0.0] * len(records)
-        places = range(len(records))
-        elsewhere = {"state (disk)", *(["state (host)"] if self.source == "cuda" else [])}
-        for kind in sorted(_kinds(records), key=lambda kind: kind in elsewhere):
-            heights = [record.kinds.get(kind, 0) / _MIB for record in records]
-            colour, hatch = _LOOKS[kind]
-            label = f"{kind},\nnot in the peak" if kind in elsewhere else kind
-            axes.bar(
-                places, heights, 0.85, below, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0
-            )
-            below = [low + height for low, height in zip(below, heights)]
-        peaks = [record.peak / _MIB for record in records]
-        around = [patheffects.withStroke(linewidth=5, foreground="white")]  # seen on black bars too
-        size = max(4, 400 / max(20, len(records)))
-        axes.plot(places, peaks, "k_", markersize=size, markeredgewidth=2.5, label="peak", path_effects=around)
-        few = len(records) <= 24
-        if few:
-            labels = [f"{record.step} {record.phase}" for record in records]
-            axes.set_xticks(places, labels, fontsize=11, rotation=90 if len(records) > 6 else 0)
-        else:
-            firsts = [i for i in places if i == 0 or records[i].step != records[i - 1].step]
-            shown = firsts[:: -(-len(firsts) // 12)]
-            axes.set_xticks(shown, [str(records[i].step) for i in shown], fontsize=11)
-        axes.set_xlabel("optimizer step and phase" if few else "optimizer step (bars: its phases)", fontsize=13)
-        axes.set_ylabel("memory (MiB)", fontsize=13)
-        axes.yaxis.set_major_locator(MaxNLocator(8))
-        axes.tick_params(axis="y", labelsize=11)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.margins(x=0.01, y=0.08)
-        axes.set_title(f"{self.model}, {self.optimizer}: kinds at the end of each phase, and its peak", fontsize=13)
-        figure.supxlabel(self.meaning, fontsize=11, x=0.02, ha="left")
-        handles, names = axes.get_legend_handles_labels()
-        figure.legend(handles[::-1], names[::-1], loc="outside right upper", fontsize=11)
-        figure.savefig(path)
+        draw(self, self._complete()).savefig(path)
 
     def _complete(self) -> list[Record]:
         if not self.records:
@@ -172,14 +129,7 @@ class Profile:
                 found[record.phase] = record
         return {phase: found[phase] for phase in PHASES if phase in found}
 
-    @staticmethod
-    def _drawn(records: Sequence[Record]) -> list[Record]:
-        """All but what lies between phases, unless memory was highest there."""
-        highest = max(record.peak for record in records)
-        drawn = [record for record in records if record.phase != "between" or record.peak == highest]
-        return drawn or list(records)
-
 
 def _kinds(records: Sequence[Record]) -> list[str]:
     """The kinds that any of the records has, in the order of the looks."""
-    return [kind for kind in _LOOKS if any(record.kinds.get(kind) for record in records)]
+    return [kind for kind in LOOKS if any(record.kinds.get(kind) for record in records)]
