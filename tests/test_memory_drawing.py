@@ -11,11 +11,11 @@ from optim8.memory.profiles import Profile, Record
 MIB = 2**20
 
 
-def profiled(steps: int, source: str = "rss", between: int = 0) -> Profile:
-    """As a process of 500 MiB has it that trains 10 MiB; activations grow with the steps."""
+def profiled(steps: int, source: str = "rss", between: int = 0, growth: int = 1) -> Profile:
+    """As a process of 500 MiB has it that trains 10 MiB; activations grow by `growth` MiB a step."""
     found = Profile(source, "resident set of the process", "Linear", "AdamW8bit")
     for step in range(steps):
-        for phase, gradients, activations in (("forward", 0, 3 + step), ("backward", 10, 0), ("step", 10, 0)):
+        for phase, gradients, activations in (("forward", 0, 3 + growth * step), ("backward", 10, 0), ("step", 10, 0)):
             kinds = {"parameters": 10, "gradients": gradients, "state (host)": 5, "activations": activations}
             kinds = {kind: count * MIB for kind, count in {**kinds, "other": 500}.items()}
             end = sum(kinds.values())
@@ -58,6 +58,18 @@ def test_few_steps_are_bars_and_many_are_areas_by_phase() -> None:
         assert not panel.patches
         assert list(panel.get_lines()[0].get_xdata()) == list(range(100))
         assert list(panel.get_lines()[0].get_ydata()) == peaks
+
+
+@pytest.mark.parametrize("steps", [3, 100])
+def test_the_highest_phase_is_within_the_picture(steps: int) -> None:
+    pytest.importorskip("matplotlib")
+    from optim8.memory.drawing import draw
+
+    prof = profiled(steps, growth=0)  # backward is higher than forward, which is drawn first
+    for panel in draw(prof, prof.records).axes:
+        bottom, top = panel.get_ylim()
+        assert bottom == 0
+        assert 26 < top < 1.3 * 26
 
 
 def test_what_is_higher_between_phases_is_drawn() -> None:

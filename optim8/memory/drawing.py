@@ -46,6 +46,7 @@ def draw(profile: Profile, records: Sequence[Record]) -> Figure:
         _draw_areas(figure, records if higher else phases, kinds, before)
     first = figure.axes[0]
     first.set_ylabel("memory (MiB)", fontsize=13)
+    first.set_ylim(bottom=0)  # when all is drawn: from then on the panels, which share it, do not grow
     title = "kinds at the end of each phase, and its peak"
     figure.suptitle(f"{profile.model}, {profile.optimizer}: {title}", fontsize=13)
     without = f"; drawn without the {binary(before)} of other things that are there all the time" if before else ""
@@ -126,4 +127,3 @@ def _finish(axes: Any) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.margins(x=0.01, y=0.08)
-    axes.set_ylim(bottom=0)
