@@ -66,7 +66,11 @@ def test_the_highest_phase_is_within_the_picture(steps: int) -> None:
     from optim8.memory.drawing import draw
 
     prof = profiled(steps, growth=0)  # backward is higher than forward, which is drawn first
-    for panel in draw(prof, prof.records).axes:
+    figure = draw(prof, prof.records)
+    assert [text.get_text() for text in figure.legends[0].get_texts()].count(
+        "other, and freed\nmemory that is kept"
+    ) == 0
+    for panel in figure.axes:
         bottom, top = panel.get_ylim()
         assert bottom == 0
         assert 26 < top < 1.3 * 26

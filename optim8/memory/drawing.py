@@ -62,7 +62,9 @@ def _order(profile: Profile, records: Sequence[Record], before: int) -> dict[str
     present = [kind for kind in LOOKS if any(_mib(record, kind, before) > 0 for record in records)]
     ordered = sorted(present, key=lambda kind: kind in elsewhere)
     names = {kind: f"{kind},\nnot in the peak" if kind in elsewhere else kind for kind in ordered}
-    return {**names, "other": "other, and freed\nmemory that is kept"} if profile.source == "rss" else names
+    if profile.source == "rss" and "other" in names:
+        names["other"] = "other, and freed\nmemory that is kept"
+    return names
 
 
 def _mib(record: Record, kind: str, before: int) -> float:
