@@ -11,7 +11,7 @@ import distributed_worker
 import pytest
 import torch
 
-# (a scenario of distributed_training.py or distributed_checkpoints.py, number of processes), in order.
+# (a scenario of distributed_training.py, _checkpoints.py or _loading.py, number of processes), in order.
 STAGES = [
     ("ddp", 2),
     ("ddp", 3),
@@ -29,6 +29,15 @@ STAGES = [
     ("torch_optim_to_shards", 2),
     ("refusals", 2),
     ("paged", 2),
+    ("whole_from_rank_0", 2),
+    ("gathered_from_rank_0", 2),
+    ("into_plain_parameters_from_rank_0", 2),
+    ("strange_from_rank_0", 2),
+    ("in_place", 2),
+    ("kept_over_a_step", 2),
+    ("strange_tiles", 2),
+    ("copies", 2),
+    ("default_dtype", 2),
     # What is saved first is loaded by all that come after it.
     ("save_sharded", 2),
     ("from_rank_0", 2),

@@ -110,7 +110,8 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
 
     # In float32 as the published values of NF4 were made: grid, quantiles and quotients are each rounded.
     def quantiles(count: int) -> list[float]:
-        return [NormalDist().inv_cdf(at) for at in torch.linspace(offset, 0.5, count + 1, device="cpu")[:-1].tolist()]
+        grid = torch.linspace(offset, 0.5, count + 1, dtype=torch.float32, device="cpu")
+        return [NormalDist().inv_cdf(at) for at in grid[:-1].tolist()]
 
     positive = quantiles(8 if use_extra_value else 7)
     values = _padded([*positive, *(-value for value in quantiles(7))])
@@ -212,7 +213,7 @@ def shared_code(name: str, like: torch.Tensor) -> torch.Tensor:
         if not _check.through_op(like):
             _shared[key] = code
     # A tracer's operators take tensors of its own kind only.
-    return torch.tensor(code.tolist(), device=like.device) if _check.is_traced(like) else code
+    return torch.tensor(code.tolist(), dtype=code.dtype, device=like.device) if _check.is_traced(like) else code
 
 
 def _make_shared() -> None:

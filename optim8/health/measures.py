@@ -131,7 +131,11 @@ def _compare(moment: Moment, exact: torch.Tensor) -> MomentHealth:
     known = size > 0
     error = ((states.dequantize(moment, codes, absmax) - exact).abs() / size).clamp(max=1)
     parts = [torch.where(known, error, 0).sum(), known.sum(), (codes == 255).sum()]
-    parts += [(codes == 0).sum(), torch.zeros(())] if moment.signed else [(codes == 1).sum(), (codes > 0).sum()]
+    parts += (
+        [(codes == 0).sum(), torch.zeros((), dtype=torch.int64)]
+        if moment.signed
+        else [(codes == 1).sum(), (codes > 0).sum()]
+    )
     total, count, top, low, positive = torch.stack([part.to(torch.float64) for part in parts]).tolist()
     return MomentHealth(
         error=total / max(count, 1),

@@ -50,7 +50,7 @@ def wanted(
                 continue
             options = {**group, **({} if resolved is None else resolved.by_id.get(id(param), {}))}
             in_8_bits = made.moments[0].absmax in entry if entry else wants_8bit(options, param)
-            found[-1].append((torch.empty(parts[id(param)], device="meta"), in_8_bits))
+            found[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), in_8_bits))
             if not in_8_bits and wants_8bit({**options, "min_8bit_size": 0}, param):
                 small.append(param.numel())
     return found, small

@@ -12,10 +12,11 @@ import torch
 from torch._compile import _disable_dynamo
 
 from optim8 import _native
-from optim8.optim import checkpoint, formats, options, overrides, reset, sharded, states
+from optim8.optim import arrivals, checkpoint, formats, options, overrides, reset, sharded, states
 from optim8.optim.formats import own
 from optim8.optim.paged import PagedState
 from optim8.optim.sharded import Part
+from optim8.optim.windows import Windows
 from optim8.paging import launches
 from optim8.paging.options import pager_of
 
@@ -53,6 +54,19 @@ class BlockwiseOptimizer(PagedState):
     def _turn(self) -> Any:
         """Held by the thread that steps or loads: native code may not see state or scratch change meanwhile."""
         return self.__dict__.setdefault("_turns", RLock())  # setdefault: two threads that ask first get the same
+
+    @cached_property
+    def _windows(self) -> Windows:
+        """What state dicts show of sharded state."""
+        return Windows(self._turn)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._windows.sync()
+        return super().__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedState:
+        self._windows.sync()
+        return super().__deepcopy__(memo)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -132,6 +146,7 @@ class BlockwiseOptimizer(PagedState):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
+        self._windows.sync()
         if self._store is not None:
             self._store.check_params(self.param_groups)
         parts = self._parts(scale, found_inf)
@@ -151,6 +166,7 @@ class BlockwiseOptimizer(PagedState):
                 run(table, type(self).__name__, scale, found_inf)
             finally:
                 local.copy_back()
+        self._windows.show()
         if scale is not None:
             self._unscale_gradients(scale)
 
@@ -317,6 +333,7 @@ class BlockwiseOptimizer(PagedState):
         """
         chosen = reset.chosen(f"{type(self).__name__}.reset_state", self.param_groups, params)
         with self._turn:
+            self._windows.sync()
             self._resolved()
             launches.settle()
             stateful = [(param, group) for param, group in chosen if self.state.get(param)]
@@ -338,6 +355,7 @@ class BlockwiseOptimizer(PagedState):
         Raises:
             ValueError: parameters are those of FullyShardedDataParallel, and their state may be 8-bit.
         """
+        self._windows.sync()
         self._note_state_dict()
         self._resolved()
         launches.settle()
@@ -349,7 +367,8 @@ class BlockwiseOptimizer(PagedState):
             key: own.with_dim_order(self.moments, entry) if isinstance(entry, dict) else entry
             for key, entry in packed["state"].items()
         }
-        return sharded.saved_state_dict(self.moments, params, {**packed, "state": state, "param_groups": groups})
+        packed = {**packed, "state": state, "param_groups": groups}
+        return sharded.saved_state_dict(type(self).__name__, self.moments, params, packed, self._windows)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.
@@ -372,11 +391,13 @@ class BlockwiseOptimizer(PagedState):
                 f"{owner}: state_dict must be a dict, as state_dict() gives it, got {type(state_dict).__name__}."
             )
         launches.settle()
+        self._windows.sync()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
+        state_dict = arrivals.sort(owner, self.moments, self.param_groups, self.state, state_dict)
         known = formats.recognise(owner, self.rule, state_dict)
         saved = [
             known.read_group(f"{owner}: param_groups[{index}]", self.rule, group)

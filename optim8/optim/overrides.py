@@ -169,7 +169,7 @@ def _check_idle(owner: str, made: _Override, groups: Groups) -> None:
 def _split(
     params: list[torch.Tensor], by_id: dict[int, dict[str, Any]]
 ) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, dtype=torch.float32)
     parts: list[tuple[dict[str, Any], list[torch.Tensor]]] = []
     for at, param in enumerate(params):
         changes = by_id.get(id(param), {})

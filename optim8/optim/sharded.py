@@ -14,8 +14,10 @@ from typing import Any, TypeAlias
 import torch
 
 from optim8.optim import sources, states, tiles
+from optim8.optim.inbox import Inbox, absent_keys, nothing
 from optim8.optim.sources import Codes, Entry, Source, Tiled
 from optim8.optim.states import BLOCK, Moment
+from optim8.optim.windows import Window, Windows
 
 
 def _dtensor() -> Any:
@@ -142,7 +144,15 @@ def _ways(param: Any) -> dict[int, int]:
     return ways
 
 
-def _wrap(shard: torch.Tensor, shape: Sequence[int], stride: Sequence[int], param: Any) -> torch.Tensor:
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own. A DTensor around a view that begins within a storage can neither be
+    copied nor saved by torch; and whoever saves one around a part of a storage saves all of that."""
+    if tensor.numel() == 0:
+        return torch.empty_like(tensor)
+    return torch.utils.dlpack.from_dlpack(tensor).as_strided(tensor.shape, tensor.stride())
+
+
+def wrap(shard: torch.Tensor, shape: Sequence[int], stride: Sequence[int], param: Any) -> torch.Tensor:
     """A DTensor around this shard, without a copy, that lies over the ranks as `param` does."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -166,33 +176,52 @@ def check_can_save(owner: str, groups: Sequence[dict[str, Any]]) -> None:
 
 
 def saved_state_dict(
-    moments: Sequence[Moment], params: Sequence[torch.Tensor], saved: dict[str, Any]
+    owner: str, moments: Sequence[Moment], params: Sequence[torch.Tensor], saved: dict[str, Any], windows: Windows
 ) -> dict[str, Any]:
     """A state dict in which the state of DTensors is DTensors of the whole parameter's shape, with tiles for scales.
 
-    Nothing is sent between ranks. 32-bit state and codes are not copied.
+    Nothing is sent between ranks. 32-bit state and codes are not copied. The tiles are put into `windows`, and the keys
+    under which a state has nothing are kept open (inbox.py).
     """
     if _dtensor() is None or not any(is_dtensor(param) for param in params):
         return saved
     state = dict(saved["state"])
-    for index, param in enumerate(params):
-        if is_dtensor(param) and state.get(index):
-            state[index] = _saved_entry(moments, param, state[index])
+    with torch.inference_mode(False):  # tiles are written to later
+        for index, param in enumerate(params):
+            if is_dtensor(param) and state.get(index):
+                state[index] = _saved_entry(f"{owner}: state[{index}]", moments, param, state[index], windows)
     return {**saved, "state": state}
 
 
-def _saved_entry(moments: Sequence[Moment], param: Any, entry: dict[str, Any]) -> dict[str, Any]:
+def _saved_entry(
+    where: str, moments: Sequence[Moment], param: Any, entry: dict[str, Any], windows: Windows
+) -> dict[str, Any]:
     saved = dict(entry)
-    shape = tuple(param.shape)
+    shape, in_8_bits = tuple(param.shape), moments[0].absmax in entry
     for moment in moments:
         values = moment.values(entry)
-        saved[moment.key(moment.absmax in entry)] = _wrap(values, shape, states.dense_stride(param), param)
-        if moment.absmax in entry:
-            lead, size = tiles.tiling(shape, _ways(param), param.is_contiguous() and values.is_contiguous())
+        inbox = Inbox.around(_alone(values), id(saved))
+        saved[moment.key(in_8_bits)] = wrap(inbox, shape, states.dense_stride(param), param)
+        if in_8_bits:
+            lead, size = tiling_of(param, values.is_contiguous())
             cut = tiles.from_absmax(tuple(values.shape), values.stride(), entry[moment.absmax], lead, size)
             whole = tiles.tiled_shape(shape, lead, size)
-            saved[moment.absmax] = _wrap(cut, whole, torch.empty(whole, device="meta").stride(), param)
+            inbox = Inbox.around(cut, id(saved))
+            saved[moment.absmax] = wrap(inbox, whole, contiguous_stride(whole), param)
+            windows.add(inbox, Window(where, moment, values, entry[moment.absmax], cut, lead, size))
+    for key in absent_keys(moments, in_8_bits):
+        empty = nothing(param, values.device)  # torch takes all tensors to be on one device
+        saved[key] = wrap(Inbox.around(empty, id(saved)), empty.shape, empty.stride(), param)
     return saved
+
+
+def tiling_of(param: Any, contiguous: bool = True) -> tuple[int, int]:
+    """How the tiles of a sharded parameter lie (tiles.tiling); `contiguous`: whether its shard is."""
+    return tiles.tiling(tuple(param.shape), _ways(param), contiguous and param.is_contiguous())
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    return torch.empty(shape, dtype=torch.uint8, device="meta").stride()
 
 
 def _shard_of(where: str, name: str, value: torch.Tensor, param: Any) -> torch.Tensor:
@@ -227,7 +256,7 @@ def copy_beside(value: Any, param: torch.Tensor) -> Any:
     shard = local(param)
     if is_dtensor(param) and value.shape == param.shape:
         cut = _shard_of("", "", value.detach(), param).to(shard.device, copy=True)
-        return _wrap(cut, value.shape, states.dense_stride(param), param)
+        return wrap(cut, value.shape, states.dense_stride(param), param)
     return value.detach().to(shard.device, copy=True)
 
 
@@ -278,5 +307,5 @@ def _tiled(source: Codes, param: Any) -> Tiled:
     codes, absmax = source.codes, source.absmax
     if is_dtensor(absmax):
         absmax = absmax.full_tensor()  # type: ignore[attr-defined]
-    lead, size = tiles.tiling(tuple(param.shape), _ways(param), codes.is_contiguous() and param.is_contiguous())
+    lead, size = tiling_of(param, codes.is_contiguous())
     return Tiled(codes, tiles.from_absmax(tuple(codes.shape), codes.stride(), absmax, lead, size))

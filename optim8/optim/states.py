@@ -77,7 +77,7 @@ class _Arena:
         self.dtype, self.device, self.fill = dtype, device, fill
         self.step = max(1, align // dtype.itemsize)
         self.size = 0
-        self.flat = torch.empty(0)
+        self.flat = torch.empty(0, dtype=dtype)
 
     def place(self, shape: Sequence[int]) -> int:
         """Make room for a tensor; gives where it will be."""

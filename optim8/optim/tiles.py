@@ -131,9 +131,11 @@ def _requantize(
     moment: Moment, codes: torch.Tensor, absmax: torch.Tensor, joined: torch.Tensor, scales: torch.Tensor
 ) -> None:
     """Quantize the blocks `joined` anew; `scales` has one for each of their values."""
-    index = joined[:, None] * BLOCK + torch.arange(BLOCK, device=codes.device)
+    index = joined[:, None] * BLOCK + torch.arange(BLOCK, dtype=torch.int64, device=codes.device)
     inside = index < codes.numel()  # the last block may be shorter
-    table = torch.tensor(_native.module_for(codes.device, "optim8").dynamic_map(moment.signed), device=codes.device)
+    table = torch.tensor(
+        _native.module_for(codes.device, "optim8").dynamic_map(moment.signed), dtype=torch.float32, device=codes.device
+    )
     values = table[codes[index.clamp(max=codes.numel() - 1)].int()] * scales * inside
     new_codes, new_absmax = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(absmax[joined])
     states.quantize(moment, values, new_codes, new_absmax)

@@ -20,7 +20,7 @@ def of(tensor: torch.Tensor) -> str | None:
     if tensor.device.type != "cpu" or (size > 0 and tensor.untyped_storage().nbytes() == 0):
         return None
     if size > SAMPLE:
-        places = torch.arange(SAMPLE, device="cpu") * (size - 1) // (SAMPLE - 1)
+        places = torch.arange(SAMPLE, dtype=torch.int64, device="cpu") * (size - 1) // (SAMPLE - 1)
         tensor = tensor[torch.unravel_index(places, tensor.shape)]
     # Contiguous tensors of 0 or 1 element may have any stride; a clone has 1.
     values = tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -1,0 +1,72 @@
+"""Tensors of a sharded state dict that take whatever torch.distributed.checkpoint.state_dict copies into them.
+
+It loads a whole dict into the optimizer's own. With `broadcast_from_rank0=True` only rank 0 has the dict that is
+loaded; to the others torch sends those tensors for which the optimizer's own state dict has the key, and copies the
+part of each rank into the local tensor there. So that moments in another precision arrive, and scales that are not
+tiles, a sharded state has every key that a dict may bring: where the optimizer has nothing, an empty tensor stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from optim8.optim.states import Moment
+
+
+class Inbox(torch.Tensor):
+    """A local tensor of a state dict. What torch copies into it and does not fit is kept beside. Copied or saved, it is
+    an ordinary tensor.
+
+    came: what did not fit, or None.
+    touched: whether anything was copied into it by its own method, as torch does where it loads a whole dict.
+    home: id of the state that it was put into.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    came: torch.Tensor | None
+    touched: bool
+    home: int
+
+    @classmethod
+    def around(cls, tensor: torch.Tensor, home: int) -> Inbox:
+        """An inbox with the memory and the version of `tensor`."""
+        inbox = tensor.as_subclass(cls)
+        inbox.came, inbox.touched, inbox.home = None, False, home
+        return inbox
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Inbox:
+        self.touched = True
+        if source.shape == self.shape and source.is_floating_point() == self.is_floating_point():
+            super().copy_(source, non_blocking)
+        else:
+            self.came = source.detach().clone()  # a part of a whole tensor, which goes
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return deepcopy(self.as_subclass(torch.Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def absent_keys(moments: Sequence[Moment], in_8_bits: bool) -> list[str]:
+    """The keys under which a state in this precision has nothing."""
+    return [key for m in moments for key in ((m.name,) if in_8_bits else (m.codes, m.absmax))]
+
+
+def nothing(param: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What stands under a key that is only kept open: it has a dimension more than the parameter, and no other tensor
+    of a state has 0 in all of them."""
+    return torch.empty((0,) * (param.dim() + 1), dtype=torch.float32, device=device)
+
+
+def is_nothing(value: Any, param: torch.Tensor) -> bool:
+    """Whether a value of a saved state only keeps a key open."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == param.dim() + 1 and not any(value.shape)
+    return isinstance(value, dict) and not value  # torch makes {} of keys that a flat dict lacks

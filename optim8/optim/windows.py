@@ -1,0 +1,120 @@
+"""The tiles of sharded state that state dicts hold: copies that stay in step with the state.
+
+What torch.optim puts into a state dict is the state itself: torch.distributed.checkpoint loads into it, and a dict that
+lives on over a step tells of the newest state. Tiles are computed, so what others write into them is brought to the
+state, and what a step does to the state, to them. A dict that nobody holds any more costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from optim8.optim import tiles
+from optim8.optim.states import Moment
+from optim8.paging import launches
+from optim8.paging.segments import copy
+
+
+@dataclass(eq=False)
+class Window:
+    """One tensor of tiles, and the state of which it tells.
+
+    where: names the state, for messages.
+    shown: the tiles, in the memory of the tensor that was handed out.
+    lead, size: how the tiles lie (tiles.tiling).
+    """
+
+    where: str
+    moment: Moment
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    shown: torch.Tensor
+    lead: int
+    size: int
+    _then: torch.Tensor = field(init=False)  # the scales that were shown; versions of tensors miss writes to DTensors
+
+    def __post_init__(self) -> None:
+        self._then = self.absmax.clone()
+
+    def sync(self) -> None:
+        """Bring what was written to the state; where nothing was, what the state is now to the tiles.
+
+        Raises:
+            ValueError: these are no tiles; the state is as it was.
+        """
+        if not torch.equal(self.shown, self._tiles()):
+            codes, absmax = tiles.to_absmax(self.where, self.moment, self.codes, self.shown, self.codes.stride())
+            copy(self.codes, codes)
+            copy(self.absmax, absmax)
+            self.show()  # blocks that were put together have one scale now
+        elif not torch.equal(self.absmax, self._then):
+            self.show()
+
+    def show(self) -> None:
+        """Bring the state to the tiles."""
+        self._then = self.absmax.clone()
+        with torch.no_grad():
+            self.shown.copy_(self._tiles())
+
+    def _tiles(self) -> torch.Tensor:
+        return tiles.from_absmax(tuple(self.codes.shape), self.codes.stride(), self._then, self.lead, self.size)
+
+
+class Windows:
+    """All windows of an optimizer. `turn` is held by the thread that steps or loads."""
+
+    def __init__(self, turn: Any) -> None:
+        self._turn = turn
+        self._open: dict[int, tuple[weakref.ref[torch.Tensor], Window]] = {}
+
+    def add(self, handed_out: torch.Tensor, window: Window) -> None:
+        """Keep `window` for as long as someone holds `handed_out`, the tensor of its tiles."""
+        reference = weakref.ref(handed_out, self._close)
+        self._open[id(reference)] = reference, window
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
+    def sync(self) -> None:
+        """Bring what was written into tiles to the state.
+
+        Raises:
+            ValueError: names the state whose tiles are none any more.
+        """
+        if self._open and not _is_capturing():
+            launches.settle()
+            for key, (reference, window) in list(self._open.items()):
+                window.sync()
+                if reference() is None:
+                    self._open.pop(key, None)
+
+    def show(self) -> None:
+        """Bring the state to the tiles."""
+        if self._open and not _is_capturing():
+            launches.settle()
+            for _, window in list(self._open.values()):
+                window.show()
+
+    def _close(self, reference: weakref.ref[torch.Tensor]) -> None:
+        """Nobody holds the tiles any more: what was written goes to the state now, so that whoever looks finds it; if
+        that cannot be, at the next step, which tells of what is wrong."""
+        if sys.is_finalizing() or _is_capturing() or not self._turn.acquire(blocking=False):
+            return  # tensors cannot be made any more, or this thread may not
+        try:
+            launches.settle()
+            self._open[id(reference)][1].sync()
+            del self._open[id(reference)]
+        except ValueError:
+            pass
+        finally:
+            self._turn.release()
+
+
+def _is_capturing() -> bool:
+    """Whether what runs now goes into a CUDA graph: nothing may be looked at, and the replays do not come by here."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
