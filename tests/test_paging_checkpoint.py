@@ -153,3 +153,34 @@ def test_groups_and_conversions(tmp_path: Path) -> None:
         other.step()
         ends.append((snapshot(optimizer), snapshot(other)))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("where", ["resident", "paged", "kept", "resumed"])
+def test_the_state_of_one_parameter_is_saved_and_copied_alone(where: str, tmp_path: Path) -> None:
+    """And not with the memory of all."""
+    keep = {"directory": tmp_path / "kept", "keep": True}
+    pager = {"resident": None, "paged": Pager(directory=tmp_path)}.get(where, Pager(**keep))
+    params = [
+        parameter(hostile(n, torch.float32, seed=n), hostile(n, torch.float32, seed=1)) for n in (40_000, 5000, 3)
+    ]
+    optimizer = CASES["AdamW8bit"].make(params, paged=pager)
+    optimizer.step()
+    if where == "resumed":
+        optimizer.close()
+        optimizer = CASES["AdamW8bit"].make(params, paged=Pager(**keep, resume=True))
+    for p in params:
+        entry = optimizer.state[p]
+        sizes = {name: tensor.untyped_storage().nbytes() for name, tensor in entry.items()}
+        assert all(sizes[name] - tensor.nbytes < 64 for name, tensor in entry.items())
+        file = io.BytesIO()
+        torch.save(entry, file)
+        assert file.tell() < sum(sizes.values()) + 4096
+        file.seek(0)
+        for saved in (torch.load(file), copy.deepcopy(entry)):
+            assert {name: bits(tensor) for name, tensor in saved.items()} == {
+                name: bits(tensor) for name, tensor in entry.items()
+            }
+    before = {name: bits(tensor) for name, tensor in optimizer.state[params[1]].items()}
+    alone = optimizer.state[params[1]]
+    del optimizer  # its memory stays as long as any of its tensors
+    assert {name: bits(tensor) for name, tensor in alone.items()} == before

@@ -2,7 +2,7 @@
 
 Moments in 8 bits are `name_codes` (uint8, of the parameter's shape and strides) and `name_absmax` (float32, one for
 each 256 consecutive values in memory order); in 32 bits `name` alone, float32. Codes never stand under `name`: other
-optimizers would take them for values. The tensors of one allocation are views of a few flat arenas.
+optimizers would take them for values. The tensors of one allocation lie in a few flat arenas.
 """
 
 from __future__ import annotations
@@ -82,8 +82,15 @@ class _Arena:
     def place(self, shape: Sequence[int]) -> int:
         """Make room for a tensor; gives where it will be."""
         at = self.size
-        self.size += -(-math.prod(shape) // self.step) * self.step
+        self.size += self._room(shape)
         return at
+
+    def _room(self, shape: Sequence[int]) -> int:
+        return -(-math.prod(shape) // self.step) * self.step
+
+    def cut(self, at: int, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+        """The tensor for which room was made there; its storage goes up to the next one."""
+        return _part(self.flat, at, self._room(shape), shape, stride)
 
 
 def _beside(arenas: Sequence[_Arena]) -> None:
@@ -211,13 +218,18 @@ def _allocate(
         cuts.append(cut)
     make((steps, scales, *codes.values(), floats))
     # Parameter by parameter, so that the small objects a step must look at lie together.
-    return [
-        {
-            name: arena.flat.as_strided(shape, stride, arena.flat.storage_offset() + at)
-            for name, arena, shape, stride, at in cut
-        }
-        for cut in cuts
-    ]
+    return [{name: arena.cut(at, shape, stride) for name, arena, shape, stride, at in cut} for cut in cuts]
+
+
+def _part(flat: torch.Tensor, at: int, size: int, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """A tensor in the memory of a flat one, with a storage of its own of `size` elements from `at` on: torch saves and
+    copies a tensor with its whole storage, and who saves the state of one parameter does not mean that of all."""
+    begin = flat.storage_offset() + at
+    if flat.device.type == "meta":
+        return flat.as_strided(shape, stride, begin)  # the planner counts allocations
+    bytes_ = flat.dtype.itemsize
+    storage = flat.untyped_storage()[begin * bytes_ : (begin + size) * bytes_]  # no copy; keeps the whole alive
+    return torch.empty(0, dtype=flat.dtype, device=flat.device).set_(storage, 0, tuple(shape), tuple(stride))
 
 
 def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:
@@ -227,8 +239,8 @@ def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:
         by_device.setdefault(param.device, []).append(entry)
     for device, of_device in by_device.items():
         counts = torch.stack([entry["step"] for entry in of_device]).to(device)
-        for entry, count in zip(of_device, counts.unbind(), strict=True):
-            entry["step"] = count
+        for at, entry in enumerate(of_device):
+            entry["step"] = _part(counts, at, 1, (), ())
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
