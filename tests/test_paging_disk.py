@@ -213,13 +213,15 @@ def small_files() -> Iterator[Any]:
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fault", ["write", "read"])
-def test_a_disk_that_fails_in_a_step_is_an_error_and_the_state_is_refused(
+def test_a_disk_that_fails_in_a_step_is_an_error_and_the_run_returns_to_its_checkpoint(
     fault: str, small_files: Any, tmp_path: Path
 ) -> None:
-    p = parameter(torch.ones(2**21), torch.ones(2**21))
-    pager = Pager(directory=tmp_path / "kept", keep=True, bucket="1MiB", host_budget="2MiB")
-    optimizer = optim8.AdamW8bit([p], paged=pager)
+    p, twin = (parameter(torch.ones(2**21), torch.ones(2**21)) for _ in range(2))
+    reference = optim8.AdamW8bit([twin])
+    keep: dict[str, Any] = {"directory": tmp_path / "kept", "keep": True, "bucket": "1MiB", "host_budget": "2MiB"}
+    optimizer = optim8.AdamW8bit([p], paged=Pager(**keep))
     optimizer.step()
+    reference.step()
     optimizer.note_checkpoint("runs/last.pt")
     path = tmp_path / "kept" / "state-0.bin"
     size = path.stat().st_size
@@ -235,9 +237,17 @@ def test_a_disk_that_fails_in_a_step_is_an_error_and_the_state_is_refused(
     assert ("written: File too large" if fault == "write" else "read: Input/output error") in str(error.value)
     with pytest.raises(RuntimeError, match=r"interrupted|earlier step ended in the middle"):
         optimizer.step()
+    with pytest.raises(RuntimeError, match=r"interrupted, so the state .* half old and half new"):
+        optimizer.note_checkpoint("runs/last.pt")
     optimizer.close()
     with pytest.raises(RuntimeError, match=r"ended while it was stepping, after step 1.*'runs/last.pt' of step 1"):
-        optim8.AdamW8bit([p], paged=Pager(directory=tmp_path / "kept", keep=True, resume=True))
+        optim8.AdamW8bit([p], paged=Pager(**keep, resume=True, changed_params=True))
+    with torch.no_grad():
+        p.copy_(twin)
+    optimizer = optim8.AdamW8bit([p], paged=Pager(**keep, resume=True))
+    optimizer.step()
+    reference.step()
+    assert snapshot(optimizer) == snapshot(reference)
 
 
 @pytest.mark.usefixtures("way")
