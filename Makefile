@@ -56,9 +56,14 @@ demo: $(call with,experiments) ## train a small GPT with AdamW, AdamW8bit and Li
 	$(BIN)/python experiments/train_lm.py $(ARGS)
 
 # At most four at a time, each with its share of the processors. A file stays together: its tests share what is costly.
+PYTEST := $(BIN)/pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 .PHONY: test
 test: $(call with,test,experiments) ## run the tests and the examples in docstrings
-	$(BIN)/pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --doctest-modules optim8 tests $(ARGS)
+	$(PYTEST) --doctest-modules optim8 tests $(ARGS)
+
+.PHONY: test-pythons
+test-pythons: ## run the tests on each Python here, in environments of their own (ARGS=--help)
+	@$(PYTHON) tests/pythons.py $(ARGS)
 
 # The package goes to a folder of its own, so a sanitized module never mixes with the normal one. Leaks are not looked
 # for: CPython and torch keep what they allocate. libstdc++ is preloaded so that AddressSanitizer finds its throw.
@@ -72,7 +77,7 @@ test-sanitize: $(call with,test) ## run the tests of native CPU code under Addre
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(SANITIZED) OPTIM8_TESTED_PACKAGE=$(SANITIZED) \
-	$(BIN)/pytest --quiet -m "not slow" $(SANITIZED_TESTS) $(ARGS)
+	$(PYTEST) -m "not slow" $(SANITIZED_TESTS) $(ARGS)
 
 .PHONY: lint
 lint: $(call with,test,experiments,lint) ## check style and types
