@@ -30,11 +30,11 @@ ABOUT = (
 )
 # Every module compiles without a warning, and the native module of this Python loads and knows what it was built for.
 WITHOUT_TORCH = """
-import glob, importlib.util, sys, sysconfig, warnings
+import importlib.util, pathlib, sysconfig, warnings
 warnings.simplefilter("error")
-for path in sorted(glob.glob("**/*.py", root_dir=".", recursive=True)):
-    if path.split("/")[0] in ("optim8", "experiments", "tests"):
-        compile(open(path, encoding="utf-8").read(), path, "exec", dont_inherit=True)
+for folder in ("optim8", "experiments", "tests"):
+    for path in sorted(pathlib.Path(folder).rglob("*.py")):
+        compile(path.read_text(encoding="utf-8"), path, "exec", dont_inherit=True)
 spec = importlib.util.spec_from_file_location("_cpu", "optim8/_cpu" + sysconfig.get_config_var("EXT_SUFFIX"))
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)

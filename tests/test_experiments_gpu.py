@@ -18,7 +18,7 @@ from experiments_harness import EXPERIMENTS, read
 FAKE = Path(__file__).resolve().parent / "fake_cuda"
 
 # Leaves a child behind that holds the output open, as a test that starts processes does.
-SILENT = "import subprocess, sys, time; subprocess.Popen(['sleep', '1000']); print('begun'); time.sleep(1000)"
+SILENT = "sleep 1000 & echo begun; sleep 1000"
 
 
 @pytest.fixture
@@ -29,8 +29,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return commands
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+def shell(code: str) -> list[str]:
+    """A command that begins at once, on a busy machine too."""
+    return ["sh", "-c", code]
 
 
 def test_this_process_has_no_fake_gpu() -> None:
@@ -53,9 +54,9 @@ def left_of(group: int) -> list[str]:
 def test_what_is_silent_is_ended_with_its_children_and_the_rest_is_kept(commands: ModuleType) -> None:
     told: list[str] = []
     listed = [
-        commands.Command("first", python("print('one'); raise SystemExit(3)")),
-        commands.Command("silent", python(f"import os; print(os.getpid()); {SILENT}")),
-        commands.Command("never", python("print('two')")),
+        commands.Command("first", shell("echo one; exit 3")),
+        commands.Command("silent", shell(f"echo $$; {SILENT}")),
+        commands.Command("never", shell("echo two")),
     ]
     found = commands.run_all(listed, commands.Deadline(3), done=lambda name, outcome: told.append(name))
     assert told == ["first", "silent", "never"]
@@ -68,8 +69,8 @@ def test_what_is_silent_is_ended_with_its_children_and_the_rest_is_kept(commands
 
 def test_a_limit_of_its_own_leaves_time_for_others(commands: ModuleType) -> None:
     listed = [
-        commands.Command("silent", python(SILENT), seconds=1),
-        commands.Command("other", python("print('two')")),
+        commands.Command("silent", shell(SILENT), seconds=1),
+        commands.Command("other", shell("echo two")),
     ]
     found = commands.run_all(listed, commands.Deadline(100))
     assert found["silent"].state == commands.ENDED
