@@ -16,7 +16,7 @@ from optim8.optim import arrivals, checkpoint, formats, options, overrides, rese
 from optim8.optim.formats import own
 from optim8.optim.paged import PagedState
 from optim8.optim.sharded import Part
-from optim8.optim.windows import Windows
+from optim8.optim.windows import Windows, is_capturing
 from optim8.paging import launches
 from optim8.paging.options import pager_of
 
@@ -33,6 +33,7 @@ class BlockwiseOptimizer(PagedState):
     _step_supports_amp_scaling = False
 
     _known_overrides: overrides.Resolved | None = None
+    _state_seen = False  # whether all state was made or looked at here
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         owner = type(self).__name__
@@ -147,6 +148,8 @@ class BlockwiseOptimizer(PagedState):
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
         self._windows.sync()
+        if not self._state_seen and not is_capturing():
+            self._check_scales()
         if self._store is not None:
             self._store.check_params(self.param_groups)
         parts = self._parts(scale, found_inf)
@@ -178,6 +181,20 @@ class BlockwiseOptimizer(PagedState):
                 by_device.setdefault(grad.device, []).append(grad)
         for device, grads in by_device.items():
             torch._foreach_div_(grads, scale.to(device, non_blocking=True))
+
+    def _check_scales(self) -> None:
+        """Look once at state that was there before the first step: nobody knows whose hands it went through."""
+        for at, group in enumerate(self.param_groups):
+            for index, param in enumerate(group["params"]):
+                entry = self.state.get(param) or {}
+                where = f"{type(self).__name__}: parameter {index} of group {at}: state"
+                for moment in self.moments:
+                    codes, absmax = entry.get(moment.codes), entry.get(moment.absmax)
+                    if not (type(codes) is type(absmax) is torch.Tensor and codes.dtype == torch.uint8):
+                        continue  # of what else is wrong the step tells itself
+                    if absmax.shape == (states.blocks(codes.numel()),) and codes.stride() == states.dense_stride(codes):
+                        states.check_scales(where, moment, states.flat(codes), absmax)
+        self._state_seen = True
 
     def _supply(
         self, parts: list[Part], local: sharded.LocalStep, relaid: list[dict[int, torch.Tensor]], wanted: list[Any]
@@ -414,6 +431,7 @@ class BlockwiseOptimizer(PagedState):
             )
             self.__setstate__({"state": state, "param_groups": groups})
             self._known_overrides = None
+            self._state_seen = True
             if self._store is not None:
                 self._store.end_loading(self.param_groups, self.state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -243,6 +243,31 @@ def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:
             entry["step"] = _part(counts, at, 1, (), ())
 
 
+def check_scales(where: str, moment: Moment, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raise ValueError where codes stand for values and their scale is 0, as when scales were lost on the way.
+
+    Other libraries write any code into a block of zeros, but one and the same.
+
+    Args:
+        where: names the state, for messages.
+        moment: which state it is.
+        codes: uint8 [n], in the order of the scales.
+        scales: float32 [ceil(n / 256)].
+    """
+    zero = (scales == 0).nonzero()[:, 0]
+    whole = codes.numel() // BLOCK
+    last = codes[whole * BLOCK :]
+    lost = bool((last != last[:1]).any()) and bool((zero == whole).any())
+    for part in torch.split(zero[zero < whole], 2**12):  # a copy of a megabyte at a time
+        rows = codes[: whole * BLOCK].view(-1, BLOCK)[part]
+        lost = lost or bool((rows != rows[:, :1]).any())
+    if lost:
+        raise ValueError(
+            f"{where}[{moment.codes!r}] has values where {moment.absmax!r} is 0: the scales were lost on the way. Load "
+            "the whole checkpoint with load_state_dict."
+        )
+
+
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a dense tensor in memory order, as a view of one dimension."""
     return tensor.as_strided((tensor.numel(),), (1,))

@@ -121,7 +121,9 @@ def to_absmax(
     missing = -scales.numel() % (BLOCK // size)
     of_block = torch.cat((scales, scales[-1:].expand(missing))).view(-1, BLOCK // size)
     absmax = of_block[:, 0].clone()
-    joined = (of_block != absmax[:, None]).any(dim=1).nonzero()[:, 0]
+    several = (of_block != absmax[:, None]).any(dim=1)
+    states.check_scales(where, moment, states.flat(out), absmax.masked_fill(several, 1))
+    joined = several.nonzero()[:, 0]
     if joined.numel():
         _requantize(moment, states.flat(out), absmax, joined, of_block[joined].repeat_interleave(size, dim=1))
     return out, absmax

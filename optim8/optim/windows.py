@@ -86,7 +86,7 @@ class Windows:
         Raises:
             ValueError: names the state whose tiles are none any more.
         """
-        if self._open and not _is_capturing():
+        if self._open and not is_capturing():
             launches.settle()
             for key, (reference, window) in list(self._open.items()):
                 window.sync()
@@ -95,7 +95,7 @@ class Windows:
 
     def show(self) -> None:
         """Bring the state to the tiles."""
-        if self._open and not _is_capturing():
+        if self._open and not is_capturing():
             launches.settle()
             for _, window in list(self._open.values()):
                 window.show()
@@ -103,7 +103,7 @@ class Windows:
     def _close(self, reference: weakref.ref[torch.Tensor]) -> None:
         """Nobody holds the tiles any more: what was written goes to the state now, so that whoever looks finds it; if
         that cannot be, at the next step, which tells of what is wrong."""
-        if sys.is_finalizing() or _is_capturing() or not self._turn.acquire(blocking=False):
+        if sys.is_finalizing() or is_capturing() or not self._turn.acquire(blocking=False):
             return  # tensors cannot be made any more, or this thread may not
         try:
             launches.settle()
@@ -115,6 +115,6 @@ class Windows:
             self._turn.release()
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
     """Whether what runs now goes into a CUDA graph: nothing may be looked at, and the replays do not come by here."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -50,6 +50,8 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
                 continue
             scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (states.blocks(param.numel()),))
             read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales))
+            if type(values) is type(scales) is torch.Tensor:  # those of DTensors are looked at shard by shard
+                states.check_scales(where, moment, states.flat(states.dense(values)), scales.to(values.device))
     for key, value in entry.items():
         if key not in known:
             if isinstance(key, str) and "exp_avg" in key:  # a moment of another rule, or one that was renamed
