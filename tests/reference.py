@@ -93,13 +93,16 @@ def encode(x: Array, signed: bool) -> tuple[npt.NDArray[np.uint8], Array]:
     return codes, absmax
 
 
-def wrong_codes(codes: npt.NDArray[np.uint8], new: Rounded, signed: bool) -> npt.NDArray[np.intp]:
+def wrong_codes(
+    codes: npt.NDArray[np.uint8], new: Rounded, signed: bool, absmax: Array | None = None
+) -> npt.NDArray[np.intp]:
     """Positions whose code is not the nearest entry to any quotient that float32 may have computed for `new`.
+    `absmax`: the scales, if they are not the largest magnitudes.
 
     The quotient y = x * (1 / absmax) has the error of x, the error of absmax (a maximum is as far off as its worst
     candidate) and two roundings. A code nearest to some y' within d of y is at most 2 d farther from y than the best.
     """
-    top = block_max(new.value)
+    top = block_max(new.value) if absmax is None else absmax
     top_error = per_element(block_max(new.error), new.value.size)
     top = per_element(top, new.value.size)
     x = np.where(top > 0, new.value, 0.0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from convert_harness import converted_scales
 from harness import bits, hostile
 from rounding import Rounded
 
@@ -98,11 +99,10 @@ def test_a_block_of_several_is_quantized_once(moment: Moment, count: int, first:
             assert bits(new_codes[at].clone()) == bits(codes[at].clone())
             assert absmax[block] == scales[0]
             continue
-        assert absmax[block] == np.abs(values[at]).max()
-        wrong = reference.wrong_codes(
-            new_codes[at].numpy(), Rounded.exact(values[at].astype(np.float64)), moment.signed
-        )
-        assert not wrong.size
+        exact = values[at].astype(np.float64)
+        top = converted_scales(exact, moment.signed)
+        assert absmax[block] == top[0]
+        assert not reference.wrong_codes(new_codes[at].numpy(), Rounded.exact(exact), moment.signed, top).size
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 4), (4, 1), (4, 4), (16, 2)])
