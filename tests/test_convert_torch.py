@@ -105,7 +105,7 @@ def test_groups_names_and_partial_state() -> None:
     first, second = optimizer.param_groups
     assert (first["lr"], first["initial_lr"], first["tag"], first["betas"]) == (0.1, 0.2, "first", HYPER["betas"])
     assert (second["lr"], second["betas"], second["weight_decay"]) == (HYPER["lr"], (0.5, 0.6), 0.0)
-    assert first["param_names"] == ["c", "a"]
+    assert first["param_names"] == ["z", "x"]
     assert first["optim_bits"] == 8
     assert f not in optimizer.state or not optimizer.state[f]
     assert (optimizer.state[d]["step"], optimizer.state[e]["step"]) == (2, 1)

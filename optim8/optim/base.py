@@ -218,6 +218,7 @@ class BlockwiseOptimizer(PagedState):
         """The group's scalars; what lives on a device stays there."""
         owner = type(self).__name__
         options.normalize_group(owner, group)  # a user or a scheduler may have edited it
+        formats.groups.check(f"{owner}: a parameter group", self.rule, group)
         if group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
             raise ValueError(f"{owner}: capturable=True needs CUDA parameters, got one on cpu. Use capturable=False.")
         lr = group["lr"]
@@ -417,7 +418,10 @@ class BlockwiseOptimizer(PagedState):
         state_dict = arrivals.sort(owner, self.moments, self.param_groups, self.state, state_dict)
         known = formats.recognise(owner, self.rule, state_dict)
         saved = [
-            known.read_group(f"{owner}: param_groups[{index}]", self.rule, group)
+            {
+                name: formats.common.plain(value)
+                for name, value in known.read_group(f"{owner}: param_groups[{index}]", self.rule, group).items()
+            }
             for index, group in enumerate(state_dict["param_groups"])
         ]
         groups = checkpoint.merged_groups(owner, self.param_groups, deepcopy(saved))

@@ -18,10 +18,11 @@ from optim8.paging.store import Store
 
 
 def merged_groups(owner: str, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved groups with the optimizer's parameters; options that were not saved keep their present values.
+    """The saved groups with the optimizer's parameters and their names; options that were not saved keep their present
+    values.
 
     Raises:
-        ValueError: number or sizes of the groups differ.
+        ValueError: number or sizes of the groups differ, or a saved name is that of a parameter in another place.
     """
     if len(groups) != len(saved):
         raise ValueError(f"{owner}: param_groups must be {len(groups)} groups, got {len(saved)}.")
@@ -32,8 +33,25 @@ def merged_groups(owner: str, groups: list[dict[str, Any]], saved: list[dict[str
                 f"{owner}: param_groups[{index}] must have {len(group['params'])} parameters, "
                 f"got {len(loaded['params'])}."
             )
-        merged.append({**group, **loaded, "params": group["params"], "saved_ids": loaded["params"]})
+        names = {"param_names": group["param_names"]} if "param_names" in group else {}
+        merged.append({**group, **loaded, **names, "params": group["params"], "saved_ids": loaded["params"]})
+    _check_names(owner, groups, saved)
     return merged
+
+
+def _check_names(owner: str, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """State goes by position, as in torch.optim; so a parameter that the optimizer has may not stand elsewhere."""
+    places = {name: (at, i) for at, group in enumerate(groups) for i, name in enumerate(group.get("param_names", ()))}
+    for at, loaded in enumerate(saved):
+        for i, (id_, name) in enumerate(zip(loaded["params"], loaded.get("param_names", ()))):
+            here = places.get(name, (at, i))
+            # Ids that are names, as torch.distributed writes them, were brought into this order by their names.
+            if here != (at, i) and isinstance(id_, int):
+                raise ValueError(
+                    f"{owner}: param_groups[{at}]['param_names'][{i}] is {name!r}, which is parameter {here[1]} of "
+                    f"group {here[0]} here, and state goes by position. Make the optimizer with its parameters in the "
+                    "saved order; or delete 'param_names' from the groups of the dict, where the names are wrong."
+                )
 
 
 def loaded_state(

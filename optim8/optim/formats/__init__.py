@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optim8.optim.formats import bitsandbytes, own, torch_optim, torchao
+from optim8.optim.formats import bitsandbytes, common, groups, own, torch_optim, torchao
 from optim8.optim.formats.common import Format, check_rule, fail
 
 # The first that claims a dict reads it. torch.optim claims what has no state, since its options are everybody's.
@@ -21,16 +21,16 @@ def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
     for key, kind in (("state", dict), ("param_groups", list)):
         if not isinstance(state_dict.get(key), kind):
             fail(owner, repr(key), f"must be a {kind.__name__}, got {type(state_dict.get(key)).__name__}")
-    groups, state = state_dict["param_groups"], state_dict["state"]
-    for index, group in enumerate(groups):
+    saved, state = state_dict["param_groups"], state_dict["state"]
+    for index, group in enumerate(saved):
         if not isinstance(group, dict) or not isinstance(group.get("params"), list):
             fail(owner, f"param_groups[{index}]", "must be a dict with a list of 'params'")
-    ids = {key for group in groups for key in group["params"]}
+    ids = {key for group in saved for key in group["params"]}
     entries = {key: entry for key, entry in state.items() if key in ids and entry}
     for key, entry in entries.items():
         if not isinstance(entry, dict):
             fail(owner, f"state[{key!r}]", f"must be a dict, got {type(entry).__name__}")
-    claimed = next((known for known in FORMATS if known.claims(groups, list(entries.values()))), None)
+    claimed = next((known for known in FORMATS if known.claims(saved, list(entries.values()))), None)
     if claimed is None:
         key, entry = next(iter(entries.items()))
         strange = next((name for name in entry if name != "step"), "step")  # every optimizer has a step
@@ -38,7 +38,11 @@ def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
         fail(owner, which, "is no state of optim8, torch.optim, bitsandbytes, torchao or lion-pytorch")
     if claimed is not own.FORMAT:
         check_rule(owner, rule)
+    for index, group in enumerate(saved):
+        if not entries.keys().isdisjoint(group["params"]):
+            where = f"{owner}: param_groups[{index}]"
+            groups.check_complete(where, claimed.library, group, claimed.options(rule))
     return claimed
 
 
-__all__ = ["FORMATS", "Format", "recognise"]
+__all__ = ["FORMATS", "Format", "common", "groups", "recognise"]

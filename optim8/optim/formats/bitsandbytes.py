@@ -9,7 +9,7 @@ import torch
 
 from optim8 import _native
 from optim8.optim import states
-from optim8.optim.formats import common, torch_optim
+from optim8.optim.formats import common, groups
 from optim8.optim.sources import Codes, Entry, Source, same_table, values
 from optim8.optim.states import Moment
 
@@ -25,14 +25,10 @@ def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]])
 
 
 def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
-    for name, neutral in (("alpha", 0.0), ("t_alpha", None), ("t_beta3", None)):
-        if group.get(name, neutral) != neutral:
-            common.fail(where, f"[{name!r}]", f"is {group[name]}: the dict is of AdEMAMix", "Load a dict of Adam.")
     if len(group.get("betas", (0, 0))) != 2:
         common.fail(where, "['betas']", f"must be two numbers, got {group['betas']}")
-    if rule == "adam":
-        torch_optim.refuse_other_decay(where, rule, group, "['weight_decay']", "is decoupled in bitsandbytes")
-    read = {name: value for name, value in group.items() if name not in ("alpha", "t_alpha", "t_beta3")}
+    groups.check(where, rule, {"t_alpha": None, **group})  # which older versions do not write
+    read = groups.known_only(group)
     # Its SGD, RMSprop and Adagrad also have one state, under Lion's name.
     if rule == "lion" and (read.pop("eps", 0.0) or not group.get("betas", (0, 1))[1]):
         key = "eps" if group.get("eps") else "betas"
@@ -90,7 +86,11 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
     return read
 
 
-FORMAT = common.Format("bitsandbytes", False, _claims, _read_group, _read_entry)
+def _options(rule: str) -> tuple[str, ...]:
+    return ("lr", "betas", "weight_decay", *(() if rule == "lion" else ("eps",)))
+
+
+FORMAT = common.Format("bitsandbytes", False, _claims, _read_group, _read_entry, _options)
 
 
 def write_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Format:
     claims: (param_groups, states that are not empty) -> whether this is its dict.
     read_group: (where, rule, group) -> the group's options under our names.
     read_entry: (where, moments, parameter, state) -> the state as sources; nothing is copied yet.
+    options: rule -> what every group of such a dict has; a dict without is another optimizer's.
     """
 
     library: str
@@ -30,6 +31,7 @@ class Format:
     claims: Callable[[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], bool]
     read_group: Callable[[str, str, dict[str, Any]], dict[str, Any]]
     read_entry: Callable[[str, Sequence[Moment], torch.Tensor, dict[str, Any]], Entry]
+    options: Callable[[str], Sequence[str]] = lambda rule: ()
 
 
 def fail(where: str, key: str, what: str, advice: str = "") -> NoReturn:
@@ -84,6 +86,13 @@ def absmax(where: str, key: str, value: torch.Tensor) -> torch.Tensor:
     if not bool(((value >= 0) & value.isfinite()).all()):
         fail(where, f"[{key!r}]", "must be finite and not negative", "The checkpoint is damaged.")
     return value
+
+
+def plain(value: Any) -> Any:
+    """An option with Python's numbers for numpy's, which torch.load with weights_only refuses."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
 
 
 def no_other_keys(where: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optim8.optim.formats import common
+from optim8.optim.formats import common, groups
 from optim8.optim.sources import Entry, values
 from optim8.optim.states import Moment
 
@@ -30,23 +30,14 @@ def read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
         common.fail(where, "['amsgrad']", "must be False, got True", AMSGRAD_ADVICE)
     if rule == "lion" and "eps" in group:
         common.fail(where, "['eps']", "is no option of Lion", "The dict is of another optimizer, such as Adam.")
-    decoupled = group.get("decoupled_weight_decay")
-    if rule != "lion" and decoupled is not None and bool(decoupled) != (rule == "adamw"):
-        refuse_other_decay(where, rule, group, "['decoupled_weight_decay']", f"is {bool(decoupled)}")
-    dropped = (*_WAYS_TO_RUN, "amsgrad", "decoupled_weight_decay")
-    return {name: value for name, value in group.items() if name not in dropped}
+    groups.check(where, rule, group)
+    dropped = (*_WAYS_TO_RUN, "amsgrad")
+    return {name: value for name, value in groups.known_only(group).items() if name not in dropped}
 
 
-def refuse_other_decay(where: str, rule: str, group: dict[str, Any], key: str, what: str) -> None:
-    """Raise ValueError where a weight decay that is not 0 would change its meaning."""
-    if float(group.get("weight_decay", 0.0)):
-        ours, other = ("decoupled", "Adam8bit") if rule == "adamw" else ("an L2 penalty", "AdamW8bit")
-        common.fail(
-            where,
-            key,
-            f"{what} and weight_decay is {float(group['weight_decay']):g}, which is {ours} here",
-            f"Load it into {other}, or set weight_decay to 0 in the dict.",
-        )
+def options(rule: str) -> tuple[str, ...]:
+    """What Adam and AdamW have written in every version of torch, and their relatives (RAdam, NAdam) do not."""
+    return ("lr", "betas", "weight_decay", *(() if rule == "lion" else ("eps", "amsgrad")))
 
 
 def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
@@ -61,7 +52,7 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
     return read
 
 
-FORMAT = common.Format("torch.optim or lion-pytorch", False, _claims, read_group, _read_entry)
+FORMAT = common.Format("torch.optim or lion-pytorch", False, _claims, read_group, _read_entry, options)
 
 
 def write_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:

@@ -46,4 +46,4 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
     return read
 
 
-FORMAT = common.Format("torchao", False, _claims, _read_group, _read_entry)
+FORMAT = common.Format("torchao", False, _claims, _read_group, _read_entry, torch_optim.options)

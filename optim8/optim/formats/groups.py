@@ -1,0 +1,119 @@
+"""What the parameter groups of other optimizers say of the update, and what of it can be honoured.
+
+A key of a group is one of three things:
+
+1. An option of the rule, or of how it runs: lr, betas, maximize, foreach. It is honoured, or changes nothing.
+2. An option that another optimizer has beside these: `_NEUTRAL`. It is taken with the value that changes nothing, and
+   refused by its name with any other.
+3. A note of a user, a scheduler or a trainer: name, initial_lr, lr_scale. It comes along.
+
+A key that nobody here knows is a note where the group is of a library that is read here, since its options are known.
+It is an option, and refused, where the group has options of some further library (`_FURTHER`). A group without an
+option that its optimizer always writes is of another optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optim8.optim.formats import common
+from optim8.optim.options import EXTRA_DEFAULTS
+
+# Of pytorch_optimizer, timm, transformers, apex and DeepSpeed.
+_FURTHER: dict[str, Any] = {
+    "weight_decouple": True,  # False is no matter without a weight decay
+    "fixed_decay": False,
+    "ams_bound": False,
+    "adanorm": False,
+    "use_gc": False,
+    "cautious": False,
+    "caution": False,
+    "corrected_weight_decay": False,
+    "clipping_threshold": None,
+    "correct_bias": True,
+    "bias_correction": True,
+}
+_NEUTRAL: dict[str, Any] = {
+    **_FURTHER,
+    "decoupled_weight_decay": None,  # as weight_decouple, where it concerns the rule
+    "alpha": 0.0,  # of AdEMAMix, which bitsandbytes writes for every optimizer
+    "t_alpha": None,
+    "t_beta3": None,
+    "momentum_decay": None,  # of NAdam, which never has None
+}
+_OWNERS = {"momentum_decay": "NAdam", "alpha": "AdEMAMix", "t_alpha": "AdEMAMix", "t_beta3": "AdEMAMix"}
+_DECAYS = ("decoupled_weight_decay", "weight_decouple")
+
+_RUN = ("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable")
+_NOTES = (
+    *("name", "group_name", "param_names", "layer_id", "lr_scale", "lr_mult", "initial_lr", "swa_lr", "max_lr"),
+    *("min_lr", "base_momentum", "max_momentum", "max_lr_snapshot", "step"),
+)
+_PLAIN = {"params", "lr", "betas", "eps", "weight_decay", *_RUN, *_NOTES, *EXTRA_DEFAULTS, *_NEUTRAL}
+
+
+def check(where: str, rule: str, group: Mapping[str, Any]) -> None:
+    """Raise ValueError for what changes the update and cannot be honoured, by its name."""
+    if _NEUTRAL.keys().isdisjoint(group):  # as in every group that was made here; each step looks
+        return
+    present = group.keys() & _NEUTRAL.keys()
+    for name in sorted(present.difference(_DECAYS)):
+        if group[name] != _NEUTRAL[name]:
+            owner = _OWNERS.get(name)
+            what = f": the dict is of {owner}" if owner else f", which changes the update: {name} is not supported"
+            common.fail(where, f"[{name!r}]", f"is {group[name]!r}{what}", _ADVICE)
+    _check_decay(where, rule, group)
+    if present & _FURTHER.keys():
+        for name in group:
+            if name not in _PLAIN:
+                advice = "If it is a note of your own, delete it from the dict."
+                common.fail(where, f"[{name!r}]", "is no option of this optimizer or of another that is known", advice)
+
+
+_ADVICE = "Load a dict of an optimizer with the same rule."
+
+
+def _check_decay(where: str, rule: str, group: Mapping[str, Any]) -> None:
+    """A weight decay that is not 0 must mean what it meant."""
+    decay = float(group.get("weight_decay") or 0.0)
+    decoupled = rule != "adam"
+    for name in _DECAYS:
+        value = group.get(name)
+        if value is None or not decay or (rule == "lion" and name == "decoupled_weight_decay"):
+            continue
+        if rule in _OTHER_DECAY and bool(value) != decoupled:
+            _refuse(where, rule, name, f"is {bool(value)}", decay)
+    if rule == "adam" and decay and "t_alpha" in group:
+        _refuse(where, rule, "weight_decay", "is decoupled in bitsandbytes", decay)
+
+
+_OTHER_DECAY = {"adam": "Load it into AdamW8bit, or", "adamw": "Load it into Adam8bit, or", "lion": "You can"}
+
+
+def _refuse(where: str, rule: str, name: str, what: str, decay: float) -> None:
+    ours = "an L2 penalty" if rule == "adam" else "decoupled"
+    common.fail(
+        where,
+        f"[{name!r}]",
+        f"{what} and weight_decay is {decay:g}, which is {ours} here",
+        f"{_OTHER_DECAY[rule]} set weight_decay to 0 in the dict.",
+    )
+
+
+def known_only(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group that `check` has passed without the options that other optimizers have beside ours."""
+    dropped = {*_NEUTRAL, *(("step",) if group.keys() & _FURTHER.keys() else ())}
+    return {name: value for name, value in group.items() if name not in dropped}
+
+
+def check_complete(where: str, library: str, group: Mapping[str, Any], required: Sequence[str]) -> None:
+    """Raise ValueError where an option is missing that `library` always writes."""
+    for name in required:
+        if name not in group:
+            common.fail(
+                where,
+                f"[{name!r}]",
+                f"is missing, which the dicts of {library} have: this one is of another optimizer",
+                "Only where you know that its rule is the same, put the option into the dict.",
+            )
