@@ -14,11 +14,11 @@ from optim8.optim import BlockwiseOptimizer, options, sharded
 from optim8.optim import report as reports
 from optim8.optim.formats import bitsandbytes, own, torch_optim
 from optim8.optim.formats.common import check_rule
-from optim8.optim.report import Report, Row, report
+from optim8.optim.report import Note, Report, Row, report
 from optim8.optim.sources import Entry, Source, values
 from optim8.optim.states import Moment
 
-__all__ = ["Report", "Row", "report", "to_bitsandbytes", "to_torch"]
+__all__ = ["Note", "Report", "Row", "report", "to_bitsandbytes", "to_torch", "with_exact_zeros"]
 
 
 def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
@@ -71,6 +71,34 @@ def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
     who = "to_bitsandbytes"
     _check(who, optimizer)
     return _written(who, optimizer, bitsandbytes.write_group, bitsandbytes.write_entry, bitsandbytes.as_source)
+
+
+def with_exact_zeros(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A dict of bitsandbytes, written on a CPU, with exact zeros in the first moments of its 8-bit state.
+
+    Its CPU step stores an exact 0 as 2.1e-5 of the largest value of the block (code 131), so Lion would move values
+    that have no gradient by lr in every step. Here they become 0 (code 127); in Adam, those whose second moment says
+    so too. Only for dicts from a CPU: where CUDA wrote code 131, it is a value. The dict that was given stays as it is.
+
+    Raises:
+        TypeError: it is no state dict.
+
+    Example:
+        >>> import torch, optim8
+        >>> table = torch.tensor(optim8.functional.create_dynamic_map(signed=True))
+        >>> entry = {"step": 1, "state1": torch.full((4096,), 131, dtype=torch.uint8)}
+        >>> entry |= {"absmax1": torch.ones(16), "qmap1": table}
+        >>> fixed = optim8.convert.with_exact_zeros({"state": {0: entry}, "param_groups": []})
+        >>> fixed["state"][0]["state1"].unique()
+        tensor([127], dtype=torch.uint8)
+    """
+    state = state_dict.get("state") if isinstance(state_dict, dict) else None
+    if not isinstance(state, dict):
+        raise TypeError("with_exact_zeros: state_dict must be a dict with the dict 'state', as state_dict() gives it.")
+    return {
+        **state_dict,
+        "state": {k: bitsandbytes.with_exact_zeros(e) if isinstance(e, dict) else e for k, e in state.items()},
+    }
 
 
 def _check(who: str, optimizer: Any) -> None:

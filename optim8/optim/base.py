@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from optim8 import _native
 from optim8.optim import arrivals, checkpoint, formats, options, overrides, reset, sharded, states
 from optim8.optim.formats import own
+from optim8.optim.given import States
 from optim8.optim.paged import PagedState
 from optim8.optim.sharded import Part
 from optim8.optim.windows import Windows, is_capturing
@@ -43,6 +44,7 @@ class BlockwiseOptimizer(PagedState):
         options.normalize_group(owner, defaults)
         super().__init__(params, defaults)
         self._step_supports_amp_scaling = bool(defaults.get("fused"))
+        self.state = States(self.state)
         self._open_store(pager)
         overrides.register(self)
 
@@ -104,6 +106,7 @@ class BlockwiseOptimizer(PagedState):
         Raises:
             ValueError: the optimizer does not have this parameter.
         """
+        self._adopt()
         self._resolved()
         entry = self.state.get(param)
         if entry:
@@ -152,6 +155,7 @@ class BlockwiseOptimizer(PagedState):
             self._check_scales()
         if self._store is not None:
             self._store.check_params(self.param_groups)
+        self._adopt()
         parts = self._parts(scale, found_inf)
         with sharded.LocalStep(type(self).__name__, parts, self.state) as local:
             table, wanted = self._gather(local, relaid)
@@ -283,7 +287,37 @@ class BlockwiseOptimizer(PagedState):
             shards = [(sharded.local(param), self._wants_8bit(group, param)) for param in params]
             entries = states.allocate(self.moments, shards, self._store)
             for param, entry in zip(params, entries, strict=True):
-                self.state[param] = entry
+                self.state.put(param, entry)
+
+    def _adopt(self) -> None:
+        """Bring state that came from outside into the form of this optimizer, as load_state_dict does.
+
+        Raises:
+            ValueError: it does not fit; nothing was changed.
+        """
+        if type(self.state) is not States:  # a user's own dict
+            self.state = States(self.state, self.state)
+            if self._store is not None:
+                self._store.state = self.state
+        if not self.state.given:
+            return
+        owner = type(self).__name__
+        entries: list[tuple[str, torch.Tensor, dict[str, Any], bool]] = []
+        for at, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                entry = self.state.get(param) if param in self.state.given else None
+                # What has our scales is ours, and the step looks at it; shards are given by nobody.
+                if entry and self.moments[0].absmax not in entry and not sharded.is_dtensor(param):
+                    where = f"{owner}: the state of parameter {i} of group {at}"
+                    entries.append((where, param, entry, self._wants_8bit(group, param)))
+        known = formats.of_states([entry for _, _, entry, _ in entries])
+        if known is not None:
+            formats.common.check_rule(owner, self.rule)
+            for param, entry in checkpoint.adopted(self.moments, known, entries, self._store):
+                self.state.put(param, entry)
+            if self._store is not None:
+                self._store.keep_only(self.state.values())
+        self.state.given.clear()
 
     def _convert(self, wanted: Sequence[tuple[str, torch.Tensor, bool]]) -> None:
         """Lay out the states of (name for a report, parameter, whether in 8 bits) anew for the parameters."""
@@ -296,7 +330,7 @@ class BlockwiseOptimizer(PagedState):
             shards = [(name, sharded.local(param), entry, in_8_bits) for name, param, entry, in_8_bits in of_device]
             fresh = checkpoint.converted(self.moments, shards, self._store)
             for (_, param, _, _), entry in zip(of_device, fresh, strict=True):
-                self.state[param] = entry
+                self.state.put(param, entry)
         if wanted and self._store is not None:
             self._store.keep_only(self.state.values())
 
@@ -375,6 +409,7 @@ class BlockwiseOptimizer(PagedState):
         """
         self._windows.sync()
         self._note_state_dict()
+        self._adopt()
         self._resolved()
         launches.settle()
         sharded.check_can_save(type(self).__name__, self.param_groups)

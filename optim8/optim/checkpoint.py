@@ -120,10 +120,42 @@ def converted(
         wanted: (name for a report, or ""; parameter; its state; whether the new one is 8-bit), all on one device.
         store: where the optimizer's state lives; None: beside the parameters.
     """
-    fresh = states.allocate(moments, [(param, in_8_bits) for _, param, _, in_8_bits in wanted], store)
-    for (name, _, entry, _), target in zip(wanted, fresh, strict=True):
-        _fill_entry(moments, own.as_sources(moments, entry), target, name)
+    sources = [(name, param, own.as_sources(moments, entry), in_8_bits) for name, param, entry, in_8_bits in wanted]
+    fresh = _filled(moments, sources, store)
+    for (_, _, entry, _), target in zip(wanted, fresh, strict=True):
         target.update(states.others(moments, entry))
+    return fresh
+
+
+def adopted(
+    moments: Sequence[Moment],
+    known: Format,
+    entries: Sequence[tuple[str, torch.Tensor, dict[str, Any], bool]],
+    store: Store | None,
+) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """States of another library, (what it is; parameter; state; whether the new one is 8-bit), as (parameter, state)
+    in the optimizer's own form.
+
+    Raises:
+        ValueError: one does not fit.
+    """
+    by_device: dict[torch.device, list[tuple[str, torch.Tensor, Entry, bool]]] = {}
+    for where, param, entry, in_8_bits in entries:
+        read = known.read_entry(where, moments, param, entry)
+        check_values(where, moments, read, in_8_bits)
+        by_device.setdefault(param.device, []).append((where, param, read, in_8_bits))
+    result: list[tuple[torch.Tensor, dict[str, Any]]] = []
+    for of_device in by_device.values():
+        result += zip([param for _, param, _, _ in of_device], _filled(moments, of_device, store), strict=True)
+    return result
+
+
+def _filled(
+    moments: Sequence[Moment], wanted: Sequence[tuple[str, torch.Tensor, Entry, bool]], store: Store | None
+) -> list[dict[str, Any]]:
+    fresh = states.allocate(moments, [(param, in_8_bits) for _, param, _, in_8_bits in wanted], store)
+    for (name, _, source, _), target in zip(wanted, fresh, strict=True):
+        _fill_entry(moments, source, target, name)
     return fresh
 
 

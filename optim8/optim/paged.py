@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from optim8.optim import carried, sharded, states
+from optim8.optim.given import States
 from optim8.optim.states import Moment
 from optim8.paging import Pager, Place, Placement, launches
 from optim8.paging.segments import tensors_of
@@ -26,6 +27,7 @@ class PagedState(torch.optim.Optimizer):
     moments: ClassVar[tuple[Moment, ...]]
     always_paged: ClassVar[bool] = False
 
+    state: States
     _store: Store | None = None  # where state lives that is paged
 
     @property
@@ -72,7 +74,7 @@ class PagedState(torch.optim.Optimizer):
             for param in group["params"]:
                 entry = kept.take(place, sharded.local(param).shape, self._store.segments)
                 if entry:
-                    self.state[param] = states.under_present_names(self.moments, entry)
+                    self.state.put(param, states.under_present_names(self.moments, entry))
                 place += 1
 
     def placement(self) -> Placement:
@@ -180,9 +182,10 @@ class PagedState(torch.optim.Optimizer):
             self._store = state["state"].store
             state = {**state, "state": state["state"].state}
         super().__setstate__(state)
+        self.state = States(self.state)
         for param, entry in self.state.items():
             if isinstance(param, torch.Tensor) and isinstance(entry, dict):  # of a pickle, maybe an older version's
-                self.state[param] = states.under_present_names(self.moments, entry)
+                self.state.put(param, states.under_present_names(self.moments, entry))
         if self._store is not None:
             self._store.groups = self.param_groups
             self._store.state = self.state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,11 +27,27 @@ class Row:
     relative_error: float
 
 
+@dataclass(frozen=True)
+class Note:
+    """What the values of a state say of how the next steps will go.
+
+    name: where it stands, such as "state[0]['exp_avg']".
+    count: how many values it concerns.
+    text: what it is.
+    """
+
+    name: str
+    count: int
+    text: str
+
+
 @dataclass
 class Report:
-    """The rows of the conversions that ran while it was asked for, in order."""
+    """The rows of the conversions that ran while it was asked for, in order, and notes of what was odd in what they
+    read."""
 
     rows: list[Row] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def add(self, name: str, how: str, old: torch.Tensor, new: torch.Tensor) -> None:
         """Compare two tensors of the same shape; `old` is what there was."""
@@ -42,10 +58,11 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
-        return "\n".join(
+        lines = [
             f"{row.name:<{width}}  {row.how:<11}  largest error {row.max_error:.3g}, relative {row.relative_error:.3g}"
             for row in self.rows
-        )
+        ]
+        return "\n".join(lines + [f"{note.name}: {note.count} values {note.text}" for note in self.notes])
 
 
 _asked: ContextVar[Report | None] = ContextVar("optim8_conversion_report", default=None)
@@ -76,6 +93,14 @@ def report() -> Iterator[Report]:
         yield made
     finally:
         _asked.reset(token)
+
+
+def note(name: str, concerned: Callable[[], torch.Tensor], text: str) -> None:
+    """Note how many values a mask has, where a report was asked for and there are any."""
+    asked = current()
+    count = int(concerned().sum()) if asked is not None else 0
+    if asked is not None and count:
+        asked.notes.append(Note(name, count, text))
 
 
 def current() -> Report | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from optim8.optim.formats import bitsandbytes, common, groups, own, torch_optim, torchao
@@ -45,4 +46,10 @@ def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
     return claimed
 
 
-__all__ = ["FORMATS", "Format", "common", "groups", "recognise"]
+def of_states(entries: Sequence[dict[str, Any]]) -> Format | None:
+    """The format of states without their groups, which are of another library where they are not 8-bit ones of ours;
+    None: nobody knows them."""
+    return next((known for known in FORMATS if known is not own.FORMAT and entries and known.claims((), entries)), None)
+
+
+__all__ = ["FORMATS", "Format", "common", "groups", "of_states", "recognise"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from optim8.optim import report
 from optim8.optim.formats import common, groups
 from optim8.optim.sources import Entry, values
 from optim8.optim.states import Moment
@@ -49,7 +50,16 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
     for moment in moments:
         read[moment.name] = common.tensor(where, entry, moment.name, common.FLOATS, param.shape)
     common.no_other_keys(where, entry, ["step", *(moment.name for moment in moments)])
+    if len(moments) > 1 and read[moments[1].name].dtype == torch.float16:
+        first, second = (read[moment.name] for moment in moments)
+        report.note(f"{where}[{moments[1].name!r}]", lambda: (second == 0) & (first != 0), _LOST)
     return read
+
+
+_LOST = (
+    "are 0 where the first moment is not: float16 has nothing between 0 and 6e-8. Their first steps are up to lr / eps "
+    "times the first moment. Go on with a larger eps, or leave the state out."
+)
 
 
 FORMAT = common.Format("torch.optim or lion-pytorch", False, _claims, read_group, _read_entry, options)
