@@ -79,12 +79,12 @@ def test_a_saved_dict_is_in_our_form_before_any_step(moment: str) -> None:
     assert [entry.keys() for entry in written.values()] == [e.keys() for e in alone.state_dict()["state"].values()]
 
 
-def refused(other: Any, name: str, message: str, **options: Any) -> None:
+def refused(other: Any, name: str, message: str, optim_bits: int = 8, **options: Any) -> None:
     theirs_params = make_params()
     theirs = other(theirs_params, **options)
     steps(theirs_params, theirs, 0, 2)
     params = twins(theirs_params)
-    zero = ZeroRedundancyOptimizer(params, getattr(optim8, name))
+    zero = ZeroRedundancyOptimizer(params, getattr(optim8, name), optim_bits=optim_bits)
     zero.load_state_dict(theirs.state_dict())
     before = [bits(p) for p in params]
     for _ in range(2):
@@ -97,9 +97,10 @@ def test_what_cannot_be_converted_is_refused_by_each_step() -> None:
     decay = r"Adam8bit: a parameter group: \['decoupled_weight_decay'\] is True and weight_decay is 0\.1"
     refused(torch.optim.AdamW, "Adam8bit", decay, weight_decay=0.1)
     refused(torch.optim.AdamW, "AdamW8bit", "amsgrad|AMSGrad", amsgrad=True)
-    refused(torch.optim.NAdam, "AdamW8bit", r"\['mu_product'\] is no state|NAdam")
+    refused(torch.optim.NAdam, "AdamW8bit", r"\['mu_product'\] is no state|NAdam", 32)
     refused(torch.optim.SGD, "AdamW8bit", "Load a state dict that this optimizer wrote", momentum=0.9)
-    refused(torch.optim.AdamW, "Lion8bit", r"\['exp_avg_sq'\] is no state")
+    for optim_bits in (8, 32):
+        refused(torch.optim.AdamW, "Lion8bit", r"\['exp_avg_sq'\] is no state", optim_bits)
 
 
 @pytest.mark.parametrize("optim_bits", [8, 32])

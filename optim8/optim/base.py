@@ -306,10 +306,11 @@ class BlockwiseOptimizer(PagedState):
         for at, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 entry = self.state.get(param) if param in self.state.given else None
-                # What has our scales is ours, and the step looks at it; shards are given by nobody.
-                if entry and self.moments[0].absmax not in entry and not sharded.is_dtensor(param):
-                    where = f"{owner}: the state of parameter {i} of group {at}"
-                    entries.append((where, param, entry, self._wants_8bit(group, param)))
+                if not entry or sharded.is_dtensor(param):  # shards are given by nobody
+                    continue
+                in_8_bits = self._wants_8bit(group, param)
+                if not formats.own.is_own(self.moments, entry, in_8_bits):
+                    entries.append((f"{owner}: the state of parameter {i} of group {at}", param, entry, in_8_bits))
         known = formats.of_states([entry for _, _, entry, _ in entries])
         if known is not None:
             formats.common.check_rule(owner, self.rule)

@@ -92,4 +92,14 @@ def as_sources(moments: Sequence[Moment], entry: dict[str, Any]) -> Entry:
     return read
 
 
+def is_own(moments: Sequence[Moment], entry: dict[str, Any], in_8_bits: bool) -> bool:
+    """Whether a state that somebody put into an optimizer can be stepped as it is; the step looks at it closely."""
+    if moments[0].absmax in entry:
+        return True
+    others = {"exp_avg_sq", "max_exp_avg_sq", "mu_product"}.difference(moment.name for moment in moments)
+    tensors = [entry.get(name) for name in ("step", *(moment.name for moment in moments))]
+    in_float32 = all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in tensors)
+    return in_float32 and not in_8_bits and others.isdisjoint(entry)
+
+
 FORMAT = common.Format("optim8", True, _claims, _read_group, _read_entry)
