@@ -146,3 +146,16 @@ def test_own_state_that_a_program_moves_stays_as_it_is(how: str) -> None:
     expected: Any = optim8.AdamW8bit(others := make_params()[:3])
     steps(others, expected, 0, 3)
     assert snapshot(optimizer) == snapshot(expected)
+
+
+def test_our_dict_of_version_0_1_0_goes_on_too() -> None:
+    params = make_params()
+    optimizer = optim8.AdamW8bit(params)
+    steps(params, optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    old = {i: {k.removesuffix("_codes"): v for k, v in e.items()} for i, e in saved["state"].items()}
+    zero = ZeroRedundancyOptimizer(others := twins(params), optim8.AdamW8bit)
+    zero.load_state_dict(copy.deepcopy({**saved, "state": old}))
+    steps(others, zero, 2, 3)
+    steps(params, optimizer, 2, 3)
+    assert [state_bits(zero.optim, q) for q in others] == [state_bits(optimizer, p) for p in params]

@@ -308,6 +308,8 @@ class BlockwiseOptimizer(PagedState):
                 entry = self.state.get(param) if param in self.state.given else None
                 if not entry or sharded.is_dtensor(param):  # shards are given by nobody
                     continue
+                entry = states.under_present_names(self.moments, entry)
+                self.state[param] = entry
                 in_8_bits = self._wants_8bit(group, param)
                 if not formats.own.is_own(self.moments, entry, in_8_bits):
                     entries.append((f"{owner}: the state of parameter {i} of group {at}", param, entry, in_8_bits))
