@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import CASES, EVERY, Case
+from convert_harness import converted_scales
 from distributed_common import (
     BLOCK,
     ON_BLOCKS,
@@ -88,8 +89,10 @@ def check_block(values: Array, codes: Array, scale: Array, new_codes: Array, new
         assert np.array_equal(codes, new_codes)
         assert new_scale[0] == scale[0]
         return
-    assert new_scale[0] == np.abs(values).max()
-    assert not reference.wrong_codes(new_codes, Rounded.exact(values.astype(np.float64)), signed).size
+    exact = values.astype(np.float64)
+    top = converted_scales(exact, signed)
+    assert new_scale[0] == top[0]
+    assert not reference.wrong_codes(new_codes, Rounded.exact(exact), signed, top).size
 
 
 def save_sharded(place: Place) -> None:
