@@ -456,10 +456,7 @@ class BlockwiseOptimizer(PagedState):
         state_dict = arrivals.sort(owner, self.moments, self.param_groups, self.state, state_dict)
         known = formats.recognise(owner, self.rule, state_dict)
         saved = [
-            {
-                name: formats.common.plain(value)
-                for name, value in known.read_group(f"{owner}: param_groups[{index}]", self.rule, group).items()
-            }
+            known.read_group(f"{owner}: param_groups[{index}]", self.rule, group)
             for index, group in enumerate(state_dict["param_groups"])
         ]
         groups = checkpoint.merged_groups(owner, self.param_groups, deepcopy(saved))

@@ -88,13 +88,6 @@ def absmax(where: str, key: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def plain(value: Any) -> Any:
-    """An option with Python's numbers for numpy's, which torch.load with weights_only refuses."""
-    if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
-    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
-
-
 def no_other_keys(where: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in entry:
         if key not in known:
