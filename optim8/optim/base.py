@@ -311,7 +311,7 @@ class BlockwiseOptimizer(PagedState):
                 entry = states.under_present_names(self.moments, entry)
                 self.state[param] = entry
                 in_8_bits = self._wants_8bit(group, param)
-                if not formats.own.is_own(self.moments, entry, in_8_bits):
+                if not own.is_own(self.moments, entry, in_8_bits):
                     entries.append((f"{owner}: the state of parameter {i} of group {at}", param, entry, in_8_bits))
         known = formats.of_states([entry for _, _, entry, _ in entries])
         if known is not None:
