@@ -310,16 +310,20 @@ class BlockwiseOptimizer(PagedState):
                     continue
                 entry = states.under_present_names(self.moments, entry)
                 self.state[param] = entry
-                in_8_bits = self._wants_8bit(group, param)
+                in_8_bits = self.moments[0].absmax in entry or self._wants_8bit(group, param)
                 if not own.is_own(self.moments, entry, in_8_bits):
                     entries.append((f"{owner}: the state of parameter {i} of group {at}", param, entry, in_8_bits))
-        known = formats.of_states([entry for _, _, entry, _ in entries])
-        if known is not None:
-            formats.common.check_rule(owner, self.rule)
-            for param, entry in checkpoint.adopted(self.moments, known, entries, self._store):
+        ours = [at for at in entries if self.moments[0].absmax in at[2]]
+        for part in (ours, [at for at in entries if self.moments[0].absmax not in at[2]]):
+            known = formats.of_states([entry for _, _, entry, _ in part])
+            if known is None:  # the step says what it lacks
+                continue
+            if known is not own.FORMAT:
+                formats.common.check_rule(owner, self.rule)
+            for param, entry in checkpoint.adopted(self.moments, known, part, self._store):
                 self.state.put(param, entry)
-            if self._store is not None:
-                self._store.keep_only(self.state.values())
+        if entries and self._store is not None:
+            self._store.keep_only(self.state.values())
         self.state.given.clear()
 
     def _convert(self, wanted: Sequence[tuple[str, torch.Tensor, bool]]) -> None:

@@ -47,9 +47,8 @@ def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
 
 
 def of_states(entries: Sequence[dict[str, Any]]) -> Format | None:
-    """The format of states without their groups, which are of another library where they are not 8-bit ones of ours;
-    None: nobody knows them."""
-    return next((known for known in FORMATS if known is not own.FORMAT and entries and known.claims((), entries)), None)
+    """The format of states without their groups, which are ours where they are in 8 bits; None: nobody knows them."""
+    return next((known for known in FORMATS if entries and known.claims((), entries)), None)
 
 
 __all__ = ["FORMATS", "Format", "common", "groups", "of_states", "recognise"]

@@ -95,7 +95,7 @@ def as_sources(moments: Sequence[Moment], entry: dict[str, Any]) -> Entry:
 def is_own(moments: Sequence[Moment], entry: dict[str, Any], in_8_bits: bool) -> bool:
     """Whether a state that somebody put into an optimizer can be stepped as it is; the step looks at it closely."""
     if moments[0].absmax in entry:
-        return True
+        return _DIM_ORDER not in entry  # which only a saved one has
     others = {"exp_avg_sq", "max_exp_avg_sq", "mu_product"}.difference(moment.name for moment in moments)
     tensors = [entry.get(name) for name in ("step", *(moment.name for moment in moments))]
     in_float32 = all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in tensors)
