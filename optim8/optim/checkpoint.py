@@ -146,7 +146,11 @@ def adopted(
         by_device.setdefault(param.device, []).append((where, param, read, in_8_bits))
     result: list[tuple[torch.Tensor, dict[str, Any]]] = []
     for of_device in by_device.values():
-        result += zip([param for _, param, _, _ in of_device], _filled(moments, of_device, store), strict=True)
+        for (_, param, read, _), entry in zip(of_device, _filled(moments, of_device, store), strict=True):
+            entry.update(
+                {key: sharded.copy_beside(value, param) for key, value in states.others(moments, read).items()}
+            )
+            result.append((param, entry))
     return result
 
 
