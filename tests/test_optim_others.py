@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +134,27 @@ def test_copies_have_their_own(case: Case, optim_bits: int, how: str, paged: boo
     twin.state[twins[0]]["lookahead_slow_buff"].zero_()
     twin.state[twins[0]]["history"].clear()
     assert _seen(optimizer, params[0]) == before
+
+
+@BOTH
+@ALL
+def test_a_kept_directory_refuses_what_it_would_lose(case: Case, optim_bits: int, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    _, donor, _ = _with_values(case, cpu, optim_bits, False)
+    params = _params(cpu)
+    optimizer = case.make(params, optim_bits=optim_bits, paged=Pager(directory=tmp_path / "state", keep=True))
+    _step(optimizer, params, 0)
+    before = [bits(p) for p in params], [state_bits(optimizer, p) for p in params]
+    words = r"is not the optimizer's, and .*state holds nothing else"
+    with pytest.raises(ValueError, match=rf"state\[0\]\['lookahead_slow_buff'\] {words}"):
+        optimizer.load_state_dict(donor.state_dict())
+    optimizer.state[params[1]]["note"] = 3
+    with pytest.raises(ValueError, match=rf"parameter 1 of group 0: state\['note'\] {words}"):
+        optimizer.step()
+    del optimizer.state[params[1]]["note"]
+    assert ([bits(p) for p in params], [state_bits(optimizer, p) for p in params]) == before
+    _step(optimizer, params, 1)
+    optimizer.close()
 
 
 FOREIGN_MOMENTS = ["max_exp_avg_sq", "exp_avg_slow", "exp_avg_codes_of_old"]

@@ -155,6 +155,7 @@ class BlockwiseOptimizer(PagedState):
             self._check_scales()
         if self._store is not None:
             self._store.check_params(self.param_groups)
+            self._check_others()
         self._adopt()
         parts = self._parts(scale, found_inf)
         with sharded.LocalStep(type(self).__name__, parts, self.state) as local:

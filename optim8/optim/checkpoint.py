@@ -84,6 +84,8 @@ def loaded_state(
             in_8_bits = is_quantized(read, moments) if known.keeps_precision else wants_8bit(group, param)
             if not known.keeps_precision:
                 check_values(where, moments, read, in_8_bits)
+            if store is not None:
+                store.check_others(where, states.others(moments, read))
             shard = sharded.local(param)
             present.setdefault(shard.device, []).append((f"state[{key!r}]", param, shard, read, in_8_bits))
     # A paged optimizer's state goes where its state is already: two of them might be over the budget.

@@ -138,6 +138,18 @@ class PagedState(torch.optim.Optimizer):
         with self._turn:
             self._store.note_checkpoint(what)
 
+    def _check_others(self) -> None:
+        """Raise ValueError where a kept directory would lose what others keep with a parameter's state."""
+        if self._store is None or self._store.kept is None:
+            return
+        counts = [len(states.names(self.moments, in_8_bits)) for in_8_bits in (False, True)]
+        for number, group in enumerate(self.param_groups):
+            for index, param in enumerate(group["params"]):
+                entry = self.state.get(param)
+                if entry and len(entry) > counts[self.moments[0].absmax in entry]:
+                    where = f"{type(self).__name__}: parameter {index} of group {number}: state"
+                    self._store.check_others(where, states.others(self.moments, entry))
+
     @contextmanager
     def _rewriting(self) -> Iterator[None]:
         """Around changes of state that are no step: a kept directory is told when it is whole."""

@@ -152,6 +152,14 @@ class Store:
                 "from. Make an optimizer here and load the other's state dict."
             )
 
+    def check_others(self, where: str, others: dict[Any, Any]) -> None:
+        """Raise ValueError for what others keep with a parameter's state where a kept directory would lose it."""
+        if self.kept is not None and others:
+            raise ValueError(
+                f"{where}[{next(iter(others))!r}] is not the optimizer's, and {self.directory} holds nothing else: a "
+                "later run would lack it. Keep it elsewhere, or page without keep=True and save state dicts."
+            )
+
     def check_params(self, groups: Groups) -> None:
         """Before the first step: raise ValueError where parameters are not those of a kept directory's state."""
         if self.kept is not None and self.kept.expected:
