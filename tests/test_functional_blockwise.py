@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import functional_reference as ref
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from harness import DTYPES, bits
 
 from optim8 import functional as F
 
-BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 MAPS = {
     "dynamic": lambda: F.create_dynamic_map(),
     "dynamic unsigned": lambda: F.create_dynamic_map(signed=False),
@@ -44,6 +46,17 @@ def check(x: torch.Tensor, codes: torch.Tensor, state: F.QuantState, blocksize: 
     expected = (torch.from_numpy(table)[torch.from_numpy(found).long()] * expanded).to(x.dtype).view(x.shape)
     assert back.dtype == x.dtype
     assert bits(back) == bits(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("blocksize", [1, 2, 3, 31, 33, 100, 257, 5000, 16384, 2**62])
+def test_any_block_size_on_the_cpu(dtype: torch.dtype, blocksize: int) -> None:
+    for n in (0, 1, 99, 20_001):
+        x = ref.awkward((n,), dtype, seed=n, bad=True)
+        codes, state = F.quantize_blockwise(x, blocksize=blocksize)
+        assert state.blocksize == blocksize
+        check(x, codes, state, min(blocksize, max(n, 1)), dynamic=True)
+        assert F.QuantState.from_dict(state.as_dict(), "cpu") == state
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -134,6 +147,27 @@ def test_buffers_are_filled_and_returned(device: torch.device) -> None:
     assert nested.nested
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-126, 1e38])
+def test_nested_scales_do_not_depend_on_the_order_in_which_threads_add(scale: float) -> None:
+    """Their mean is that of some 70,000 numbers, which torch adds with as many threads as it has."""
+    absmax = torch.rand(70_001, dtype=torch.float64).float() * scale
+    packed = {}
+    for count in (1, 2, 3):
+        with ref.threads(count):
+            for name, order in (("forward", absmax), ("backward", absmax.flip(0))):
+                x = order.repeat_interleave(32)
+                packed[count, name] = F.quantize_4bit(x, blocksize=32, compress_statistics=True)[1].offset.item()
+            packed[count, "8-bit"] = F.quantize_blockwise(absmax, blocksize=1, nested=True)[1].offset.item()
+    assert set(packed.values()) == {torch.tensor(math.fsum(absmax.tolist()) / absmax.numel()).item()}
+
+
+def test_the_mean_of_scales_far_apart() -> None:
+    absmax = torch.tensor([3e38, 1.0, 2.0**-149, 0.0] * 50)
+    _, state = F.quantize_blockwise(absmax, blocksize=1, nested=True)
+    assert state.offset.item() == torch.tensor(math.fsum(absmax.tolist()) / 200).item()
+    assert F.quantize_blockwise(torch.zeros(100), blocksize=1, nested=True)[1].offset.item() == 0
+
+
 @pytest.mark.parametrize("blocksize", [64, 4096])
 def test_nesting_is_quantization_of_absmax_less_its_mean(device: torch.device, blocksize: int) -> None:
     x = torch.randn(300 * 64 + 5, device=device)
@@ -142,7 +176,8 @@ def test_nesting_is_quantization_of_absmax_less_its_mean(device: torch.device, b
     assert torch.equal(codes, flat_codes)
     assert state.nested
     assert state.absmax.dtype == torch.uint8
-    assert torch.equal(state.offset, flat.absmax.mean())
+    mean = math.fsum(flat.absmax.tolist()) / flat.absmax.numel()
+    assert torch.equal(state.offset, torch.tensor(mean, device=device))
     inner = flat.absmax - state.offset
     assert torch.equal(state.state2.absmax, F.quantize_blockwise(inner, blocksize=blocksize)[1].absmax)
     assert torch.equal(state.absmax, F.quantize_blockwise(inner, blocksize=blocksize)[0])

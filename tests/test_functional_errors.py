@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from harness import bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optim8
 from optim8 import functional as F
@@ -99,6 +100,13 @@ def read(entries: Any) -> F.QuantState:
     return F.QuantState.from_dict(entries, "cpu")
 
 
+def on_cuda(size: int) -> torch.Tensor:
+    """What has the device and shape of a CUDA tensor, where there is no GPU."""
+    with FakeTensorMode():
+        return torch.empty(size, device="cuda")
+
+
+LEARNT = X[:100].clone().requires_grad_()
 V, T = ValueError, TypeError
 Call = Callable[[], Any]
 # name, call, error, words of the message
@@ -108,10 +116,10 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     ("q8 int", lambda: F.quantize_blockwise(X.int()), V, "got int32"),
     ("q8 complex", lambda: F.quantize_blockwise(X.cfloat()), V, "got complex64"),
     ("q8 sparse", lambda: F.quantize_blockwise(X.to_sparse()), T, r"dense.*to_dense"),
-    ("q8 meta", lambda: F.quantize_blockwise(X.to("meta")), V, "meta"),
-    ("q8 blocksize 100", lambda: F.quantize_blockwise(X, blocksize=100), V, r"blocksize must be one of \(64.*got 100"),
-    ("q8 blocksize 32", lambda: F.quantize_blockwise(X, blocksize=32), V, "got 32"),
-    ("q8 blocksize 0", lambda: F.quantize_blockwise(X, blocksize=0), V, "got 0"),
+    ("q8 blocksize 0", lambda: F.quantize_blockwise(X, blocksize=0), V, "blocksize must be at least 1, got 0"),
+    ("q8 blocksize 100", lambda: F.quantize_blockwise(on_cuda(300), blocksize=100), V, "from 32 to 4096 for CUDA.*100"),
+    ("q8 blocksize 16", lambda: F.quantize_blockwise(on_cuda(300), blocksize=16), V, "power of two.*got 16"),
+    ("q8 blocksize 8192", lambda: F.quantize_blockwise(on_cuda(300), blocksize=8192), V, "power of two.*got 8192"),
     ("q8 blocksize -64", lambda: F.quantize_blockwise(X, blocksize=-64), V, "got -64"),
     ("q8 blocksize float", lambda: F.quantize_blockwise(X, blocksize=64.0), T, "blocksize must be an int, got float"),
     ("q8 code of 16", lambda: F.quantize_blockwise(X, code=SIGNED[:16]), V, r"code must have 256 entries.*got 16"),
@@ -156,7 +164,12 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
         V,
         "absmax must be float32, got uint8",
     ),
-    ("d8 blocksize", lambda: F.dequantize_blockwise(CODES, absmax=X[:10], blocksize=100), V, "blocksize"),
+    (
+        "d8 blocksize",
+        lambda: F.dequantize_blockwise(CODES, absmax=X[:10], blocksize=True),
+        T,
+        "blocksize must be an int",
+    ),
     ("d8 code of 255", lambda: F.dequantize_blockwise(CODES, absmax=X[:1], code=SIGNED[1:]), V, "code must have 256"),
     ("d8 out dtype", lambda: F.dequantize_blockwise(CODES, STATE, out=X.half()), V, "out must be float32, got float16"),
     (
@@ -234,6 +247,25 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     ("gemv transposed", lambda: F.gemv_4bit(X, PACKED, transposed_B=True, state=STATE4), V, "must be False"),
     ("gemv out", lambda: F.gemv_4bit(X[None, :100], PACKED, X[:9], state=STATE4), V, r"out must have shape \(1, 10\)"),
     ("gemv 8-bit state", lambda: F.gemv_4bit(X[None, :100], PACKED, state=STATE), V, "quant_type"),
+    (
+        "mm4 no state",
+        lambda: F.matmul_4bit(X.view(10, 100), PACKED, None),
+        T,
+        "quant_state must be.*NoneType",
+    ),
+    ("mm4 list", lambda: F.matmul_4bit([1.0], PACKED, STATE4), T, "A must be a torch.Tensor, got list"),
+    ("mm4 A", lambda: F.matmul_4bit(X.view(100, 10), PACKED, STATE4), V, r"A must be \[..., 100\].*\(100, 10\)"),
+    ("mm4 1-D", lambda: F.matmul_4bit(X, PACKED, NESTED), V, r"quant_state.shape must be \(N, K\)"),
+    ("mm4 B", lambda: F.matmul_4bit(X.view(10, 100), PACKED[1:], STATE4), V, "B must have 500 entries"),
+    ("mm4 bias", lambda: F.matmul_4bit(X.view(10, 100), PACKED, STATE4, bias=X), V, "bias must have 10 entries"),
+    (
+        "mm4 bias list",
+        lambda: F.matmul_4bit(X.view(10, 100), PACKED, STATE4, bias=[1]),
+        T,
+        "bias must be a torch.Tensor",
+    ),
+    ("mm4 out", lambda: F.matmul_4bit(X.view(10, 100), PACKED, STATE4, X), V, r"out must have shape \(10, 10\)"),
+    ("mm4 out, gradient", lambda: F.matmul_4bit(LEARNT, PACKED, STATE4, torch.empty(10)), V, "out must be None where"),
     ("i8 int", lambda: F.int8_vectorwise_quant(I8), V, "A must be float32, bfloat16 or float16, got int8"),
     ("i8 scalar", lambda: F.int8_vectorwise_quant(X[0]), V, "at least one dimension"),
     ("i8 threshold", lambda: F.int8_vectorwise_quant(X, -1.0), V, "threshold must be finite and at least 0, got -1.0"),
@@ -273,7 +305,8 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     ("scaled mm dtype", lambda: F.int8_scaled_mm(I8, I8, X[:3], X[:3], dtype=torch.int32), V, "dtype must be float32"),
     ("scaled mm rows", lambda: F.int8_scaled_mm(I8, I8, X[:4], X[:3]), V, "row_stats must have 3"),
     ("map bits", lambda: F.create_dynamic_map(True, 7, 9), V, "total_bits=9"),
-    ("map exponent", lambda: F.create_dynamic_map(True, 8, 8), V, "max_exponent_bits=8"),
+    ("map exponent", lambda: F.create_dynamic_map(False, 8, 8), V, "max_exponent_bits=8"),
+    ("map exponent 9", lambda: F.create_dynamic_map(True, 9, 8), V, "max_exponent_bits=9"),
     ("linear bits", lambda: F.create_linear_map(True, 1), V, "total_bits must be from 2 to 8, got 1"),
     ("fp8 bits", lambda: F.create_fp8_map(True, 5, 3, 8), V, "must make total_bits=8"),
     ("normal offset", lambda: F.create_normal_map(1.0), V, "offset must be a quantile"),

@@ -21,6 +21,14 @@ SCHEMAS = {
         "(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) -> Tensor"
     ),
     "gemv_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
+    "gemm_4bit": (
+        "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
+        "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor"
+    ),
+    "gemm_4bit_transposed": (
+        "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
+        "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor"
+    ),
     "int8_linear_matmul": "(Tensor A, Tensor B) -> Tensor",
     "int8_vectorwise_quant": "(Tensor A, float threshold=0.) -> (Tensor, Tensor, Tensor?)",
     "int8_vectorwise_dequant": "(Tensor A, Tensor stats) -> Tensor",
@@ -45,6 +53,9 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
     sums = F.int8_linear_matmul(a, b)
     bias = torch.randn(9, device=device)
     nf4 = F.get_4bit_type("nf4", device)
+    nested, state5 = F.quantize_fp4(x.half(), compress_statistics=True, quant_storage=torch.bfloat16)
+    nested_weight = (nested, [6, 66], state5.state2.absmax, 64, "fp4")
+    nested_scales = (state5.absmax, state5.state2.code, state5.offset.bfloat16())
     return {
         "quantize_blockwise": [(x, state.code, 64), (x.t().half(), state.code, 128), (x[:0], state.code, 64)],
         "dequantize_blockwise": [(codes, state.absmax, state.code, 64, torch.float16)],
@@ -53,6 +64,16 @@ def samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
         "gemv_4bit": [
             (x[:1], packed, [6, 66], state4.absmax, nf4, 32),
             (x[0], packed, [6, 66], state4.absmax, nf4, 32),
+        ],
+        "gemm_4bit": [
+            (x, packed, [6, 66], state4.absmax, 32, "nf4"),
+            (x.bfloat16().view(2, 3, 66), packed, [6, 66], state4.absmax, 32, "nf4", x[:, 0]),
+            (x[:1].requires_grad_(), *nested_weight, x[0, :6].requires_grad_(), *nested_scales),
+            (x[0].half(), *nested_weight, None, *nested_scales),
+        ],
+        "gemm_4bit_transposed": [
+            (x[:, :6].requires_grad_(), packed, [6, 66], state4.absmax, 32, "nf4"),
+            (x[:, :6].half(), *nested_weight, *nested_scales),
         ],
         "int8_linear_matmul": [(a, b), (a.view(2, 3, 66), b)],
         "int8_vectorwise_quant": [(x,), (x, 2.0), (x.view(2, 3, 66).half(), 0.0)],
@@ -141,6 +162,7 @@ def everything(x: torch.Tensor, w: torch.Tensor, packed: torch.Tensor, state: F.
         F.dequantize_4bit(p4c, s4c),
         F.dequantize_4bit(packed, state).sum(0),
         F.gemv_4bit(x[:1], packed, state=state),
+        F.matmul_4bit(x, packed, state, bias=w[:, 0]),
         sums.float(),
         F.int8_mm_dequant(sums, sx, sw),
         F.int8_scaled_mm(qx, qw, sx, sw, bias=w[:, 0], dtype=torch.float32),
@@ -228,8 +250,3 @@ def test_fake_tensors_never_reach_native_code() -> None:
         assert F.dequantize_blockwise(codes, state).dtype == torch.float32
     # What a tracer saw must not stay behind.
     assert F.quantize_blockwise(torch.ones(3))[0].tolist() == [255] * 3
-
-
-def test_vmap_is_refused_not_crashed() -> None:
-    with pytest.raises((TypeError, ValueError, RuntimeError)):
-        torch.vmap(lambda x: F.quantize_blockwise(x)[0])(torch.randn(3, 64))

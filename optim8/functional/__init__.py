@@ -2,6 +2,7 @@
 and on CUDA. docs/functional.md lists them."""
 
 from optim8.functional import ops as _ops  # noqa: F401  registers torch.ops.optim8
+from optim8.functional import ops_matmul as _ops_matmul  # noqa: F401
 from optim8.functional.blockwise import dequantize_blockwise, quantize_blockwise
 from optim8.functional.codebooks import (
     create_dynamic_map,
@@ -27,6 +28,7 @@ from optim8.functional.int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from optim8.functional.matmul import matmul_4bit
 from optim8.functional.quant_state import QuantState
 from optim8.functional.steps import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from optim8.functional.utility import get_ptr, is_on_gpu
@@ -51,6 +53,7 @@ __all__ = [
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "is_on_gpu",
+    "matmul_4bit",
     "optimizer_update_8bit_blockwise",
     "optimizer_update_32bit",
     "quantize_4bit",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
-BLOCKSIZES_4BIT = (32, *BLOCKSIZES)
+BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -54,16 +53,45 @@ def entries(who: str, name: str, value: torch.Tensor, count: int, why: str, advi
         raise ValueError(f"{who}: {name} must have {count} entries ({why}), got {value.numel()}. {advice}")
 
 
-def blocksize(who: str, value: Any, allowed: tuple[int, ...]) -> int:
+def blocksize_4bit(who: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{who}: blocksize must be an int, got {type(value).__name__}. Use one of {allowed}.")
-    if value not in allowed:
-        raise ValueError(f"{who}: blocksize must be one of {allowed}, got {value}.")
+        raise TypeError(f"{who}: blocksize must be an int, got {type(value).__name__}. Use one of {BLOCKSIZES_4BIT}.")
+    if value not in BLOCKSIZES_4BIT:
+        raise ValueError(f"{who}: blocksize must be one of {BLOCKSIZES_4BIT}, got {value}.")
+    return value
+
+
+def blocksize_8bit(who: str, value: Any, device: torch.device) -> int:
+    """Any block size that the device's kernels for 8-bit codes take."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{who}: blocksize must be an int, got {type(value).__name__}. Use 256, for example.")
+    if value < 1:
+        raise ValueError(f"{who}: blocksize must be at least 1, got {value}.")
+    if device.type == "cuda" and value not in BLOCKSIZES_4BIT:
+        raise ValueError(
+            f"{who}: blocksize must be a power of two from 32 to 4096 for CUDA tensors, got {value}. "
+            "Tensors on the CPU take any."
+        )
     return value
 
 
 def blocks(size: int, blocksize: int) -> int:
     return -(-size // blocksize)
+
+
+def product(extents: Iterable[int]) -> int:
+    """The number of values of a shape; of a symbolic one too, for which torch.compile lacks math.prod."""
+    size = 1
+    for extent in extents:
+        size = size * extent
+    return size
+
+
+def is_extent(value: Any) -> bool:
+    """Whether a shape may have this entry: an int, or what tracers with sizes that vary have instead."""
+    if torch._C._get_tracing_state() is not None and isinstance(value, torch.Tensor):
+        return True
+    return isinstance(value, (int, torch.SymInt)) and value >= 0
 
 
 def absmax(who: str, value: Any, size: int, blocksize: int, device: torch.device, fill: bool = False) -> torch.Tensor:
@@ -132,8 +160,19 @@ def is_traced(value: torch.Tensor) -> bool:
 
 
 def through_op(value: torch.Tensor) -> bool:
-    """Whether the registered operator must stand in for the native call: while torch.compile or torch.export read the
-    code, and for tensors of tracers."""
+    """Whether the registered operator must stand in for the native call, which torch does not see: wherever torch
+    records operations (torch.compile, torch.export, torch.jit.trace, make_fx and other dispatch modes), transforms them
+    (torch.func), or computes shapes alone (meta tensors)."""
     if torch.compiler.is_dynamo_compiling():
         return True
-    return (torch.compiler.is_compiling() or is_traced(value)) and not kernel.running
+    if kernel.running:
+        return False
+    return (
+        torch.compiler.is_compiling()
+        or is_traced(value)
+        or value.is_meta
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._is_functional_tensor(value)
+    )

@@ -27,7 +27,7 @@ def quantize_blockwise(
             checked on the CPU only: on a GPU that would wait for the device.
         absmax: float32 [ceil(n / blocksize)] to fill (also with `nested`); None allocates it.
         out: uint8 of A's shape to fill; None allocates it.
-        blocksize: 64, 128, 256, 512, 1024, 2048 or 4096.
+        blocksize: at least 1; on CUDA a power of two from 32 to 4096.
         nested: quantize absmax as well, after its mean is subtracted.
 
     Returns:
@@ -53,7 +53,7 @@ def quantize_blockwise(
     """
     who = "quantize_blockwise"
     _check.floats(who, "A", A)
-    _check.blocksize(who, blocksize, _check.BLOCKSIZES)
+    _check.blocksize_8bit(who, blocksize, A.device)
     code = _read_code(who, code, A)
     scales = _check.absmax(who, absmax, A.numel(), blocksize, A.device, fill=True)
     codes = _check.buffer(who, "out", out, torch.uint8, A.shape, A.device)
@@ -62,7 +62,8 @@ def quantize_blockwise(
         codes, scales = _check.into(out, new_codes), _check.into(absmax, new_scales)
     else:
         module = _native.module_for(A.device, who)
-        module.quantize_blockwise(_check.plain(A), code, blocksize, codes, scales, _native.threads())
+        block = _native_block(blocksize, A.numel())
+        module.quantize_blockwise(_check.plain(A), code, block, codes, scales, _native.threads())
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
     return codes, nest_absmax(state, blocksize) if nested else state
 
@@ -84,7 +85,7 @@ def dequantize_blockwise(
         absmax: float32 [ceil(n / blocksize)]; needed without quant_state, and ignored with it.
         code: float32 [256]; None is the signed dynamic code. Ignored with quant_state.
         out: of A's shape, to fill: of the state's dtype; without a state float32, bfloat16 or float16.
-        blocksize: 64, 128, 256, 512, 1024, 2048 or 4096. Ignored with quant_state.
+        blocksize: at least 1; on CUDA a power of two from 32 to 4096. Ignored with quant_state.
         nested: True needs a nested quant_state; a nested quant_state needs no `nested`.
 
     Returns:
@@ -109,7 +110,7 @@ def dequantize_blockwise(
         raise ValueError(f"{who}: needs quant_state or absmax, got neither. Pass the state of quantize_blockwise.")
     elif nested:
         raise ValueError(f"{who}: nested=True needs a nested quant_state, got absmax alone. Pass quant_state.")
-    _check.blocksize(who, blocksize, _check.BLOCKSIZES)
+    _check.blocksize_8bit(who, blocksize, A.device)
     code = _read_code(who, code, A)
     absmax = _check.absmax(who, absmax, A.numel(), blocksize, A.device)
     if out is not None and quant_state is None:
@@ -118,13 +119,14 @@ def dequantize_blockwise(
     if _check.through_op(A):
         return _check.into(out, torch.ops.optim8.dequantize_blockwise(A, absmax, code, blocksize, dtype))
     module = _native.module_for(A.device, who)
-    module.dequantize_blockwise(_check.plain(A), absmax, code, blocksize, values, _native.threads())
+    block = _native_block(blocksize, A.numel())
+    module.dequantize_blockwise(_check.plain(A), absmax, code, block, values, _native.threads())
     return values
 
 
 def nest_absmax(state: QuantState, blocksize: int) -> QuantState:
     """The state with absmax quantized in blocks of `blocksize` after its mean is subtracted."""
-    offset = state.absmax.mean() if state.absmax.numel() else state.absmax.new_zeros(())
+    offset = _mean(state.absmax)
     codes, state2 = quantize_blockwise(state.absmax - offset, blocksize=blocksize)
     return QuantState(
         codes,
@@ -138,17 +140,32 @@ def nest_absmax(state: QuantState, blocksize: int) -> QuantState:
     )
 
 
+def _mean(absmax: torch.Tensor) -> torch.Tensor:
+    """The mean of float32 magnitudes: the same bits on every device, and in whatever order torch's threads add.
+
+    Sums of integers have no order: each value is split in two of 31 bits, in units of 2^-31 and 2^-62 of the largest.
+    """
+    if absmax.numel() == 0:
+        return absmax.new_zeros(())
+    top = absmax.max().double().clamp_min(2.0**-149)
+    scaled = absmax.double().div_(top).mul_(2.0**31)
+    high = scaled.round()
+    low = scaled.sub_(high).mul_(2.0**31).round_()
+    units = high.long().sum().double() + low.long().sum().double() * 2.0**-31
+    return (units / absmax.numel() * 2.0**-31 * top).float()
+
+
 def plain_absmax(who: str, state: QuantState) -> torch.Tensor:
     """absmax as float32, out of its own codes where it is nested."""
     if state.state2 is None:
         return state.absmax
     if need_state(who, "quant_state.state2", state.state2)[0].nested:
         raise ValueError(f"{who}: quant_state.state2 must not be nested itself. Pass a state of quantize_*.")
-    offset = _check.tensor(who, "quant_state.offset", state.offset, (torch.float32,))
+    offset = _check.floats(who, "quant_state.offset", state.offset)
     _check.entries(who, "quant_state.offset", offset, 1, "the mean of absmax", "Pass a state of quantize_*.")
     absmax = dequantize_blockwise(state.absmax, state.state2)
     _check.on_device(who, "quant_state.offset", offset, absmax.device, "absmax")
-    return absmax + offset.view(())
+    return absmax + offset.float().view(())
 
 
 def need_state(who: str, name: str, state: object) -> tuple[QuantState, torch.dtype]:
@@ -168,6 +185,11 @@ def _read_state(who: str, quant_state: QuantState, nested: bool) -> tuple[torch.
     if state.code is None or state.blocksize is None:
         raise ValueError(f"{who}: quant_state must have a code (256 values) and a blocksize, got {state!r}.")
     return plain_absmax(who, state), state.code, state.blocksize, dtype
+
+
+def _native_block(blocksize: int, size: int) -> int:
+    """The same blocks by a number that native arithmetic can add to."""
+    return min(blocksize, max(size, 1))
 
 
 def _read_code(who: str, code: torch.Tensor | None, A: torch.Tensor) -> torch.Tensor:

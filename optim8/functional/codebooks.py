@@ -36,7 +36,8 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
     Args:
         signed: with negative values, or without (and then twice as fine).
-        max_exponent_bits: number of decades, 1 to total_bits - 1.
+        max_exponent_bits: number of decades, 1 to total_bits - 1; total_bits too with `signed`, where the lowest of so
+            many decades has no values.
         total_bits: 2 to 8. Fewer than 8 leave the rest of the 256 entries 0.
 
     Returns:
@@ -52,9 +53,8 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
         >>> F.create_dynamic_map()[[0, 127, 128, 255]]
         tensor([-9.9297e-01,  0.0000e+00,  5.5000e-07,  1.0000e+00])
     """
-    return torch.tensor(
-        _native.cpu().dynamic_map(signed, max_exponent_bits, total_bits), dtype=torch.float32, device="cpu"
-    )
+    decades = max_exponent_bits - 1 if signed and max_exponent_bits == total_bits else max_exponent_bits
+    return torch.tensor(_native.cpu().dynamic_map(signed, decades, total_bits), dtype=torch.float32, device="cpu")
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> torch.Tensor:
@@ -205,6 +205,8 @@ def shared_code(name: str, like: torch.Tensor) -> torch.Tensor:
     """The table "dynamic" (signed), "nf4" or "fp4" on a tensor's device, made once. Not to be written to."""
     if not _shared:
         _native.cpu()  # not built: raises, saying what to do
+    if _check.is_traced(like):  # a tracer's operators take tensors of its own kind only
+        return torch.tensor(_shared[name, _CPU].tolist(), dtype=torch.float32, device=like.device)
     key = (name, like.device)
     if key in _shared:
         code = _shared[key]
@@ -212,8 +214,7 @@ def shared_code(name: str, like: torch.Tensor) -> torch.Tensor:
         code = _shared[name, _CPU].to(like.device)
         if not _check.through_op(like):
             _shared[key] = code
-    # A tracer's operators take tensors of its own kind only.
-    return torch.tensor(code.tolist(), dtype=code.dtype, device=like.device) if _check.is_traced(like) else code
+    return code
 
 
 def _make_shared() -> None:

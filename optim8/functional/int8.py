@@ -4,7 +4,8 @@ outliers kept apart, and the exact integer product of two such matrices."""
 from __future__ import annotations
 
 from functools import cache
-from math import isfinite, prod
+from itertools import product
+from math import inf
 
 import torch
 
@@ -296,29 +297,40 @@ def _product(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | None, shape: 
     """int32 `A @ B.T` for a matrix A, as `shape`."""
     _check.memory("int8_linear_matmul", "A", A)
     _check.memory("int8_linear_matmul", "B", B)
-    if A.device.type == "cpu" and _torch_is_exact():
-        if out is None:
-            return torch._int_mm(A, B.t()).view(shape)
-        torch._int_mm(A, B.t(), out=out.view(A.shape[0], B.shape[0]))
-        return out
+    A, B = _check.plain(A), _check.plain(B)
     out = torch.empty(shape, dtype=torch.int32, device=A.device) if out is None else out
-    module = _native.module_for(A.device, "int8_linear_matmul")
-    module.int8_linear_matmul(_check.plain(A), _check.plain(B), out, _native.threads())
+    if A.device.type == "cpu" and _torch_is_exact(*(extent == 1 for extent in (*A.shape, B.shape[0]))):
+        torch._int_mm(A, B.t(), out=out.view(A.shape[0], B.shape[0]))
+    else:
+        module = _native.module_for(A.device, "int8_linear_matmul")
+        module.int8_linear_matmul(A, B, out, _native.threads())
     return out
 
 
 @cache
-def _torch_is_exact() -> bool:
-    """Whether torch's int8 product adds without saturating, which depends on the processor; asked once."""
+def _torch_is_exact(one_row: bool, one_inner: bool, one_column: bool) -> bool:
+    """Whether torch's int8 product is right on this processor for matrices of this layout; asked once for each.
+
+    Where an extent is 1, strides do not tell a matrix from its transpose; torch 2.13 then writes nothing for some.
+    Without the instructions of VNNI it adds in 16 bits that saturate.
+    """
     if not hasattr(torch, "_int_mm"):
         return False
-    extremes = torch.tensor([-128, 127], dtype=torch.int8, device="cpu").repeat_interleave(64).repeat(32, 1)
-    expected = extremes.long() @ extremes.long().t()
-    return torch.equal(torch._int_mm(extremes, extremes.t()).long(), expected)
+    several = (2, 67)
+    for rows, inner, columns in product(*((1,) if one else several for one in (one_row, one_inner, one_column))):
+        extremes = torch.tensor([-128, 127], dtype=torch.int8, device="cpu")
+        a = extremes.repeat(rows)[:rows, None].expand(rows, inner).contiguous()
+        b = extremes.repeat(columns)[:columns, None].expand(columns, inner).contiguous()
+        expected = a.long() @ b.long().t()
+        sums = torch.full_like(expected, -1, dtype=torch.int32)
+        torch._int_mm(a, b.t(), out=sums)
+        if not torch.equal(sums.long(), expected):
+            return False
+    return True
 
 
 def _rows(A: torch.Tensor) -> int:
-    return prod(A.shape[:-1])
+    return _check.product(A.shape[:-1])
 
 
 def _check_matrix(who: str, name: str, value: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -341,7 +353,8 @@ def _check_threshold(who: str, threshold: float) -> float:
     # A tuple of types, not int | float: torch.compile of torch 2.6 cannot trace that.
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"{who}: threshold must be a float, got {type(threshold).__name__}.")
-    if not isfinite(threshold) or threshold < 0:
+    # Not math.isfinite, which torch.compile cannot trace where floats may vary.
+    if not 0 <= threshold < inf:
         raise ValueError(f"{who}: threshold must be finite and at least 0, got {threshold}. 0 looks for no outliers.")
     return min(max(float(threshold), 2.0**-149), 2.0**127) if threshold else 0.0  # positive and finite in float32 too
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from math import prod
 from typing import Any
 
 import torch
 
 from optim8.functional import _check, blockwise, fourbit, int8
+from optim8.functional.packed import check_packed, packed_shape
 
-_library = torch.library.Library("optim8", "DEF")  # type: ignore[no-untyped-call]
+library = torch.library.Library("optim8", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
     @wraps(kernel)
     def run(*args: Any, **named: Any) -> Any:
@@ -31,8 +31,8 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
             _check.kernel.running = was
 
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"optim8::{name}", fake, lib=_library)
+        library.impl(name, run, key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"optim8::{name}", fake, lib=library)
 
 
 def _quantize_blockwise(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,14 +75,14 @@ def _quantize_4bit(
 def _fake_quantize_4bit(
     A: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    packed = A.new_empty(fourbit.packed_shape(A.numel(), quant_storage), dtype=quant_storage)
+    packed = A.new_empty(packed_shape(A.numel(), quant_storage), dtype=quant_storage)
     return packed, A.new_empty(_check.blocks(A.numel(), blocksize), dtype=torch.float32)
 
 
 def _dequantize_4bit(
     A: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    fourbit.check_packed("dequantize_4bit", "A", A, prod(shape))
+    check_packed("dequantize_4bit", "A", A, _check.product(shape))
     out = _new("dequantize_4bit", A, shape, dtype)
     return fourbit.dequantize_4bit(A, None, absmax, out, blocksize, quant_type)
 
@@ -147,7 +147,7 @@ def _fake_outliers(A: torch.Tensor, threshold: float) -> torch.Tensor | None:
 def _fake_int8_vectorwise_quant(
     A: torch.Tensor, threshold: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    stats = A.new_empty(prod(A.shape[:-1]), dtype=torch.float32)
+    stats = A.new_empty(_check.product(A.shape[:-1]), dtype=torch.float32)
     return A.new_empty(A.shape, dtype=torch.int8), stats, _fake_outliers(A, threshold)
 
 
@@ -203,7 +203,7 @@ def _int8_double_quant(A: torch.Tensor, threshold: float = 0.0) -> tuple[torch.T
 
 def _fake_int8_double_quant(A: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor | None, ...]:
     codes = [A.new_empty(A.shape, dtype=torch.int8) for _ in range(2)]
-    stats = [A.new_empty(size, dtype=torch.float32) for size in (prod(A.shape[:-1]), A.shape[-1])]
+    stats = [A.new_empty(size, dtype=torch.float32) for size in (_check.product(A.shape[:-1]), A.shape[-1])]
     return (*codes, *stats, _fake_outliers(A, threshold))
 
 
@@ -217,73 +217,73 @@ def _new(who: str, A: torch.Tensor, shape: Any, dtype: torch.dtype) -> torch.Ten
     return torch.empty(shape, dtype=dtype, device=A.device)
 
 
-_define(
+define(
     "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
     _quantize_blockwise,
     _fake_quantize_blockwise,
 )
-_define(
+define(
     "dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
     _dequantize_blockwise,
     _fake_dequantize_blockwise,
 )
-_define(
+define(
     "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, Tensor(a!) out)"
     " -> ()",
     _dequantize_blockwise_out,
     _nothing,
 )
-_define(
+define(
     "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
     _quantize_4bit,
     _fake_quantize_4bit,
 )
-_define(
+define(
     "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) -> Tensor",
     _dequantize_4bit,
     _fake_dequantize_4bit,
 )
-_define(
+define(
     "dequantize_4bit.out(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype,"
     " Tensor(a!) out) -> ()",
     _dequantize_4bit_out,
     _nothing,
 )
-_define(
+define(
     "gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
     _gemv_4bit,
     _fake_gemv_4bit,
 )
-_define(
+define(
     "gemv_4bit.out(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, Tensor(a!) out) -> ()",
     _gemv_4bit_out,
     _nothing,
 )
-_define("int8_linear_matmul(Tensor A, Tensor B) -> Tensor", int8.int8_linear_matmul, _fake_int8_linear_matmul)
-_define("int8_linear_matmul.out(Tensor A, Tensor B, Tensor(a!) out) -> ()", _int8_linear_matmul_out, _nothing)
-_define(
+define("int8_linear_matmul(Tensor A, Tensor B) -> Tensor", int8.int8_linear_matmul, _fake_int8_linear_matmul)
+define("int8_linear_matmul.out(Tensor A, Tensor B, Tensor(a!) out) -> ()", _int8_linear_matmul_out, _nothing)
+define(
     "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
     int8.int8_vectorwise_quant,
     _fake_int8_vectorwise_quant,
 )
-_define(
+define(
     "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",
     int8.int8_vectorwise_dequant,
     _fake_int8_vectorwise_dequant,
 )
-_define(
+define(
     "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None)"
     " -> Tensor",
     _int8_mm_dequant,
     _fake_int8_mm_dequant,
 )
-_define(
+define(
     "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, ScalarType? dtype=None)"
     " -> Tensor",
     _int8_scaled_mm,
     _fake_int8_scaled_mm,
 )
-_define(
+define(
     "int8_double_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)",
     _int8_double_quant,
     _fake_int8_double_quant,

@@ -165,7 +165,7 @@ class QuantState:
             state2 = cls(
                 absmax=_tensor(entries, "nested_absmax", device, torch.float32),
                 code=_tensor(entries, "nested_quant_map", device, torch.float32, 256),
-                blocksize=_blocksize(entries, "nested_blocksize"),
+                blocksize=_blocksize(entries, "nested_blocksize", None),
                 dtype=_dtype(entries, "nested_dtype"),
             )
             offset = torch.tensor(_number(entries, "nested_offset"), dtype=torch.float32, device=device)
@@ -176,7 +176,7 @@ class QuantState:
             absmax=_tensor(entries, "absmax", device, torch.float32 if state2 is None else torch.uint8),
             shape=_shape(entries, needed=quant_type is not None),
             code=_tensor(entries, "quant_map", device, torch.float32, 256 if quant_type is None else 16),
-            blocksize=_blocksize(entries, "blocksize"),
+            blocksize=_blocksize(entries, "blocksize", quant_type),
             quant_type=quant_type,
             dtype=_dtype(entries, "dtype"),
             offset=offset,
@@ -251,9 +251,12 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _blocksize(entries: Mapping[str, Any], key: str) -> int:
+def _blocksize(entries: Mapping[str, Any], key: str, quant_type: str | None) -> int:
     value = _need(entries, key)
-    if not _is_int(value) or value not in _check.BLOCKSIZES_4BIT:
+    if quant_type is None:
+        if not _is_int(value) or value < 1:
+            raise ValueError(f"{_WHO}: {key} must be an int of at least 1, got {value!r}.")
+    elif not _is_int(value) or value not in _check.BLOCKSIZES_4BIT:
         raise ValueError(f"{_WHO}: {key} must be one of {_check.BLOCKSIZES_4BIT}, got {value!r}.")
     return int(value)
 
