@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from optim8 import _native
 
 settings.register_profile(
     "bounded",
@@ -43,6 +47,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+def processor() -> str:
+    """What a result may depend on: the model, and the instructions that optim8 and torch use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    described = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    flags = set(described.get("flags", "").split())
+    vnni = ", ".join(sorted(flag for flag in flags if "vnni" in flag or flag.startswith("amx"))) or "none"
+    module = _native.cpu_or_none()
+    isa = module.isa_info()["used"] if module is not None else "not built"
+    name = described.get("model name", platform.machine())
+    family = f"family {described.get('cpu family')}, model {described.get('model')}"
+    used = f"optim8 uses {isa}, torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name} ({family}); {used}; int8 instructions: {vnni}; {torch.get_num_threads()} threads"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"processor: {processor()}")
 
 
 @pytest.fixture(scope="session")
