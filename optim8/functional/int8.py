@@ -317,14 +317,13 @@ def _torch_is_exact(one_row: bool, one_inner: bool, one_column: bool) -> bool:
     if not hasattr(torch, "_int_mm"):
         return False
     several = (2, 67)
-    for rows, inner, columns in product(*((1,) if one else several for one in (one_row, one_inner, one_column))):
-        extremes = torch.tensor([-128, 127], dtype=torch.int8, device="cpu")
-        a = extremes.repeat(rows)[:rows, None].expand(rows, inner).contiguous()
-        b = extremes.repeat(columns)[:columns, None].expand(columns, inner).contiguous()
-        expected = a.long() @ b.long().t()
-        sums = torch.full_like(expected, -1, dtype=torch.int32)
+    extents = ((1,) if one else several for one in (one_row, one_inner, one_column))
+    for rows, inner, columns, left, right in product(*extents, *[(-128, 127)] * 2):
+        a = torch.full((rows, inner), left, dtype=torch.int8, device="cpu")
+        b = torch.full((columns, inner), right, dtype=torch.int8, device="cpu")
+        sums = torch.full((rows, columns), -1, dtype=torch.int32, device="cpu")
         torch._int_mm(a, b.t(), out=sums)
-        if not torch.equal(sums.long(), expected):
+        if not bool((sums == inner * left * right).all()):
             return False
     return True
 
