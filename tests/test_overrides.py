@@ -261,7 +261,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "betas": (lambda: optim8.override(MODEL.embed, betas="(0.9)"), ValueError, "betas must be a pair"),
     "betas of words": (lambda: optim8.override(MODEL.embed, betas="(a, b)"), ValueError, "betas must be a pair"),
     "an empty module": (lambda: optim8.override(torch.nn.ReLU(), lr=0.1), ValueError, "no parameters: ReLU"),
-    "data": (lambda: optim8.override(MODEL.embed.weight.data, lr=0.1), ValueError, "must be a parameter"),
     "a result": (lambda: optim8.override(MODEL.embed.weight * 1, lr=0.1), ValueError, "must be a parameter"),
     "a number": (lambda: optim8.override(3, lr=0.1), TypeError, "got int"),  # type: ignore[call-overload]
     "module= beside a module": (lambda: optim8.override(MODEL, module=MODEL, lr=0.1), TypeError, "module="),

@@ -5,7 +5,7 @@ Each test needs its library (`pip install optim8[trainers]`) and is skipped with
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +13,15 @@ import pytest
 import torch
 from cases import CASES
 from harness import ALL, bits, state_bits
+from trainers_harness import Sequences, inner, small_language_model
 
 import optim8
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # what would download something fails
 
 
 @pytest.fixture
 def language_model(device: torch.device) -> Any:
-    """Makes a small Llama with random weights; one with 8-bit state for its matrices and 32-bit for its norms."""
-    transformers = pytest.importorskip("transformers")
-
-    def make() -> Any:
-        torch.manual_seed(3)
-        config = transformers.LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            tie_word_embeddings=True,
-        )
-        return transformers.LlamaForCausalLM(config).to(device)
-
-    return make
-
-
-class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = (torch.arange(16) * (1 + index % 3)) % 64
-        return {"input_ids": ids, "labels": ids}
+    pytest.importorskip("transformers")
+    return partial(small_language_model, device)
 
 
 def trainer(model: Any, folder: Path, device: torch.device, **more: Any) -> Any:
@@ -67,11 +42,6 @@ def trainer(model: Any, folder: Path, device: torch.device, **more: Any) -> Any:
         dataloader_pin_memory=False,
     )
     return transformers.Trainer(model, arguments, train_dataset=Sequences(), **more)
-
-
-def inner(optimizer: Any) -> Any:
-    """The optimizer inside a library's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])

@@ -1,5 +1,6 @@
 """The optimizers: drop-in replacements for those of torch.optim, with state in 8 bits."""
 
+from optim8.optim.absent import ABSENT
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.lion import Lion8bit, PagedLion8bit
@@ -43,3 +44,6 @@ __all__ = [
     "PagedLion32bit",
     "override",
 ]
+
+# Code for bitsandbytes imports these along with others; __all__ is what there is.
+globals().update(ABSENT)

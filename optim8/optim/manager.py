@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from optim8.optim import overrides, overriding
+from optim8.optim.overrides import OverrideHandle
 
 
 class GlobalOptimManager:
@@ -25,6 +26,7 @@ class GlobalOptimManager:
     """
 
     _instance: GlobalOptimManager | None = None
+    _handles: list[OverrideHandle]
 
     def __init__(self) -> None:
         raise RuntimeError("GlobalOptimManager: there is one for the process. Call GlobalOptimManager.get_instance().")
@@ -34,7 +36,14 @@ class GlobalOptimManager:
         """The manager of the process."""
         if cls._instance is None:
             cls._instance = cls.__new__(cls)
+            cls._instance._handles = []
         return cls._instance
+
+    def initialize(self) -> None:
+        """Begin anew: every override that was made through the manager ends. Those of `optim8.override` stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def register_parameters(self, params: Iterable[Any]) -> None:
         """Accept parameters or groups. Nothing needs to be registered: an override is of the tensor itself, also after
@@ -74,8 +83,7 @@ class GlobalOptimManager:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{who}: parameters must be parameters, got a {type(tensor).__name__}.")
         found = [overriding.of_tensor(who, tensor) for tensor in tensors]  # all are checked before any is added
-        for find in found:
-            overrides.add(changes, find)
+        self._handles += [overrides.add(changes, find) for find in found]
 
     def register_module_override(self, module: torch.nn.Module, param_name: str, config: dict[str, Any]) -> None:
         """Override options of the parameter that `module` has under a name.
@@ -83,4 +91,5 @@ class GlobalOptimManager:
         Raises:
             ValueError: there is none, or an option is unknown or its value not possible.
         """
-        overriding.override_module_parameter("register_module_override", module, param_name, config)
+        who = "register_module_override"
+        self._handles.append(overriding.override_module_parameter(who, module, param_name, config))

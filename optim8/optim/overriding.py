@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -95,21 +96,32 @@ def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_tensor(who: str, param: torch.Tensor) -> Find:
-    """Find one parameter, as long as it is there.
+    """Find one parameter, as long as it is there. Any tensor that an optimizer takes may be one.
 
     Raises:
-        ValueError: it is no parameter.
+        ValueError: no optimizer takes it.
     """
-    if not isinstance(param, torch.nn.Parameter) and not (param.is_leaf and param.requires_grad):
+    if not param.is_leaf and not param.retains_grad:
         raise ValueError(
-            f"{who}: the tensor must be a parameter, got {tuple(param.shape)} that no optimizer can have (such as "
-            "param.data or a result). Pass the parameter itself."
+            f"{who}: the tensor must be a parameter, got a result {tuple(param.shape)} that no optimizer can have. "
+            "Pass the parameter itself."
         )
-    ref = TensorWeakRef(param)
+    ref, shape, seen = TensorWeakRef(param), tuple(param.shape), False
+    sure = isinstance(param, torch.nn.Parameter) or param.requires_grad
 
-    def find(_: Groups) -> dict[int, torch.Tensor] | None:
+    def find(groups: Groups) -> dict[int, torch.Tensor] | None:
+        nonlocal seen
         alive = ref()
-        return None if alive is None else {id(alive): alive}
+        if alive is None:
+            if not seen and not sure:
+                warnings.warn(
+                    f"{who}: the tensor {shape} that was meant is gone, and no optimizer had it. Pass the parameter "
+                    "itself; param.data and param.detach() are other tensors.",
+                    stacklevel=2,
+                )
+            return None
+        seen = seen or any(alive is candidate for group in groups for candidate in group["params"])
+        return {id(alive): alive}
 
     return find
 

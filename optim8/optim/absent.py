@@ -1,0 +1,37 @@
+"""Names of bitsandbytes.optim that have no optimizer here yet: imports of them work, making one says what to use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_SIZES = ("", "8bit", "32bit")
+_BITSANDBYTES = "or go on with bitsandbytes' for it"
+
+# The stem of the names, the beginnings and ends of them, and what to use instead.
+_ABSENT: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
+    ("Adagrad", ("",), _SIZES, "torch.optim.Adagrad (32-bit state)"),
+    ("AdEMAMix", ("", "Paged"), _SIZES, f"optim8.AdamW8bit, {_BITSANDBYTES}"),
+    ("LAMB", ("",), _SIZES, f"optim8.AdamW8bit, {_BITSANDBYTES}"),
+    ("LARS", ("",), _SIZES, f"torch.optim.SGD with momentum (32-bit state), {_BITSANDBYTES}"),
+    ("LARS", ("Pytorch",), ("",), f"torch.optim.SGD with momentum (32-bit state), {_BITSANDBYTES}"),
+    ("RMSprop", ("",), _SIZES, "torch.optim.RMSprop (32-bit state)"),
+    ("SGD", ("",), _SIZES, "torch.optim.SGD (32-bit state)"),
+)
+
+
+class AbsentOptimizer(torch.optim.Optimizer):
+    """The class of a name without an optimizer. Making one raises NotImplementedError."""
+
+    instead: str
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError(f"{type(self).__name__}: optim8 has no such optimizer yet. Use {self.instead}.")
+
+
+ABSENT: dict[str, type[AbsentOptimizer]] = {
+    name: type(name, (AbsentOptimizer,), {"instead": instead, "__doc__": f"Not here yet; use {instead}."})
+    for stem, starts, ends, instead in _ABSENT
+    for name in (f"{start}{stem}{end}" for start in starts for end in ends)
+}
