@@ -46,30 +46,58 @@ const Names& names() {
     return *made;
 }
 
-// One parameter's place, for messages.
+// One parameter's place, for messages. `names`: those of the group's parameters, or None.
 struct Place {
     const std::string& owner;
     int64_t group, index;
+    const py::object& names;
 
     [[noreturn]] void fail(const std::string& what) const {
-        throw py::value_error(owner + ": parameter " + std::to_string(index) + " of group " + std::to_string(group) +
-                              " " + what);
+        const bool named = py::isinstance<py::list>(names) && index < PyList_GET_SIZE(names.ptr());
+        const std::string name =
+            named ? " " + std::string(py::repr(py::handle(PyList_GET_ITEM(names.ptr(), index)))) : "";
+        throw py::value_error(owner + ": parameter " + std::to_string(index) + name + " of group " +
+                              std::to_string(group) + " " + what);
     }
 };
+
+// What a tensor without memory is, for messages: "a FakeTensor (torch.strided, on cpu)".
+std::string kind_of(py::handle tensor) {
+    const std::string type = py::str(py::type::handle_of(tensor).attr("__name__"));
+    return "a " + type + " (" + std::string(py::str(tensor.attr("layout"))) + ", on " +
+           std::string(py::str(tensor.attr("device"))) + ")";
+}
+
+constexpr const char* no_values_advice =
+    "Give it values if it is on meta; step outside of what traces with such tensors (FakeTensorMode, torch.func, "
+    "make_fx, torch.export).";
 
 View view_of(PyObject* object, const Place& place, const char* what, const char* advice) {
     View view;
     if (!read_view(object, view)) {
-        place.fail(std::string(what) +
-                   " is not a dense tensor with memory of its own (sparse, meta or another kind). " + advice);
+        const bool strided = std::string(py::str(py::handle(object).attr("layout"))) == "torch.strided";
+        place.fail(std::string(what) + " is not a dense tensor with memory of its own, got " + kind_of(object) + ". " +
+                   (strided ? no_values_advice : advice));
     }
     return view;
 }
 
-void check_memory(const View& view, const Place& place, const char* what) {
-    if (view.data == nullptr && view.size != 0)
+// Whether the memory was taken away, as FSDP does; a tracer's tensor never had any.
+bool was_freed(py::handle tensor) {
+    try {
+        return tensor.attr("untyped_storage")().attr("nbytes")().cast<int64_t>() == 0;
+    } catch (const py::error_already_set&) {
+        return false;  // no storage either
+    }
+}
+
+void check_memory(PyObject* object, const View& view, const Place& place, const char* what) {
+    if (view.data != nullptr || view.size == 0) return;
+    if (was_freed(object))
         place.fail(std::string(what) + " has no memory, got " + view.describe() +
                    " that was freed. Step while it is there.");
+    place.fail(std::string(what) + " has no values, got " + kind_of(object) + ", " + view.describe() + ". " +
+               no_values_advice);
 }
 
 void check_param(const View& p, const Place& place) {
@@ -131,6 +159,8 @@ void check_one_kind(PyObject* entry, const RuleInfo& info, Precision precision, 
 View state_view(PyObject* value, const char* name, const Place& place, Hint& hint) {
     View view;
     if (!read_view(value, view)) place.fail("has a " + quoted(name) + " that is no dense tensor.");
+    if (view.data == nullptr && view.size != 0)
+        check_memory(value, view, place, ("has a " + quoted(name) + " that").c_str());
     hint.add(value, view);
     return view;
 }
@@ -201,10 +231,23 @@ void StepTable::clear() {
     hypers_.clear();
     host_.clear();
     params_ = py::list();
+    memory_.clear();
     grads_.clear();
     asked_ = 0;
     next_entry_ = 0;
     ask_ = Asked();
+}
+
+std::optional<std::pair<int64_t, int64_t>> StepTable::same_memory() {
+    if (memory_ == apart_) return std::nullopt;
+    std::vector<std::pair<const void*, int64_t>> places;
+    for (size_t i = 0; i < memory_.size(); ++i)
+        if (memory_[i] != nullptr) places.emplace_back(memory_[i], static_cast<int64_t>(i));
+    std::sort(places.begin(), places.end());
+    for (size_t i = 1; i < places.size(); ++i)
+        if (places[i].first == places[i - 1].first) return std::make_pair(places[i - 1].second, places[i].second);
+    apart_ = memory_;
+    return std::nullopt;
 }
 
 Asked::Asked() : grad(names().grad), is_neg(names().is_neg), is_zero(names().is_zero) {}
@@ -214,7 +257,7 @@ bool Asked::is_lazy(PyObject* tensor, const View& view) {
 }
 
 Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, const Hyper& hyper,
-                      const std::string& owner, int64_t group, py::dict relaid) {
+                      const std::string& owner, int64_t group, py::dict relaid, const py::object& names_of) {
     const auto* const info = std::find_if(std::begin(rule_infos), std::end(rule_infos),
                                           [&](const RuleInfo& known) { return rule == known.name; });
     if (info == std::end(rule_infos))
@@ -227,7 +270,7 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
     InOrder entries(state.ptr(), next_entry_);
     for (int64_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
         constexpr size_t ahead = 6;
-        const Place place{owner, group, i};
+        const Place place{owner, group, i, names_of};
         if (asked_ == hints_.size()) hints_.emplace_back();
         if (asked_ + ahead < hints_.size()) hints_[asked_ + ahead].prefetch();
         Hint& hint = hints_[asked_++];
@@ -246,14 +289,14 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         PyObject* entry = entries.find(param);
 
         const View p = view_of(param, place, "itself", "Only dense parameters can be stepped.");
-        check_memory(p, place, "itself");
+        check_memory(param, p, place, "itself");
         hint.add_own(param, p);
         check_param(p, place);
         const View g = view_of(grad, place, "has a gradient that",
                                "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
         const bool lazy = ask_.is_lazy(grad, g);
         if (!lazy) {
-            check_memory(g, place, "has a gradient that");
+            check_memory(grad, g, place, "has a gradient that");
             hint.add_own(grad, g);
             check_grad(p, g, place);
         }
@@ -336,6 +379,7 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         }
         rows.rows.push_back(row);
         params_.append(py::handle(param));
+        memory_.push_back(p.size == 0 ? nullptr : p.data);
         grads_.push_back(std::move(held));
     }
     next_entry_ = entries.at();

@@ -88,7 +88,10 @@ void bind_step(py::module_& m) {
     py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
         .def(py::init<>())
         .def("add", &StepTable::add, py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("hyper"),
-             py::arg("owner"), py::arg("group"), py::arg("relaid"))
+             py::arg("owner"), py::arg("group"), py::arg("relaid"), py::arg("names_of") = py::none())
+        .def("same_memory", &StepTable::same_memory,
+             "Two rows, by position in params, whose parameters begin at the "
+             "same address, or None.")
         .def("clear", &StepTable::clear)
         .def("allow_host", &StepTable::allow_host, py::arg("spans"),
              "Addresses [begin, end) of pinned memory in which state of CUDA parameters may be, until `clear`.")

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -86,9 +87,14 @@ class StepTable {
     void allow_host(std::vector<Span> spans) { host_ = std::move(spans); }
 
     // Gathers one parameter group. `params` is a list of tensors, `state` the optimizer's state dict, `relaid` maps
-    // indices to gradients copied into the parameter's layout. Throws ValueError that names `owner`, group and index.
+    // indices to gradients copied into the parameter's layout, `names_of` is the list of the parameters' names or None.
+    // Throws ValueError that names `owner`, group, index and name.
     Wanted add(py::list params, py::dict state, const std::string& rule, const Hyper& hyper, const std::string& owner,
-               int64_t group, py::dict relaid);
+               int64_t group, py::dict relaid, const py::object& names_of);
+
+    // Two of `params` whose values begin at the same address: threads would step them at once. Where the addresses
+    // are those of the last step that had none, it does not look.
+    std::optional<std::pair<int64_t, int64_t>> same_memory();
 
     // Steps every row on the CPU and counts the step. `meanwhile` is called once, with the GIL, by this thread while
     // the other threads step already; if it throws, that is thrown on when all is stepped and counted.
@@ -113,6 +119,7 @@ class StepTable {
     std::deque<Hyper> hypers_;        // by group; rows point to them
     std::vector<Span> host_;
     py::list params_;
+    std::vector<const void*> memory_, apart_;  // where the values of params_ begin; the same, known to differ
     std::vector<py::object> grads_;  // held, so that another thread that drops a gradient does not free it in a step
     std::vector<Hint> hints_;        // by order of asking
     size_t asked_ = 0;

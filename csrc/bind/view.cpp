@@ -96,9 +96,19 @@ bool read_by_attributes(PyObject* object, View& view) {
     return true;
 }
 
-}  // namespace
+// Whether a tensor's storage has no memory. torch adds the offset of a view even then, so that its address is the
+// offset; memory lies so low in few processes, and there the storage is asked.
+bool is_offset_of_nothing(PyObject* object, const View& view) {
+    constexpr uintptr_t beyond_any_offset = uintptr_t{1} << 40;
+    if (reinterpret_cast<uintptr_t>(view.data) >= beyond_any_offset || view.data == nullptr) return false;
+    try {
+        return py::handle(object).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() == 0;
+    } catch (const py::error_already_set&) {
+        return true;  // a tracer's, whose storage does not tell
+    }
+}
 
-bool read_view(PyObject* object, View& view) {
+bool read_any(PyObject* object, View& view) {
     if (!PyObject_TypeCheck(object, torch().tensor)) return false;
     if (torch().describe != nullptr) return read_by_exchange(object, view);
     try {
@@ -106,6 +116,14 @@ bool read_view(PyObject* object, View& view) {
     } catch (const py::error_already_set&) {
         return false;  // a tensor without storage, such as one of a tracer
     }
+}
+
+}  // namespace
+
+bool read_view(PyObject* object, View& view) {
+    if (!read_any(object, view)) return false;
+    if (is_offset_of_nothing(object, view)) view.data = nullptr;
+    return true;
 }
 
 View require_view(const char* who, const char* argument, py::handle object) {

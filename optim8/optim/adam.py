@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.options import MIN_8BIT_SIZE
+from optim8.optim.options import MIN_8BIT_SIZE, Betas, Bits, BitsandbytesArguments
 from optim8.optim.states import EXP_AVG, EXP_AVG_SQ
 from optim8.paging import Pager
 
@@ -14,7 +16,7 @@ _ARGS = """
     Args:
         params: parameters, named parameters or groups, as for torch.optim. float32, bfloat16 or float16.
         lr: learning rate, a number or a tensor of one element.
-        betas: decay rates of the two moments, each in [0, 1).
+        betas: decay rates of the two moments, each in [0, 1): any sequence of two, stored as a tuple.
         eps: added to the square root of the second moment.
         weight_decay: {decay}
         amsgrad, differentiable: must be False.
@@ -33,6 +35,7 @@ _ARGS = """
 
     Raises:
         ValueError: an argument cannot be honoured.
+        TypeError: an argument is unknown, or no number where one is needed.
 """
 
 
@@ -49,9 +52,9 @@ class Adam8bit(_AdamFamily):
 
     def __init__(
         self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
         amsgrad: bool = False,
@@ -62,9 +65,9 @@ class Adam8bit(_AdamFamily):
         differentiable: bool = False,
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
-        optim_bits: int = 8,
+        optim_bits: Bits = 8,
         paged: bool | Pager | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
@@ -79,9 +82,9 @@ class AdamW8bit(_AdamFamily):
 
     def __init__(
         self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -92,9 +95,9 @@ class AdamW8bit(_AdamFamily):
         differentiable: bool = False,
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
-        optim_bits: int = 8,
+        optim_bits: Bits = 8,
         paged: bool | Pager | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.optim.optimizer import ParamsT
 
 from optim8 import _native
 from optim8.optim import arrivals, checkpoint, formats, options, overrides, reset, sharded, states
@@ -17,6 +18,7 @@ from optim8.optim.formats import own
 from optim8.optim.given import States
 from optim8.optim.paged import PagedState
 from optim8.optim.sharded import Part
+from optim8.optim.summary import summary
 from optim8.optim.windows import Windows, is_capturing
 from optim8.paging import launches
 from optim8.paging.options import pager_of
@@ -36,7 +38,7 @@ class BlockwiseOptimizer(PagedState):
     _known_overrides: overrides.Resolved | None = None
     _state_seen = False  # whether all state was made or looked at here
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         owner = type(self).__name__
         _native.cpu()  # a missing build is an error here, not at the first step
         defaults = options.completed(owner, defaults)
@@ -91,8 +93,7 @@ class BlockwiseOptimizer(PagedState):
         group = self.param_groups[count]
         try:
             options.normalize_group(type(self).__name__, group)
-            for index, param in enumerate(group["params"]):
-                options.check_param(type(self).__name__, count, index, param)
+            options.check_params(type(self).__name__, count, group)
             if self._store is not None:
                 self._store.check_reach(group["params"])
         except (TypeError, ValueError):
@@ -108,13 +109,20 @@ class BlockwiseOptimizer(PagedState):
         """
         self._adopt()
         self._resolved()
-        entry = self.state.get(param)
-        if entry:
-            return "8bit" if self.moments[0].absmax in entry else "32bit"
+        if self.state.get(param):
+            return self._precision_now({}, param)
         for group in self.param_groups:
             if any(param is candidate for candidate in group["params"]):
-                return "8bit" if self._wants_8bit(group, param) else "32bit"
+                return self._precision_now(group, param)
         raise ValueError(f"{type(self).__name__}.precision: the tensor must be a parameter of this optimizer.")
+
+    def _precision_now(self, group: dict[str, Any], param: torch.Tensor) -> str:
+        """`precision` of a parameter of a group, without a look for new overrides."""
+        in_8_bits = self._is_8bit(param) if self.state.get(param) else self._wants_8bit(group, param)
+        return "8bit" if in_8_bits else "32bit"
+
+    def __repr__(self) -> str:
+        return summary(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -166,6 +174,7 @@ class BlockwiseOptimizer(PagedState):
             if any(w.state or w.layout or w.moved or w.step for w in wanted):
                 self._supply(parts, local, relaid, wanted)
                 table, _ = self._gather(local, relaid)
+            self._check_distinct(parts, local, table)
             run = _native.run_step
             if self._store is not None:
                 self._store.prepare(self.param_groups, self.state)
@@ -192,7 +201,7 @@ class BlockwiseOptimizer(PagedState):
         for at, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
                 entry = self.state.get(param) or {}
-                where = f"{type(self).__name__}: parameter {index} of group {at}: state"
+                where = f"{type(self).__name__}: {options.called(group, index)} of group {at}: state"
                 for moment in self.moments:
                     codes, absmax = entry.get(moment.codes), entry.get(moment.absmax)
                     if not (type(codes) is type(absmax) is torch.Tensor and codes.dtype == torch.uint8):
@@ -200,6 +209,19 @@ class BlockwiseOptimizer(PagedState):
                     if absmax.shape == (states.blocks(codes.numel()),) and codes.stride() == states.dense_stride(codes):
                         states.check_scales(where, moment, states.flat(codes), absmax)
         self._state_seen = True
+
+    def _check_distinct(self, parts: list[Part], local: sharded.LocalStep, table: Any) -> None:
+        """Raise ValueError where two parameters are the same memory: threads would step it twice at once."""
+        same = table.same_memory()
+        if same is None:
+            return
+        places = {id(p): (at, i) for at, params, _ in local.parts for i, p in enumerate(params)}
+        one, other = (places[id(table.params[row])] for row in same)
+        names = [options.called(self.param_groups[at], i) + f" of group {at}" for at, i in (one, other)]
+        raise ValueError(
+            f"{type(self).__name__}: {names[1]} has the memory of {names[0]}: a step would change it twice at once. "
+            "Tie them by sharing one Parameter, and pass it once."
+        )
 
     def _supply(
         self, parts: list[Part], local: sharded.LocalStep, relaid: list[dict[int, torch.Tensor]], wanted: list[Any]
@@ -232,8 +254,8 @@ class BlockwiseOptimizer(PagedState):
             for index, param in enumerate(group["params"]):
                 if param.device != lr.device:
                     raise ValueError(
-                        f"{owner}: lr on {lr.device} needs all parameters of its group there, got parameter {index} "
-                        f"on {param.device}. Use a number, or a group for each device."
+                        f"{owner}: lr on {lr.device} needs all parameters of its group there, got "
+                        f"{options.called(group, index)} on {param.device}. Use a number, or a group for each device."
                     )
             if lr.dtype != torch.float32:
                 raise ValueError(f"{owner}: lr on {lr.device} must be float32, got {lr.dtype}. Use lr.float().")
@@ -273,7 +295,7 @@ class BlockwiseOptimizer(PagedState):
             table.allow_host(self._store.pinned_spans)
         owner = type(self).__name__
         wanted = [
-            table.add(params, state, self.rule, hyper, owner, at, relaid[at])
+            table.add(params, state, self.rule, hyper, owner, at, relaid[at], self.param_groups[at].get("param_names"))
             for (at, params, hyper), state in zip(local.parts, local.states, strict=True)
         ]
         return table, wanted

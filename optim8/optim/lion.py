@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.options import MIN_8BIT_SIZE
+from optim8.optim.options import MIN_8BIT_SIZE, Betas, Bits, BitsandbytesArguments
 from optim8.optim.states import EXP_AVG
 from optim8.paging import Pager
 
@@ -16,7 +18,7 @@ class Lion8bit(BlockwiseOptimizer):
     Args:
         params: parameters, named parameters or groups, as for torch.optim. float32, bfloat16 or float16.
         lr: learning rate, a number or a tensor of one element; the size of every element's step.
-        betas: the weights of momentum in the step and in the new momentum, each in [0, 1).
+        betas: the weights of momentum in the step and in the new momentum, each in [0, 1): any sequence of two.
         weight_decay: decoupled weight decay: parameters shrink by the factor 1 - lr * weight_decay.
         maximize: ascend instead of descend.
         foreach, fused: accepted; every step is one fused call over all tensors, whatever they say. Under GradScaler,
@@ -34,6 +36,7 @@ class Lion8bit(BlockwiseOptimizer):
 
     Raises:
         ValueError: an argument cannot be honoured.
+        TypeError: an argument is unknown, or no number where one is needed.
     """
 
     rule = "lion"
@@ -41,9 +44,9 @@ class Lion8bit(BlockwiseOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        lr: Any = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-4,
+        betas: Betas = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
@@ -52,9 +55,9 @@ class Lion8bit(BlockwiseOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
-        optim_bits: int = 8,
+        optim_bits: Bits = 8,
         paged: bool | Pager | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)

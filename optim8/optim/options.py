@@ -177,19 +177,34 @@ def saved(value: Any) -> Any:
     return value
 
 
-def check_param(owner: str, group_index: int, index: int, param: torch.Tensor) -> None:
-    """Raise ValueError where a parameter can never be stepped; what can still change is checked by each step.
+def called(group: dict[str, Any], index: int) -> str:
+    """A parameter of a group, for messages: "parameter 3", or with its name where the optimizer was given names."""
+    names = group.get("param_names") or ()
+    return f"parameter {index} {names[index]!r}" if index < len(names) else f"parameter {index}"
+
+
+def check_params(owner: str, group_index: int, group: dict[str, Any]) -> None:
+    """Raise ValueError where a parameter of a group can never be stepped; what can still change is checked by each
+    step.
 
     A frozen parameter may be of any kind, such as the integer weights of a quantized model: it gets no gradient.
     """
-    if not param.requires_grad:
-        return
-    if param.layout != torch.strided or param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        kind = str(param.dtype) if param.layout == torch.strided else str(param.layout)
-        raise ValueError(
-            f"{owner}: parameter {index} of group {group_index} must be dense and float32, bfloat16 or float16, "
-            f"got {kind.removeprefix('torch.')} {tuple(param.shape)}. Convert it, or leave it out."
-        )
+    places: dict[int, int] = {}
+    for index, param in enumerate(group["params"]):
+        first = places.setdefault(id(param), index)
+        if first != index:
+            raise ValueError(
+                f"{owner}: {called(group, index)} of group {group_index} is {called(group, first)} again; it would be "
+                "stepped twice. Pass each once, as `model.parameters()` or `list(dict.fromkeys(params))` does."
+            )
+        if not param.requires_grad:
+            continue
+        if param.layout != torch.strided or param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            kind = str(param.dtype) if param.layout == torch.strided else str(param.layout)
+            raise ValueError(
+                f"{owner}: {called(group, index)} of group {group_index} must be dense and float32, bfloat16 or "
+                f"float16, got {kind.removeprefix('torch.')} {tuple(param.shape)}. Convert it, or leave it out."
+            )
 
 
 def wants_8bit(options: dict[str, Any], param: torch.Tensor) -> bool:

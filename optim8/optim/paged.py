@@ -39,6 +39,9 @@ class PagedState(torch.optim.Optimizer):
         """How the state of `param` is kept."""
         raise NotImplementedError
 
+    def _precision_now(self, group: dict[str, Any], param: torch.Tensor) -> str:
+        raise NotImplementedError
+
     def _convert(self, wanted: Sequence[tuple[str, torch.Tensor, bool]]) -> None:
         raise NotImplementedError
 

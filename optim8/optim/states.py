@@ -94,9 +94,18 @@ class _Arena:
 
 
 def _beside(arenas: Sequence[_Arena]) -> None:
-    """Memory for arenas where they say."""
+    """Memory for arenas where they say.
+
+    Raises:
+        RuntimeError: a tracer's mode makes tensors of another kind, which could not be stepped later.
+    """
     for arena in arenas:
         arena.flat = torch.full((arena.size,), arena.fill, dtype=arena.dtype, device=arena.device)
+        if type(arena.flat) is not torch.Tensor:
+            raise RuntimeError(
+                f"optim8: state must be plain tensors, and a mode is on that makes a {type(arena.flat).__name__} of "
+                "each. Step outside of it (FakeTensorMode, FunctionalTensorMode, tracing)."
+            )
 
 
 def dense_stride(param: torch.Tensor) -> tuple[int, ...]:

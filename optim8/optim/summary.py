@@ -1,0 +1,38 @@
+"""What an optimizer says of itself when it is printed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from optim8.optim.paged import PagedState
+from optim8.paging.options import size_text
+from optim8.paging.segments import tensors_of
+from optim8.paging.store import placed
+
+
+def summary(optimizer: PagedState) -> str:
+    """Class and options of the groups as torch.optim writes them, without the parameters' names, then how many
+    parameters have state in which precision, its bytes, and where it lives if it is paged. Changes nothing."""
+    lines = [f"{type(optimizer).__name__} ("]
+    counts: Counter[str] = Counter()
+    tiers: Counter[str] = Counter()
+    for number, group in enumerate(optimizer.param_groups):
+        lines.append(f"Parameter Group {number}")
+        lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", "param_names")]
+        for param in group["params"]:
+            entry: dict[str, Any] = optimizer.state.get(param) or {}
+            tensors = tensors_of(entry)
+            if tensors:
+                tier, _ = placed(optimizer._store, max(tensors, key=lambda t: t.nbytes))
+                tiers[tier] += sum(tensor.nbytes for tensor in tensors)
+            kind = optimizer._precision_now(group, param) if tensors or param.requires_grad else "frozen"
+            counts[kind] += 1
+    said = {"8bit": "in 8 bits", "32bit": "in 32 bits", "frozen": "frozen"}
+    parameters = ", ".join(f"{counts[kind]} {text}" for kind, text in said.items() if counts[kind])
+    size = size_text(sum(tiers.values())) if tiers else "none yet"
+    lines.append(f"State: {size}; parameters: {parameters or 'none'}")
+    if optimizer._store is not None:
+        places = ", ".join(f"{size_text(tiers[tier])} on {tier}" for tier in sorted(tiers)) or "nothing yet"
+        lines.append(f"Paged: {places}; {optimizer._store.pager!r}")
+    return "\n".join([*lines, ")"])
