@@ -186,7 +186,8 @@ def test_groups_that_torch_refuses_are_not_added(case: Case) -> None:
     assert [group["param_names"] for group in optimizer.param_groups] == [["weight"], ["bias"]]
 
 
-LEAVES_OUT = ["fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "optim_bits", "min_8bit_size"]
+# Without optim_bits a dict in 32 bits would be one of torch.optim, of which amsgrad is asked for.
+LEAVES_OUT = ["fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "min_8bit_size"]
 
 
 @BOTH
