@@ -53,6 +53,12 @@ def import_peer() -> Any:
     return peer
 
 
+def import_matmul() -> Any:
+    import bitsandbytes
+
+    return bitsandbytes.matmul_4bit
+
+
 def rows(quick: bool) -> Iterator[Row]:
     """The comparisons, each with inputs of its own, which are freed when the next one is made."""
     B, side = import_peer(), 256 if quick else 4096
@@ -113,6 +119,17 @@ def rows(quick: bool) -> Iterator[Row]:
             "torch, float32 weight",
             partial(torch.matmul, row, weight.t()),
             5.0,
+        )
+    peer_packed, peer_state = B.quantize_4bit(matrix, quant_type="nf4", blocksize=64)
+    packed, state = F.quantize_4bit(matrix, quant_type="nf4")
+    for count, dtype in ((1, torch.float32), (16, torch.float32), (16, torch.bfloat16), (512, torch.bfloat16)):
+        left = torch.randn(count, side, dtype=dtype)
+        yield Row(
+            f"matmul_4bit nf4 {str(dtype).removeprefix('torch.')}, {count} rows {side}x{side}",
+            partial(F.matmul_4bit, left, packed, state),
+            name,
+            partial(import_matmul(), left, peer_packed, peer_state),
+            1.0,
         )
     m, k, n = (32, 128, 128) if quick else (512, 2048, 2048)
     a = torch.randint(-128, 128, (m, k), dtype=torch.int8)

@@ -61,7 +61,7 @@ void dequantize_span(const Dequantize4Job& job, int64_t begin, int64_t end) {
         const int64_t block = at / job.blocksize, stop = std::min(end, (block + 1) * job.blocksize);
         // 16 products serve the whole block: table value times absmax in float32, rounded once to the storage type.
         T table[fourbit_size];
-        for (int c = 0; c < fourbit_size; ++c) table[c] = from_float<T>(job.table[c] * job.absmax[block]);
+        for (int c = 0; c < fourbit_size; c += width) store(table + c, load(job.table + c) * F(job.absmax[block]));
         for (; at + group <= stop; at += group) decode_nibbles(job.packed + at / 2, table, out + at);
         for (; at < stop; at += 2) {
             const uint8_t pair = job.packed[at / 2];

@@ -24,7 +24,7 @@ from optim8.functional.packed import (
 from optim8.functional.quant_state import QuantState
 
 # Values of the weight that are unpacked at a time: on the CPU they stay in its caches until they are multiplied.
-_TILE_VALUES = {"cpu": 1 << 20, "cuda": 1 << 24}
+_TILE_VALUES = {"cpu": 1 << 19, "cuda": 1 << 24}
 _NESTED_BLOCKSIZE = 256
 
 
@@ -49,8 +49,8 @@ def matmul_4bit(
         tensor [..., N] of A's dtype. One row is multiplied as by `gemv_4bit`. More are multiplied by torch, with the
         weight rounded to A's dtype, so that the last bits depend on torch, the processor and the number of threads.
 
-    At most 2 Mi values of the weight (on CUDA 32 Mi), or two rows of it, are in memory at a time, in the forward and
-    in the backward pass. The gradient of a 16-bit A is summed over such tiles in float32.
+    At most 512 Ki values of the weight (on CUDA 16 Mi), or one row of it, and a block are unpacked at a time, in the
+    forward and in the backward pass; one row is multiplied without unpacking. The gradient of a 16-bit A is summed over such tiles in float32.
 
     Raises:
         TypeError: an argument is no dense tensor.
