@@ -50,7 +50,8 @@ def matmul_4bit(
         weight rounded to A's dtype, so that the last bits depend on torch, the processor and the number of threads.
 
     At most 512 Ki values of the weight (on CUDA 16 Mi), or one row of it, and a block are unpacked at a time, in the
-    forward and in the backward pass; one row is multiplied without unpacking. The gradient of a 16-bit A is summed over such tiles in float32.
+    forward and in the backward pass; one row is multiplied without unpacking. The gradient of a 16-bit A is summed
+    over such tiles in float32.
 
     Raises:
         TypeError: an argument is no dense tensor.
