@@ -60,7 +60,7 @@ def decoded_state(moments: Moments) -> Moments:
         values = moments[moment.name].contiguous()
         codes = torch.empty_like(values, dtype=torch.uint8)
         absmax = torch.empty(states.blocks(values.numel()))
-        states.quantize(moment, values, codes, absmax)
+        states.quantize(moment, values, codes, absmax, as_step=True)
         found[moment.name] = states.dequantize(moment, codes, absmax)
     return found
 

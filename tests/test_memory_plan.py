@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_models import MODELS, measured, plain, train
+from memory_harness import MODELS, measured, plain, train
 from torch import nn
 
 import optim8

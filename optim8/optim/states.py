@@ -101,7 +101,7 @@ def _beside(arenas: Sequence[_Arena]) -> None:
     """
     for arena in arenas:
         arena.flat = torch.full((arena.size,), arena.fill, dtype=arena.dtype, device=arena.device)
-        if type(arena.flat) is not torch.Tensor:
+        if type(arena.flat).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise RuntimeError(
                 f"optim8: state must be plain tensors, and a mode is on that makes a {type(arena.flat).__name__} of "
                 "each. Step outside of it (FakeTensorMode, FunctionalTensorMode, tracing)."
