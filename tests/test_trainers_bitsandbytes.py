@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from harness import bits, state_bits
-from trainers_harness import Sequences, inner, small_language_model
+from trainers_harness import inner, small_language_model, trainer
 
 import optim8
 
@@ -40,25 +39,6 @@ def bitsandbytes_names() -> list[str]:
     return sorted(str(getattr(name, "value", name)) for name in trainer_optimizer._BITSANDBYTES_OPTIMIZERS)
 
 
-def trainer(model: Any, folder: Path, device: torch.device, optim: str) -> Any:
-    import transformers
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        optim=optim,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        max_steps=4,
-        save_steps=2,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=False,
-    )
-    return transformers.Trainer(model, arguments, train_dataset=Sequences())
-
-
 def expected_class(optim: str) -> type[torch.optim.Optimizer]:
     for part, cls in (("ademamix", "AdEMAMix"), ("adam", "AdamW"), ("lion", "Lion"), ("rmsprop", "RMSprop")):
         if part in optim:
@@ -72,7 +52,7 @@ def test_the_trainers_names(optim: str, tmp_path: Path, device: torch.device) ->
     """Trains, and resumed from a checkpoint it ends bit for bit as the run that went on; what is not here says so."""
     cls = expected_class(optim)
     model = small_language_model(device)
-    run = trainer(model, tmp_path, device, optim)
+    run = trainer(model, tmp_path, device, {"optim": optim})
     if issubclass(cls, optim8.optim.absent.AbsentOptimizer):
         with pytest.raises(NotImplementedError, match=f"{cls.__name__}: optim8 has no such optimizer"):
             run.train()
@@ -86,7 +66,7 @@ def test_the_trainers_names(optim: str, tmp_path: Path, device: torch.device) ->
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert float(losses[-1]) < float(losses[0])
     resumed = small_language_model(device)
-    again = trainer(resumed, tmp_path, device, optim)
+    again = trainer(resumed, tmp_path, device, {"optim": optim})
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert bits(p) == bits(q)
@@ -102,7 +82,7 @@ def test_names_are_found() -> None:
 def test_embeddings_in_32_bits_as_the_trainer_has_them(tmp_path: Path, device: torch.device) -> None:
     """With bitsandbytes it asks for that itself, by the name of the module of the class; here the user does."""
     model = small_language_model(device)
-    run = trainer(model, tmp_path, device, "adamw_bnb_8bit")
+    run = trainer(model, tmp_path, device, {"optim": "adamw_bnb_8bit"})
     optimizer = inner(run.create_optimizer())
     assert optimizer.precision(model.model.embed_tokens.weight) == "8bit"
     for module in model.modules():

@@ -13,9 +13,11 @@ import pytest
 import torch
 from cases import CASES
 from harness import ALL, bits, state_bits
-from trainers_harness import Sequences, inner, small_language_model
+from trainers_harness import inner, small_language_model, trainer
 
 import optim8
+
+OPTIONS = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
 
 
 @pytest.fixture
@@ -24,32 +26,12 @@ def language_model(device: torch.device) -> Any:
     return partial(small_language_model, device)
 
 
-def trainer(model: Any, folder: Path, device: torch.device, **more: Any) -> Any:
-    import transformers
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0.5,
-        learning_rate=1e-2,
-        max_steps=4,
-        save_steps=2,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=False,
-    )
-    return transformers.Trainer(model, arguments, train_dataset=Sequences(), **more)
-
-
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
 def test_hugging_face_trainer(name: str, language_model: Any, tmp_path: Path, device: torch.device) -> None:
     """By class and by instance; a run resumed from a checkpoint ends bit for bit as the one that went on."""
     cls = getattr(optim8, name)
     by_class = language_model()
-    run = trainer(by_class, tmp_path, device, optimizer_cls_and_kwargs=(cls, {"lr": 1e-2}))
+    run = trainer(by_class, tmp_path, device, OPTIONS, optimizer_cls_and_kwargs=(cls, {"lr": 1e-2}))
     run.train()
     assert type(inner(run.optimizer)) is cls
     assert {inner(run.optimizer).precision(p) for p in by_class.parameters()} == {"8bit", "32bit"}
@@ -57,7 +39,7 @@ def test_hugging_face_trainer(name: str, language_model: Any, tmp_path: Path, de
     assert float(losses[-1]) < float(losses[0])
 
     resumed = language_model()
-    again = trainer(resumed, tmp_path, device, optimizer_cls_and_kwargs=(cls, {"lr": 1e-2}))
+    again = trainer(resumed, tmp_path, device, OPTIONS, optimizer_cls_and_kwargs=(cls, {"lr": 1e-2}))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for p, q in zip(by_class.parameters(), resumed.parameters(), strict=True):
         assert bits(p) == bits(q)
@@ -65,7 +47,7 @@ def test_hugging_face_trainer(name: str, language_model: Any, tmp_path: Path, de
 
     by_instance = language_model()
     optimizer = cls(by_instance.parameters(), lr=1e-2)
-    trainer(by_instance, tmp_path / "instance", device, optimizers=(optimizer, None)).train()
+    trainer(by_instance, tmp_path / "instance", device, OPTIONS, optimizers=(optimizer, None)).train()
     assert optimizer.state[by_instance.model.embed_tokens.weight]["step"] == 4
 
 
@@ -77,7 +59,7 @@ def test_peft(language_model: Any, tmp_path: Path, device: torch.device) -> None
     adapters = peft.LoraConfig(r=32, target_modules=["q_proj", "gate_proj"], init_lora_weights=False)
     model = peft.get_peft_model(base, adapters)
     optimizer = optim8.AdamW8bit(model.parameters(), lr=1e-2, min_8bit_size=2048)
-    trainer(model, tmp_path, device, optimizers=(optimizer, None)).train()
+    trainer(model, tmp_path, device, OPTIONS, optimizers=(optimizer, None)).train()
     trained = {name for name, p in model.named_parameters() if p in optimizer.state}
     assert trained
     assert all("lora_" in name for name in trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,26 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         ids = (torch.arange(16) * (1 + index % 3)) % 64
         return {"input_ids": ids, "labels": ids}
+
+
+def trainer(model: Any, folder: Path, device: torch.device, options: dict[str, Any], **more: Any) -> Any:
+    """A Trainer of 4 steps that saves each second one. `options` are TrainingArguments, `more` is the Trainer's."""
+    import transformers
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=False,
+        **options,
+    )
+    return transformers.Trainer(model, arguments, train_dataset=Sequences(), **more)
 
 
 def inner(optimizer: Any) -> Any:

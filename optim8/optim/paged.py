@@ -121,8 +121,8 @@ class PagedState(torch.optim.Optimizer):
     def note_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Say that the parameters, and whatever else a run needs, were saved to `path` as they are now. All state is
         written to the disk, and copied there. A run that is killed later is resumed from here, with the same bits:
-        with the parameters of `path` and Pager(..., resume=True). The copy is as large as the state, replaces that of
-        the checkpoint before, and takes about as long as a step from the disk.
+        with the parameters of `path` and Pager(..., resume=True). The copy is as large as the state and replaces that
+        of the checkpoint before.
 
         Raises:
             ValueError: the optimizer keeps no directory.
