@@ -68,9 +68,10 @@ test-pythons: ## run the tests on each Python here, in environments of their own
 # The package goes to a folder of its own, so a sanitized module never mixes with the normal one. Leaks are not looked
 # for: CPython and torch keep what they allocate. libstdc++ is preloaded so that AddressSanitizer finds its throw.
 SANITIZED := build/sanitized
-NATIVE_TESTS = $(wildcard $(patsubst %, tests/test_%*.py, codec functional_ numerics_ optim_ paging_disk paging_step))
-SANITIZED_TESTS = $(filter-out tests/test_optim_training.py tests/test_functional_peers.py, $(NATIVE_TESTS)) \
-    tests/test_install.py::test_the_tests_run_against_the_build_that_was_asked_for
+NATIVE_TESTS = tests/test_codec.py $(wildcard tests/functional/test_*.py tests/numerics/test_*.py tests/optim/test_*.py \
+    tests/checkpoint/test_optim_*.py tests/paging/test_paging_disk*.py tests/paging/test_paging_step*.py)
+SANITIZED_TESTS = $(filter-out tests/optim/test_optim_training.py tests/functional/test_functional_peers.py, $(NATIVE_TESTS)) \
+    tests/install/test_install.py::test_the_tests_run_against_the_build_that_was_asked_for
 .PHONY: test-sanitize
 test-sanitize: $(call with,test) ## run the tests of native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer
 	OPTIM8_CUDA=0 OPTIM8_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import add_json, json_path, provenance, table, time_interleaved, write_json
+from shared.common import add_json, json_path, provenance, table, time_interleaved, write_json
 
 from optim8 import _native
 from optim8 import functional as F

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import add_json, json_path, origin, plural, provenance, spread, table, write_json
 from lm.model import GPT, Shape
+from shared.common import add_json, json_path, origin, plural, provenance, spread, table, write_json
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm  # type: ignore[import-untyped]
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import add_json, json_path, provenance, table, time_interleaved, write_json
-from subjects import (
+from shared.common import add_json, json_path, provenance, table, time_interleaved, write_json
+from shared.subjects import (
     REFERENCE,
     Case,
     Make,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import small_gradients
-from common import origin, plural, table
-from subjects import REFERENCE, with_version
+from shared.common import origin, plural, table
+from shared.subjects import REFERENCE, with_version
 
 Result = Mapping[str, Any]
 

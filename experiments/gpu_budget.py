@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import sass
-from common import add_json, json_path, provenance, table, write_json
+from shared import sass
+from shared.common import add_json, json_path, provenance, table, write_json
 
 # H100 SXM, from NVIDIA's data sheet and tuning guide; 91 % of the memory's bandwidth is what a copy is taken to reach.
 MULTIPROCESSORS, CLOCK = 132, 1.755e9

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import FINISHED, Command, Deadline, Outcome, run_all
-from common import ROOT, add_json, json_path, provenance, write_json
-from gpu_results import related, rendered
+from gpu.results import related, rendered
+from shared.commands import FINISHED, Command, Deadline, Outcome, run_all
+from shared.common import ROOT, add_json, json_path, provenance, write_json
 
 PART_SECONDS = 8 * 60 - 15.0  # the rest is for starting, killing and writing
 TESTS_AT_ONCE = 6
@@ -33,7 +33,9 @@ CHECKS_AT_ONCE = 4
 PEER_SECONDS = 150.0  # for each; what one has not measured by then is left out
 LAST_LINES = 40  # of the output of what failed
 NO_TESTS = 5  # what pytest returns for a file all of whose tests need an extra that is not installed
-EXPERIMENTS = Path(__file__).resolve().parent
+# With it `python -m gpu.check` finds the package.
+PATHS = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+SCRIPTS = {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 
 # These compile or install the project anew, or need no GPU and are run where there is none.
 LEFT_OUT = ("test_install", "test_cuda_", "test_experiments_gpu")
@@ -89,7 +91,7 @@ def build(arguments: argparse.Namespace, deadline: Deadline) -> bool:
 
 def test_files() -> list[Path]:
     """First those whose tensors go to the device; the one that starts processes takes longest and begins."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if not path.name.startswith(LEFT_OUT)]
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if not path.name.startswith(LEFT_OUT)]
 
     def order(path: Path) -> tuple[bool, bool]:
         return path.stem != "test_distributed", "device: torch.device" not in path.read_text(encoding="utf-8")
@@ -115,8 +117,8 @@ def test(arguments: argparse.Namespace, deadline: Deadline) -> bool:
             not unfinished,
             unfinished=unfinished,
             failed=[line for entry in found.values() for line in entry["failed"]],
-            left_out=[f"tests/{prefix}*" for prefix in LEFT_OUT],
-            nccl="tests/test_distributed.py: the scenarios of up to as many processes as there are GPUs, "
+            left_out=[f"tests/**/{prefix}*" for prefix in LEFT_OUT],
+            nccl="tests/distributed/test_distributed.py: the scenarios of up to as many processes as there are GPUs, "
             f"{torch.cuda.device_count()}",
             files=found,
         )
@@ -138,16 +140,16 @@ def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def check(arguments: argparse.Namespace, deadline: Deadline) -> bool:
-    import gpu_check
+    from gpu import check as checks
 
     result = Result("check", arguments)
-    script = [sys.executable, str(EXPERIMENTS / "gpu_check.py")]
+    script = [sys.executable, "-m", "gpu.check"]
     quick = ["--quick"] if arguments.quick else []
-    commands = [Command(name, [*script, *quick, name]) for name in gpu_check.COMPARISONS]
+    commands = [Command(name, [*script, *quick, name], SCRIPTS) for name in checks.COMPARISONS]
     tool = sanitizer()
     for name in ("memcheck", "racecheck") if tool else ():
         sanitized = [str(tool), "--tool", name, *SANITIZER, *script, "--quick", "kernels"]
-        commands.append(Command(name, sanitized, UNCACHED))
+        commands.append(Command(name, sanitized, {**SCRIPTS, **UNCACHED}))
     found: dict[str, dict[str, Any]] = {}
 
     def done(name: str, outcome: Outcome) -> None:
@@ -170,24 +172,24 @@ def check(arguments: argparse.Namespace, deadline: Deadline) -> bool:
 
 
 def measure(arguments: argparse.Namespace, deadline: Deadline) -> bool:
-    import gpu_measure
+    from gpu import measure as measurements
 
     result = Result("measure", arguments)
-    script = [sys.executable, str(EXPERIMENTS / "gpu_measure.py")]
+    script = [sys.executable, "-m", "gpu.measure"]
     quick = ["--quick"] if arguments.quick else []
     # One at a time; ours come first, and of the peers the one that compiles for minutes comes last.
     own = [
-        *[Command(name, [*script, name, *quick]) for name in ("copy", "steps", "functions")],
-        Command("paged", [sys.executable, str(EXPERIMENTS / "gpu_paged.py"), *quick]),
+        *[Command(name, [*script, name, *quick], SCRIPTS) for name in ("copy", "steps", "functions")],
+        Command("paged", [sys.executable, "-m", "gpu.paged", *quick], SCRIPTS),
     ]
-    gpu_measure.add_peers()
-    here = [name for name in gpu_measure.PEERS if importlib.util.find_spec(name) is not None]
-    peers = [Command(name, [*script, name, *quick], seconds=PEER_SECONDS) for name in here]
+    measurements.add_peers()
+    here = [name for name in measurements.PEERS if importlib.util.find_spec(name) is not None]
+    peers = [Command(name, [*script, name, *quick], SCRIPTS, PEER_SECONDS) for name in here]
     commands = [*own, *peers]
     found: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = [
         {"measurement": name, "subject": name, "error": "not installed, nor in OPTIM8_PEERS"}
-        for name in gpu_measure.PEERS
+        for name in measurements.PEERS
         if name not in here
     ]
 

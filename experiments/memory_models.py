@@ -11,8 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common import add_outputs, provenance, table
-from plotting import STYLES, new_figure, publish
+from shared.common import add_outputs, provenance, table
+from shared.plotting import STYLES, new_figure, publish
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import RUNS, add_outputs, not_measured, origin, provenance, table
 from lm import memory
 from lm.model import GPT, Shape
-from plotting import STYLES, new_figure, publish
-from subjects import Make, missing_peers, peer, peer_versions, state_bytes, with_version
+from shared.common import RUNS, add_outputs, not_measured, origin, provenance, table
+from shared.plotting import STYLES, new_figure, publish
+from shared.subjects import Make, missing_peers, peer, peer_versions, state_bytes, with_version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any
 
 import paged_proof
 import torch
-from common import add_outputs, origin, plural, provenance, table, time_interleaved
-from plotting import STYLES, new_figure, publish
+from shared.common import add_outputs, origin, plural, provenance, table, time_interleaved
+from shared.plotting import STYLES, new_figure, publish
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import optim8

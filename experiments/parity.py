@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import RUNS, add_outputs, origin, plural, provenance, table, write_json
 from lm.data import Text, load_text
 from lm.optimizers import COUNTERPART, RECIPES
 from lm.train import Run, Settings, require_same_settings
-from plotting import STYLES, new_figure, publish
+from shared.common import RUNS, add_outputs, origin, plural, provenance, table, write_json
+from shared.plotting import STYLES, new_figure, publish
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:

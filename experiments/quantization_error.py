@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import add_outputs, origin, plural, provenance, table
 from lm.data import Text, load_text
 from lm.optimizers import RECIPES
 from lm.train import Run, Settings
-from plotting import STYLES, new_figure, publish
-from schemes import BLOCKSIZES, CODES, OURS, Moments, schemes
+from shared.common import add_outputs, origin, plural, provenance, table
+from shared.plotting import STYLES, new_figure, publish
+from shared.schemes import BLOCKSIZES, CODES, OURS, Moments, schemes
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 

@@ -26,10 +26,10 @@ import parity
 import quantization_error
 import roofline
 import small_gradients
-from common import RESULTS, ROOT, origin, plural, table
 from lm.report import describe, draw_loss, results_table
-from plotting import is_current, save
-from subjects import PEERS, REFERENCE, with_version
+from shared.common import RESULTS, ROOT, origin, plural, table
+from shared.plotting import is_current, save
+from shared.subjects import PEERS, REFERENCE, with_version
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

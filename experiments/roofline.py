@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import add_outputs, json_path, plural, provenance, table, time_interleaved, write_json
-from instructions import count_instructions
-from measured import Kernel, kernels
-from plotting import STYLES, new_figure, save
+from shared.common import add_outputs, json_path, plural, provenance, table, time_interleaved, write_json
+from shared.instructions import count_instructions
+from shared.measured import Kernel, kernels
+from shared.plotting import STYLES, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import add_outputs, not_measured, origin, provenance, table
-from plotting import STYLES, new_figure, publish
-from subjects import Make, missing_peers, peer_subjects, peer_versions, with_version
+from shared.common import add_outputs, not_measured, origin, provenance, table
+from shared.plotting import STYLES, new_figure, publish
+from shared.subjects import Make, missing_peers, peer_subjects, peer_versions, with_version
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RUNS, provenance, write_json
 from lm import memory
 from lm.data import Text, load_text
 from lm.optimizers import RECIPES
 from lm.report import checks, describe, draw_loss, draw_memory, results_table
 from lm.train import Run, Settings, checkpoint_path, require_same_settings
-from plotting import save
+from shared.common import RUNS, provenance, write_json
+from shared.plotting import save
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -85,7 +85,7 @@ EVERY = list(CASES.values())
 
 
 def found() -> set[str]:
-    """The optimizers that the library exports; those that are paged by name have tests/test_paging_*.py."""
+    """The optimizers that the library exports; those that are paged by name have tests/paging/test_paging_*.py."""
     public = {name: getattr(optim8, name) for name in dir(optim8) if not name.startswith("_")}
     return {
         name

@@ -23,7 +23,7 @@ settings.register_profile(
 settings.load_profile("bounded")
 
 # --doctest-modules imports every file here; that one makes the process that imports it take its CPU for a GPU.
-collect_ignore = ["fake_cuda"]
+collect_ignore = ["cuda/fake_cuda"]
 
 
 # Files that take long for how few tests they have. They come first, so that no process is left with one at the end.

@@ -23,7 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "pythons"
 # The package, a step of each rule, the formats of state and of checkpoints.
-SHORT = ["test_install", "test_layers", "test_optim_step", "test_optim_checkpoint", "test_functional_blockwise"]
+SHORT = [
+    "tests/test_layers.py",
+    "tests/install/test_install.py",
+    "tests/functional/test_functional_blockwise.py",
+    "tests/optim/test_optim_step.py",
+    "tests/checkpoint/test_optim_checkpoint.py",
+]
 ABOUT = (
     "import json, platform, sys, sysconfig, venv; print(json.dumps([platform.python_implementation(), "
     "list(sys.version_info[:3]), bool(sysconfig.get_config_var('Py_GIL_DISABLED')), sysconfig.get_path('include')]))"
@@ -103,7 +109,7 @@ def outcomes(chosen: dict[str, Path], short: bool, arguments: list[str]) -> Iter
             yield version, status or environment.run("-c", WITHOUT_TORCH).returncode
             continue
         environment.install("--no-build-isolation", "--editable", ".[test]" if short else ".[test,experiments]")
-        files = [f"tests/{name}.py" for name in SHORT] if short else ["tests"]
+        files = SHORT if short else ["tests"]
         yield version, environment.run("-m", "pytest", "--quiet", *files, *arguments).returncode
 
 

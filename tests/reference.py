@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rounding import FLT_MIN, UNIT, Array, Rounded
+from support.rounding import FLT_MIN, UNIT, Array, Rounded
 
 BLOCK = 256
 MAP_SHA256 = {

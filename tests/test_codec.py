@@ -11,10 +11,10 @@ import pytest
 import reference
 import torch
 from cases import CASES
-from harness import DTYPES, codes_of, load_state, parameter, values
 from hypothesis import given
 from hypothesis import strategies as st
-from rounding import UNIT
+from support.harness import DTYPES, codes_of, load_state, parameter, values
+from support.rounding import UNIT
 
 from optim8 import _native
 from optim8 import functional as F

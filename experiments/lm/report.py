@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from common import table
-from plotting import STYLES, new_figure
+from shared.common import table
+from shared.plotting import STYLES, new_figure
 
 from lm.optimizers import COUNTERPART
 

@@ -1,0 +1,103 @@
+"""What the compiler made of a kernel: its registers, its memory accesses, and the length of its main path."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+
+
+def tool_folder() -> Path | None:
+    """Where cuobjdump and nvdisasm are: from their packages, or the toolkit's."""
+    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"))
+    for folder in [*packaged, Path(shutil.which("cuobjdump") or "/").parent]:
+        if (folder / "cuobjdump").exists() and (folder / "nvdisasm").exists():
+            return folder
+    return None
+
+
+def opcode_of(text: str) -> str:
+    """An instruction without its predicate and its operands."""
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel's instructions, as (address, text), and the registers of a thread."""
+
+    name: str
+    instructions: tuple[tuple[int, str], ...]
+    registers: int
+
+    def opcodes(self) -> list[str]:
+        return [opcode_of(text) for _, text in self.instructions]
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes())
+
+    def _next(self, i: int, places: dict[int, int]) -> list[int]:
+        text = self.instructions[i][1]
+        predicated = text.startswith("@")
+        opcode = opcode_of(text)
+        if opcode == "EXIT":
+            return [i + 1] if predicated else []
+        if opcode.startswith("BRA.DIV"):
+            return [i + 1]  # taken by a warp that has come apart, to make it whole before a shuffle
+        target = re.search(r"0x([0-9a-f]+)", text) if opcode == "BRA" or opcode.startswith("BRA.") else None
+        if target is None or int(target[1], 16) not in places:
+            return [i + 1]
+        jump = places[int(target[1], 16)]
+        conditional = predicated or re.search(r"\bU?!?P\d", text) is not None
+        return [jump, i + 1] if conditional else [jump]
+
+    def ways_from(self, start: int) -> dict[int, list[int]]:
+        """For each instruction that can be reached, the shortest way there: rare paths are detours, so the main one.
+
+        A way begins after `start` and ends with the instruction it leads to, which may be `start` itself.
+        """
+        places = {address: i for i, (address, _) in enumerate(self.instructions)}
+        before: dict[int, int] = {}
+        reached = [start]
+        for i in reached:
+            for following in self._next(i, places):
+                if following < len(self.instructions) and following not in before:
+                    before[following] = i
+                    reached.append(following)
+        ways = {}
+        for goal in before:
+            way = [goal]
+            while before[way[-1]] != start:
+                way.append(before[way[-1]])
+            ways[goal] = way[::-1]
+        return ways
+
+
+def kernels_of(source: str, arch: str, folder: Path) -> dict[str, Kernel]:
+    """The kernels of csrc/cuda/`source` for an architecture such as "sm_90", by demangled name."""
+    tools = tool_folder()
+    if tools is None:
+        raise RuntimeError("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    cubin = str(folder / f"{source}.{arch}.cubin")
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+
+    def output(*command: str) -> str:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    output("nvcc", *NVCC_FLAGS, f"-arch={arch}", "-cubin", str(ROOT / "csrc/cuda" / source), "-o", cubin)
+    usage = output("cuobjdump", "-res-usage", cubin)
+    registers = {name: int(n) for name, n in re.findall(r"Function (\S+?):\s+REG:(\d+)", usage)}
+    found = {}
+    for part in output("cuobjdump", "-sass", cubin).split("Function : ")[1:]:
+        mangled = part.split()[0]
+        lines = tuple((int(address, 16), text.strip()) for address, text in _LINE.findall(part))
+        name = output("c++filt", mangled).strip()
+        found[name] = Kernel(name, lines, registers[mangled])
+    return found

@@ -1,0 +1,107 @@
+"""Builds the programs of this folder: csrc/cuda's unmodified sources by g++ over the shim, beside csrc/cpu's."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+SANITIZERS = {"plain": [], "memory": ["address,undefined"], "threads": ["thread"]}
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-fno-strict-aliasing"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),  # unroll is nvcc's
+]
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++")
+
+
+def _ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja") or "ninja"
+    return str(Path(BIN_DIR) / "ninja")
+
+
+def _build(result: Path, objects: Sequence[tuple[Path, Path, list[str]]], link: Sequence[str]) -> Path:
+    """Compiles (source, object, flags) where they changed, and links them."""
+    folder = result.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in (HERE / "shim", HERE, ROOT / "csrc")]
+    lines = [
+        "rule compile",
+        f"  command = {compiler()} {' '.join([*FLAGS, *includes])} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler()} {' '.join(link)} $in -o $out",
+    ]
+    for source, output, flags in objects:
+        lines += [f"build {output}: compile {source}", f"  flags = {' '.join(flags)}"]
+    lines.append(f"build {result}: link {' '.join(str(output) for _, output, _ in objects)}")
+    command = [_ninja(), "-C", str(folder), "-f", f"{result.stem}.ninja"]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run at a time take turns
+        (folder / f"{result.stem}.ninja").write_text("\n".join(lines) + "\n")
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(run.stdout + run.stderr)
+    return result
+
+
+def module() -> Path:
+    """The path of optim8._cuda built over the shim, taking tensors of the CPU.
+
+    Raises:
+        RuntimeError: it does not compile; holds the compiler's messages.
+    """
+    import pybind11
+
+    folder = ROOT / "build" / "cuda_on_cpu" / "module"
+    bindings = [sysconfig.get_path("include"), pybind11.get_include()]
+    pic = ["-fPIC", "-fvisibility=hidden"]
+    bound = [*pic, *(f"-isystem {path}" for path in bindings)]
+    bound += ["-DOPTIM8_DEVICE_TYPE=dlpack::cpu", "-DOPTIM8_VERSION='\"shim\"'"]
+    objects = [(HERE / "shim/scheduler.cpp", folder / "scheduler.o", pic)]
+    for source in (ROOT / "csrc/bind_cuda.cpp", *sorted((ROOT / "csrc/bind").glob("*.cpp"))):
+        objects.append((source, folder / f"{source.stem}.o", bound))
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        objects.append((source, folder / f"{source.stem}.cuda.o", [*pic, "-x", "c++"]))
+    return _build(folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", objects, ["-shared"])
+
+
+def program(name: str, sanitizer: str) -> Path:
+    """The path of a built program.
+
+    Args:
+        name: "compare" or "planted".
+        sanitizer: a key of SANITIZERS.
+
+    Raises:
+        RuntimeError: it does not compile; holds the compiler's messages.
+    """
+    folder = ROOT / "build" / "cuda_on_cpu" / sanitizer
+    sanitize = [f"-fsanitize={names}" for names in SANITIZERS[sanitizer]]
+    checked = [*sanitize, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if sanitize else []
+    objects: list[tuple[Path, Path, list[str]]] = [
+        # The scheduler tells sanitizers of its fibers; it must not itself be watched.
+        (HERE / "shim/scheduler.cpp", folder / "scheduler.o", []),
+    ]
+    for source in sorted(HERE.glob(f"{name}*.cpp")):
+        objects.append((source, folder / f"{source.stem}.o", checked))
+    if name == "compare":
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            objects.append((source, folder / f"{source.stem}.cuda.o", [*checked, "-x", "c++"]))
+        for kernel in ("step", "blockwise", "fourbit", "int8"):
+            source = ROOT / "csrc/cpu" / f"{kernel}.cpp"
+            objects.append((source, folder / f"{kernel}.cpu.o", [*checked, "-DOPTIM8_ISA=scalar"]))
+    return _build(folder / name, objects, sanitize)

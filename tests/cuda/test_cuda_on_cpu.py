@@ -1,0 +1,98 @@
+"""The kernels of csrc/cuda, run on the CPU over a shim, give what csrc/cpu gives, bit for bit; and the shim notices
+what it is for. See cuda_on_cpu."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "cuda" / "cuda_on_cpu"))
+import build  # noqa: E402
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # ThreadSanitizer of older compilers cannot live with much address randomization.
+    still = [shutil.which("setarch") or "", "-R"] if "threads" in program.parts and shutil.which("setarch") else []
+    return subprocess.run([*still, str(program), *arguments], capture_output=True, text=True, check=False, timeout=120)
+
+
+# To compile the kernels with sanitizers takes minutes.
+@pytest.mark.parametrize("sanitizer", ["plain", pytest.param("memory", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("kernels", ["step", "blockwise", "fourbit", "int8"])
+def test_kernels_equal_those_of_the_cpu(kernels: str, order: str, sanitizer: str) -> None:
+    result = run(build.program("compare", sanitizer), kernels, order)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    compared = re.fullmatch(r"(\d+) values compared, 0 differ\n", result.stdout)
+    assert compared is not None
+    assert int(compared[1]) > 1_000_000
+
+
+def test_the_short_root_and_reciprocal_are_exact_for_every_mantissa() -> None:
+    result = run(build.program("compare", "plain"), "quick", "forward")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_a_step_long_enough_for_several_blocks_a_warp() -> None:
+    result = run(build.program("compare", "plain"), "step-long", "forward")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+def test_a_wrong_kernel_is_noticed(tmp_path: Path) -> None:
+    """The comparison can fail: a decoder that is off by one code, and an update with another rounding."""
+    source = (ROOT / "csrc/cuda/tables.h").read_text()
+    wrong = source.replace("value + index)", "value + index / 2 * 2)")
+    assert wrong != source
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda/tables.h").write_text(wrong)
+    folder = build.program("compare", "plain").parent
+    flags = [*build.FLAGS, f"-I{tmp_path}", f"-I{build.HERE / 'shim'}", f"-I{ROOT / 'csrc'}"]
+    objects = [str(path) for path in folder.glob("*.o") if path.name not in ("step.cuda.o", "planted.o")]
+    compiler = str(build.compiler())
+    spoiled = str(tmp_path / "step.o")
+    subprocess.run([compiler, *flags, "-x", "c++", "-c", str(ROOT / "csrc/cuda/step.cu"), "-o", spoiled], check=True)
+    subprocess.run([compiler, *objects, spoiled, "-o", str(tmp_path / "compare")], check=True)
+    result = run(tmp_path / "compare", "step", "forward")
+    assert result.returncode == 1
+    assert "codes: value" in result.stdout
+
+
+PLANTED = [
+    ("memory", "barrier_not_for_all", "waits at a barrier that"),
+    ("memory", "overrun", "heap-buffer-overflow"),
+    ("memory", "shared_overrun", "global-buffer-overflow|index 63 out of bounds"),
+    ("memory", "misaligned_packet", "misaligned address"),
+    ("memory", "mask_without_caller", "whose mask 0000ffff leaves it out"),
+    ("memory", "mask_without_source", "reads lane 20, which mask 0000ffff leaves out"),
+    ("memory", "mask_with_lanes_that_left", "which has ended|that never come"),
+    ("memory", "masks_that_differ", "leaves it out|with another mask"),
+    ("threads", "missing_barrier", "data race"),
+]
+
+
+@pytest.mark.parametrize("sanitizer, kernel, message", PLANTED, ids=lambda value: value if "_" in value else "")
+def test_a_planted_mistake_is_noticed(sanitizer: str, kernel: str, message: str) -> None:
+    result = run(build.program("planted", sanitizer), kernel)
+    assert result.returncode != 0
+    assert re.search(message, result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("sanitizer", ["memory", "threads"])
+def test_a_right_kernel_is_not_blamed(sanitizer: str) -> None:
+    result = run(build.program("planted", sanitizer), "right")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_no_kernel_needs_the_thread_sanitizer() -> None:
+    """It watches barriers and shared memory; a kernel that comes to use them must be compared under it as well."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc/cuda").iterdir())
+    assert re.findall(r"__shared__|__syncthreads|__syncwarp", text) == []

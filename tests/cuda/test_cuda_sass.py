@@ -1,0 +1,86 @@
+"""What nvcc makes of the step kernel, read from its machine code: 128-bit accesses, no local memory, few registers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
+import gpu_budget
+from shared import sass
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None or sass.tool_folder() is None, reason="needs nvcc, cuobjdump and nvdisasm"
+)
+
+# 65536 registers of a multiprocessor for 16 warps of 32 threads: enough loads in flight to fill the memory.
+MOST_REGISTERS = 128
+RULES = ("AdamFamily<false>", "AdamFamily<true>", "Lion")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, sass.Kernel]:
+    return sass.kernels_of("step.cu", "sm_90", tmp_path_factory.mktemp("sass"))
+
+
+def step_kernel(kernels: dict[str, sass.Kernel], rule: str, types: str) -> sass.Kernel:
+    pattern = re.compile(rf"step_rows<.*{re.escape(rule)}, {types}>")
+    (found,) = [kernel for name, kernel in kernels.items() if pattern.search(name)]
+    return found
+
+
+def test_every_rule_and_every_pair_of_types_has_a_kernel(kernels: dict[str, sass.Kernel]) -> None:
+    assert sum("step_rows" in name for name in kernels) == 5 * len(RULES)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_float32_is_read_and_written_by_packets_of_128_bits(kernels: dict[str, sass.Kernel], rule: str) -> None:
+    kernel = step_kernel(kernels, rule, "float, float")
+    states = 1 if rule == "Lion" else 2
+    # 8 values a lane are two packets: of param and grad in both 8-bit forms, and with each state in 32 bits.
+    assert kernel.count(r"LDG\..*\.128") == 2 * 2 * 2 + 2 * (2 + states)
+    assert kernel.count(r"STG\..*\.128") == 2 * 2 * 1 + 2 * (1 + states)
+    path = gpu_budget.main_path(kernel, states)
+    assert sum(bool(re.match(r"LDG\..*\.128", opcode)) for opcode in path) == 2 * 2
+    assert sum(bool(re.match(r"STG\..*\.128", opcode)) for opcode in path) == 2
+
+
+@pytest.mark.parametrize("types", ["float, float", "optim8::base::bfloat16, optim8::base::bfloat16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_main_path_stays_short(kernels: dict[str, sass.Kernel], rule: str, types: str) -> None:
+    """Instructions for a parameter, 8 to a lane: beyond these an H100 would wait for them and not for its memory."""
+    path = gpu_budget.main_path(step_kernel(kernels, rule, types), 1 if rule == "Lion" else 2)
+    assert len(path) / 8 <= (55 if rule == "Lion" else 90)
+    assert not any(opcode.startswith("CALL") for opcode in path)
+
+
+def test_no_kernel_has_local_or_shared_memory_or_barriers(kernels: dict[str, sass.Kernel]) -> None:
+    for kernel in kernels.values():
+        assert kernel.count(r"(LDL|STL|LDS|STS|BAR)\b") == 0, kernel.name
+
+
+def test_registers_stay_under_the_bound(kernels: dict[str, sass.Kernel]) -> None:
+    assert max(kernel.registers for kernel in kernels.values()) <= MOST_REGISTERS
+
+
+def test_dequantization_does_not_divide_for_each_value(tmp_path: Path) -> None:
+    """A lane's eight values take one or two absmax; a division for each of them would be most of its instructions."""
+    found = [
+        kernel
+        for name, kernel in sass.kernels_of("blockwise.cu", "sm_90", tmp_path).items()
+        if "dequantize_tiles" in name
+    ]
+    assert len(found) == 3
+    for kernel in found:
+        opcodes, ways = kernel.opcodes(), kernel.ways_from(0)
+        last = max(i for i in ways if re.match(r"STG.*\.128", opcodes[i]))
+        assert len(ways[last]) / 8 <= 16, kernel.name
+
+
+def test_local_memory_would_be_seen() -> None:
+    kernel = sass.Kernel("spilling", ((0, "STL.64 [R1+0x8], R2"), (16, "@P0 EXIT"), (32, "EXIT")), 255)
+    assert kernel.count(r"(LDL|STL|LDS|STS|BAR)\b") == 1

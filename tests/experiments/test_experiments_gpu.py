@@ -1,0 +1,216 @@
+"""The GPU report where there is no GPU: its parts run in small with the CPU posing as one, and keep to their limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from experiments_harness import EXPERIMENTS, read
+
+TESTS = Path(__file__).resolve().parents[1]
+FAKE = TESTS / "cuda" / "fake_cuda"
+
+# Leaves a child behind that holds the output open, as a test that starts processes does.
+SILENT = "sleep 1000 & echo begun; sleep 1000"
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from shared import commands
+
+    return commands
+
+
+def shell(code: str) -> list[str]:
+    """A command that begins at once, on a busy machine too."""
+    return ["sh", "-c", code]
+
+
+def test_this_process_has_no_fake_gpu() -> None:
+    """Which it gets when a run that reads docstrings imports every file here."""
+    assert torch.cuda.Event.__module__ == "torch.cuda.streams"
+
+
+def left_of(group: int) -> list[str]:
+    """Processes of a group that still run a moment later; not those that only wait to be reaped."""
+    deadline = time.monotonic() + 20
+    while True:
+        listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+        left = [" ".join(row) for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def test_what_is_silent_is_ended_with_its_children_and_the_rest_is_kept(commands: ModuleType) -> None:
+    told: list[str] = []
+    listed = [
+        commands.Command("first", shell("echo one; exit 3")),
+        commands.Command("silent", shell(f"echo $$; {SILENT}")),
+        commands.Command("never", shell("echo two")),
+    ]
+    found = commands.run_all(listed, commands.Deadline(3), done=lambda name, outcome: told.append(name))
+    assert told == ["first", "silent", "never"]
+    assert [outcome.state for outcome in found.values()] == [commands.FINISHED, commands.ENDED, commands.NOT_STARTED]
+    assert [outcome.returncode for outcome in found.values()] == [3, None, None]
+    assert found["first"].lines == ["one"]
+    assert found["silent"].lines[1:] == ["begun"]
+    assert left_of(int(found["silent"].lines[0])) == []
+
+
+def test_a_limit_of_its_own_leaves_time_for_others(commands: ModuleType) -> None:
+    listed = [
+        commands.Command("silent", shell(SILENT), seconds=1),
+        commands.Command("other", shell("echo two")),
+    ]
+    found = commands.run_all(listed, commands.Deadline(100))
+    assert found["silent"].state == commands.ENDED
+    assert found["other"].ok
+
+
+def report(*arguments: object, seconds: float = 300) -> tuple[int, str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(EXPERIMENTS / "gpu_report.py"), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def part(path: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = read(path)[name]
+    return found
+
+
+def test_check_compares_all_and_names_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tool = tmp_path / "gpu.json", tmp_path / "compute-sanitizer"
+    # Errors of calls that torch itself makes do not count, and every tensor is an allocation of its own.
+    tool.write_text(
+        '#!/bin/sh\ncase "$*" in *"--report-api-errors no"*) ;; *) exit 8 ;; esac\n'
+        '[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 7\nshift 6\nexec "$@"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    returncode, printed = report("check", "--quick", "--json", path)
+    found = part(path, "check")
+    states = {name: entry["ok"] for name, entry in found["commands"].items()}
+    # No CPU poses as a CUDA graph: the one that fails is named with its last words, the others are kept.
+    good = ["steps", "large", "huge", "functions", "matrices", "roots", "quotients", "memcheck", "racecheck"]
+    assert states == {**dict.fromkeys(good, True), "graph": False}, printed
+    assert returncode == 1
+    assert found["complete"]
+    assert not found["ok"]
+    assert "CUDAGraph" in found["commands"]["graph"]["output"][-1]
+    assert found["values"] > 1e5
+    assert found["differing"] == []
+
+
+def test_measure_gives_shares_and_ratios(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    returncode, printed = report("measure", "--quick", "--json", path)
+    assert returncode == 0, printed
+    found = part(path, "measure")
+    own = {name: entry["ok"] for name, entry in found["commands"].items()}
+    assert [name for name in ("copy", "steps", "functions", "paged") if not own[name]] == []
+    steps = {(row["workload"], row["dtype"], row["subject"]): row for row in found["steps"] if "workload" in row}
+    for (workload, dtype, subject), row in steps.items():
+        if "ms" in row:
+            assert row["times"] == pytest.approx(row["ms"] / steps[workload, dtype, "optim8 AdamW8bit"]["ms"]), subject
+            assert row["of_copy"] == pytest.approx(row["bytes_per_second"] / found["copy_bytes_per_second"])
+    ours = [row for row in steps.values() if row["subject"].startswith(("optim8", "torch "))]
+    assert len(ours) == 2 * (2 * 5 + 8)
+    assert [row for row in ours if "error" in row] == []
+    missing = {row["subject"] for row in found["steps"] if "not installed" in row.get("error", "")}
+    assert missing == {"bitsandbytes", "torchao", "flashoptim"}
+    subjects = {row["subject"]: row for row in found["paged"]}
+    for dtype in ("float32", "bfloat16"):
+        for share in ("0%", "50%", "100%"):
+            assert subjects[f"{share} paged, {dtype}"]["ms"] > 0
+        assert subjects[f"100% paged, through copies, {dtype}"]["of_link"] > 0
+        assert subjects[f"100% paged, through copies, {dtype}"]["state_came_back"]
+    trainings = [row for name, row in subjects.items() if name.startswith("training")]
+    assert len(trainings) == 2
+    assert all(row["learns"] for row in trainings)
+    assert "blockwise 256 float32" in printed
+
+
+def test_tests_run_by_file_and_what_is_not_finished_is_named(tmp_path: Path) -> None:
+    files = {
+        "test_good.py": "def test_device(request):\n    assert request.config.getoption('--device') == 'cuda'\n",
+        "test_bad.py": "def test_it():\n    assert 1 == 2\n",
+        "test_endless.py": "import time\n\ndef test_it():\n    time.sleep(1000)\n",
+    }
+    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    path = tmp_path / "gpu.json"
+    returncode, printed = report(
+        "test", "--seconds", 30, "--json", path, "--tests", *[tmp_path / name for name in files]
+    )
+    assert returncode == 1
+    found = part(path, "test")
+    assert not found["complete"]
+    assert found["unfinished"] == ["test_endless"]
+    assert found["files"]["test_good"]["ok"], printed
+    assert "1 passed" in found["files"]["test_good"]["summary"]
+    assert ["test_bad.py::test_it" in line for line in found["failed"]] == [True]
+    assert found["files"]["test_endless"]["state"] == "ended at the limit"
+
+
+def test_the_whole_suite_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import gpu_report
+
+    names = [path.stem for path in gpu_report.test_files()]
+    assert names[0] == "test_distributed"
+    assert {"test_memory_plan", "test_monitor", "test_paging_step", "test_optim_step", "test_layers"} <= set(names)
+    assert names.index("test_optim_step") < names.index("test_layers")
+    assert not [name for name in names if name.startswith(gpu_report.LEFT_OUT)]
+
+
+def test_a_part_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import gpu_report
+
+    from optim8 import _native
+
+    monkeypatch.setitem(_native._modules, "_cuda", None)
+    assert gpu_report.missing() == "this tree's optim8._cuda is not built or does not load"
+    monkeypatch.setitem(_native._modules, "_cuda", _native.cpu())
+    assert gpu_report.missing() is None
+    monkeypatch.setattr(_native, "__file__", "/elsewhere/optim8/_native.py")
+    assert "not this tree's but that in /elsewhere/optim8" in gpu_report.missing()
+
+
+def test_an_interrupt_ends_what_runs(tmp_path: Path) -> None:
+    (tmp_path / "test_endless.py").write_text(
+        "import os, pathlib, time\n\ndef test_it():\n"
+        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n    time.sleep(1000)\n"
+    )
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--device')\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")])}
+    script = [sys.executable, str(EXPERIMENTS / "gpu_report.py"), "test", "--json", str(tmp_path / "gpu.json")]
+    process = subprocess.Popen(
+        [*script, "--tests", str(tmp_path / "test_endless.py")], env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert left_of(int((tmp_path / "pid").read_text())) == []

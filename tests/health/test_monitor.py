@@ -1,0 +1,300 @@
+"""The monitor tells what the step's own codes lose, names what to do, and changes nothing."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from cases import EVERY, Case
+from support.harness import ALL, codes_of, hostile, moments, parameter, snapshot, values
+from support.rounding import Rounded
+
+import optim8
+from optim8.health import measures
+
+pytestmark = pytest.mark.filterwarnings("ignore:optim8.monitor")  # most of the data here is hostile
+
+
+class Writer:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[tuple[str, int], float] = {}
+        self.histograms: dict[tuple[str, int], np.ndarray] = {}
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.scalars[tag, step] = value
+
+    def add_histogram(self, tag: str, codes: torch.Tensor, step: int, bins: list[int]) -> None:
+        self.histograms[tag, step] = np.histogram(codes.cpu().numpy(), bins)[0]
+
+
+def made(case: Case, device: torch.device, dtype: torch.dtype, row: int = 0) -> tuple[list[torch.Tensor], Any]:
+    """Parameters of hostile sizes and strides with gradients, after two steps."""
+    shapes = [(3000,), (70, 5, 3, 2), (257,), (1,)]
+    params = [
+        parameter(hostile(int(np.prod(s)), dtype, seed=i, small=-3, large=0).view(s).to(device))
+        for i, s in enumerate(shapes)
+    ]
+    params[1] = parameter(params[1].data.to(memory_format=torch.channels_last))
+    optimizer = case.make(params, case.hypers[row])
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = hostile(p.numel(), dtype, seed=100 * step + i, small=-6, large=1).view(p.shape).to(device)
+        if step < 2:
+            optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row", [0, 1, 2])
+@ALL
+def test_its_codes_are_those_that_the_step_writes(
+    case: Case, row: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    params, optimizer = made(case, device, dtype, row)
+    params[0].grad[5:600:70] = float("nan")
+    params[0].grad[7] = float("inf")
+    watch = optim8.monitor(optimizer, Writer(), every=1)
+    optimizer.step()
+    for i, p in enumerate(params):
+        health = watch.latest[f"group 0 parameter {i}"]
+        assert health.size == health.sampled == p.numel()
+        assert health.nonfinite == (10 if i == 0 else 0)
+        for name in case.states:
+            codes = codes_of(optimizer.state[p][f"{name}_codes"])
+            assert np.array_equal(health.moments[name].codes.cpu().numpy(), codes)
+
+
+@ALL
+def test_shares_and_errors_follow_their_definitions(case: Case, device: torch.device) -> None:
+    # Over eight decades of v, none of them lost to float32 itself.
+    spread = (torch.randn(3000) * torch.logspace(-2, 2, 3000)[torch.randperm(3000)]).to(device)
+    p = parameter(spread.clone())
+    optimizer = case.make([p])
+    for factor in (1.0, 0.5, -0.7):
+        p.grad = spread.roll(int(100 * factor)) * factor
+        if factor > 0:
+            optimizer.step()
+    old = moments(optimizer, case, p)
+    _, exact = case.rule(Rounded.exact(values(p)), Rounded.exact(values(p.grad)), old, t=3, **case.hypers[0])
+    watch = optim8.monitor(optimizer, Writer(), every=1)
+    optimizer.step()
+    stored = moments(optimizer, case, p)
+    for name, signed in case.states.items():
+        found = watch.latest["group 0 parameter 0"].moments[name]
+        codes, value = codes_of(optimizer.state[p][f"{name}_codes"]), exact[name].value
+        there = value != 0
+        size = np.abs(value[there])
+        error = np.minimum(np.abs(stored[name].value - value)[there] / size, 1)
+        # float32 may miss the moment by `exact.error`, which moves numerator and denominator by as much.
+        allowed = np.minimum(2 * exact[name].error[there] / size, 1).mean()
+        assert allowed < 0.01
+        assert abs(found.error - error.mean()) <= allowed
+        assert found.saturated == np.mean((codes == 255) | ((codes == 0) & signed))
+        assert found.smallest == (None if signed else np.sum(codes == 1) / np.sum(codes > 0))
+        assert found.saturated > 0
+
+
+@ALL
+def test_a_sample_is_of_whole_blocks(case: Case, device: torch.device) -> None:
+    p = parameter(hostile(200 * 256 + 3, torch.float32, seed=3).to(device))
+    optimizer = case.make([p])
+    for seed in (1, 2):
+        p.grad = hostile(p.numel(), torch.float32, seed=seed).to(device)
+        optimizer.step()
+    watch = optim8.monitor(optimizer, Writer(), every=1, sample=1000)
+    optimizer.step()
+    (health,) = watch.latest.values()
+    assert (health.size, health.sampled) == (200 * 256 + 3, 3 * 256)
+    for name in case.states:
+        blocks = codes_of(optimizer.state[p][f"{name}_codes"])[: 200 * 256].reshape(200, 256)[[0, 99, 199]]
+        assert np.array_equal(health.moments[name].codes.cpu().numpy(), blocks.reshape(-1))
+
+
+@ALL
+def test_training_is_the_same_to_the_bit(case: Case, device: torch.device) -> None:
+    (a, watched), (b, alone) = made(case, device, torch.float32), made(case, device, torch.float32)
+    with optim8.monitor(watched, Writer(), every=1):
+        watched.step()
+        watched.step()
+    alone.step()
+    alone.step()
+    assert snapshot(watched, a) == snapshot(alone, b)
+
+
+def test_looks_at_every_nth_step_until_removed() -> None:
+    p = parameter(torch.ones(5000), torch.ones(5000))
+    optimizer = optim8.AdamW8bit([("weight", p)])
+    writer = Writer()
+    with optim8.monitor(optimizer, writer, every=3):
+        for _ in range(7):
+            optimizer.step()
+    for _ in range(3):
+        optimizer.step()
+    assert sorted({step for _, step in writer.scalars}) == [3, 6]
+    assert {tag for tag, _ in writer.scalars} == {
+        "gradient_nonfinite/weight",
+        "exp_avg_error/weight",
+        "exp_avg_saturated/weight",
+        "exp_avg_sq_error/weight",
+        "exp_avg_sq_saturated/weight",
+        "exp_avg_sq_at_smallest_code/weight",
+    }
+    assert writer.histograms["exp_avg_codes/weight", 6].sum() == 5000
+    assert writer.histograms["exp_avg_codes/weight", 6][255] == 5000  # all equal: each is its block's largest
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_gradients_of_a_closure_are_those_looked_at() -> None:
+    for call in (lambda o, c: o.step(c), lambda o, c: o.step(closure=c)):
+        p = parameter(torch.ones(5000))
+        optimizer = optim8.Lion8bit([p])
+        watch = optim8.monitor(optimizer, Writer(), every=1)
+
+        def closure(p: torch.nn.Parameter = p) -> str:
+            p.grad = torch.full_like(p, 2.0)
+            p.grad[3] = float("inf")
+            return "loss"
+
+        for _ in range(2):
+            assert call(optimizer, closure) == "loss"
+            (health,) = watch.latest.values()
+            assert health.nonfinite == 1
+        assert np.array_equal(health.moments["exp_avg"].codes.numpy(), codes_of(optimizer.state[p]["exp_avg_codes"]))
+
+
+def wide() -> torch.Tensor:
+    """Values of which all but one in each block lie below what the block's codes reach."""
+    values = torch.full((5120,), 1e-9)
+    values[::256] = 1.0
+    return values
+
+
+def test_a_moment_that_does_not_survive_is_named_with_its_remedy() -> None:
+    model = torch.nn.ModuleDict({"bad": torch.nn.Linear(512, 10, bias=False), "good": torch.nn.Linear(512, 10)})
+    optimizer = optim8.AdamW8bit(model.parameters())
+    with (
+        optim8.monitor(optimizer, Writer(), every=1, model=model) as watch,
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model["bad"].weight.grad = wide().view(10, 512)
+            model["good"].weight.grad = torch.ones(10, 512)
+            optimizer.step()
+        messages = [str(warning.message) for warning in said]
+        assert len(messages) == 2  # once for each moment
+        assert all("'bad.weight'" in message for message in messages)
+        assert watch.latest["bad.weight"].moments["exp_avg_sq"].smallest == 255 / 256
+        remedy = messages[0].split("32 bits: ")[1].rstrip(".")
+        with eval(remedy, {"optim8": optim8, "model": model}):
+            optimizer.step()
+            optimizer.step()
+            assert optimizer.precision(model["bad"].weight) == "32bit"
+            assert watch.latest["bad.weight"].moments == {}
+            assert watch.latest["good.weight"].moments != {}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_remedies_without_a_model(named: bool) -> None:
+    p = parameter(torch.ones(5120), wide())
+    optimizer = optim8.Lion8bit([("some.weight", p)] if named else [p])
+    optim8.monitor(optimizer, Writer(), every=1, limit=0.3)
+    optimizer.step()
+    with pytest.warns(UserWarning, match="of '") as said:
+        optimizer.step()
+    remedy = str(said[0].message).split("32 bits: ")[1].rstrip(".")
+    with eval(remedy, {"optim8": optim8, "optimizer": optimizer}):
+        assert optimizer.precision(p) == "32bit"
+
+
+def test_overridden_options_count() -> None:
+    p = parameter(torch.ones(5000), torch.linspace(-1, 1, 5000))
+    optimizer = optim8.Lion8bit([p], betas=(0.9, 0.99))
+    optimizer.step()
+    with optim8.override(p, betas=(0.1, 0.2)):
+        watch = optim8.monitor(optimizer, Writer(), every=1)
+        optimizer.step()
+        (health,) = watch.latest.values()
+        assert np.array_equal(health.moments["exp_avg"].codes.numpy(), codes_of(optimizer.state[p]["exp_avg_codes"]))
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_gradscaler(fused: bool | None, device: torch.device) -> None:
+    """A step that is left out is looked at where it is called, which is with fused=True."""
+    p = parameter(torch.ones(5000, device=device))
+    optimizer = optim8.AdamW8bit([p], fused=fused)
+    watch = optim8.monitor(optimizer, Writer(), every=1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    for bad in (False, False, True):
+        scaler.scale((p * torch.linspace(1, 2, 5000, device=device)).sum()).backward()
+        if bad:
+            p.grad[0] = float("inf")
+        before = optimizer.state[p]["exp_avg_codes"].clone() if optimizer.state else None
+        scaler.step(optimizer)
+        scaler.update()
+        (health,) = watch.latest.values()
+        assert health.nonfinite == int(bad and fused is True)
+        if bad:
+            assert (health.moments == {}) is (fused is True)
+            assert torch.equal(optimizer.state[p]["exp_avg_codes"], before)
+        elif before is not None:
+            assert np.array_equal(
+                health.moments["exp_avg"].codes.cpu().numpy(), codes_of(optimizer.state[p]["exp_avg_codes"])
+            )
+        optimizer.zero_grad()
+
+
+def test_tensorboard_shows_it(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    p = parameter(torch.randn(5000), torch.randn(5000))
+    optimizer = optim8.AdamW8bit([("layer.weight", p)])
+    with SummaryWriter(str(tmp_path)) as writer, optim8.monitor(optimizer, writer, every=2) as watch:
+        for _ in range(4):
+            optimizer.step()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    points = events.Scalars("exp_avg_sq_error/layer.weight")
+    assert [point.step for point in points] == [2, 4]
+    assert points[-1].value == pytest.approx(watch.latest["layer.weight"].moments["exp_avg_sq"].error)
+    assert events.Histograms("exp_avg_codes/layer.weight")[-1].histogram_value.num == 5000
+
+
+def test_counting_what_is_not_finite() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        grad = torch.full((300,), torch.finfo(dtype).max, dtype=dtype)  # sums overflow
+        assert measures.nonfinite(grad) == 0
+        grad[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0])
+        assert measures.nonfinite(grad) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"optimizer": torch.optim.AdamW([torch.ones(1)])}, "must be one of optim8's, got AdamW"),
+        ({"writer": None}, "writer must have add_scalar.*got NoneType"),
+        ({"every": 0}, "every must be.*got 0"),
+        ({"every": True}, "every must be.*got True"),
+        ({"sample": 255}, "sample must be.*got 255"),
+        ({"limit": 0}, "limit must be"),
+        ({"limit": float("nan")}, "limit must be"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    optimizer = optim8.AdamW8bit([torch.ones(1)])
+    with pytest.raises((TypeError, ValueError), match=message):
+        optim8.monitor(**{"optimizer": optimizer, "writer": Writer(), **arguments})
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_every_case_is_watched() -> None:
+    assert {name for case in EVERY for name in case.states} == {"exp_avg", "exp_avg_sq"}
+    assert reference.BLOCK == 256

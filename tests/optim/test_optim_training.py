@@ -1,0 +1,69 @@
+"""200 steps on a small real problem end where torch.optim ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from support.harness import ALL
+
+
+class PlainLion(torch.optim.Optimizer):
+    """arXiv 2302.06675, algorithm 2, in float32 and nothing else: torch.optim has no Lion."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_((beta1 * m + (1 - beta1) * p.grad).sign(), alpha=-group["lr"])
+                m.lerp_(p.grad, 1 - beta2)
+
+
+PLAIN = {"Lion8bit": PlainLion}
+HYPER: dict[str, dict[str, Any]] = {
+    "Adam8bit": {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 1e-4},
+    "AdamW8bit": {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.05},
+    "Lion8bit": {"lr": 2e-3, "betas": (0.92, 0.98), "weight_decay": 0.1},
+}
+
+
+def _train(make: Any, seed: int, device: torch.device) -> tuple[float, float]:
+    """Regression on a noisy nonlinear function of 16 inputs: the loss at the start, and of 2048 points at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2048, 16, generator=generator).to(device)
+    w = torch.randn(16, 4, generator=generator).to(device)
+    y = torch.sin(x @ w / 2).sum(1, keepdim=True) + 0.5 * torch.randn(2048, 1, generator=generator).to(device)
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(16, 128), torch.nn.GELU(), torch.nn.Linear(128, 64), torch.nn.GELU(), torch.nn.Linear(64, 1)
+    ).to(device)
+    optimizer = make(model.parameters())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    loss_of = torch.nn.functional.mse_loss
+    start = loss_of(model(x), y).item()
+    for t in range(200):
+        batch = slice(128 * (t % 16), 128 * (t % 16 + 1))
+        optimizer.zero_grad()
+        loss_of(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        schedule.step()
+    return start, loss_of(model(x), y).item()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@ALL
+def test_200_steps_end_within_one_percent_of_32bit(case: Case, seed: int, device: torch.device) -> None:
+    hyper = HYPER[case.name]
+    plain = case.torch_class or PLAIN[case.name]
+    start, expected = _train(lambda params: plain(params, **hyper), seed, device)
+    _, actual = _train(lambda params: case.make(params, hyper), seed, device)
+    assert expected < 0.7 * start, "the problem must have been learned for the comparison to mean anything"
+    assert abs(actual - expected) <= 0.01 * expected

@@ -1,0 +1,99 @@
+"""What the tests of conversions share: parameters, steps with the same gradients, and what must agree."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import reference
+import torch
+from cases import CASES, Case
+
+import optim8
+from support.harness import codes_of, values
+from support.rounding import Rounded
+
+# 20 blocks and a short one; small tensors, none, one value; two orders of memory.
+SHAPES: tuple[tuple[int, ...], ...] = ((5003,), (70, 60), (10,), (0,), (), (8, 16, 8, 8))
+Params = list[torch.nn.Parameter]
+
+
+def make_params(dtype: torch.dtype = torch.float32, *, channels_last: bool = True, seed: int = 0) -> Params:
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for shape in SHAPES:
+        data = torch.randn(shape, generator=generator).to(dtype)
+        if data.ndim == 4 and channels_last:
+            data = data.contiguous(memory_format=torch.channels_last)
+        params.append(torch.nn.Parameter(data))
+    return params
+
+
+def twins(params: Sequence[torch.nn.Parameter]) -> Params:
+    return [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
+
+
+def steps(params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for t in range(first, last):
+        generator = torch.Generator().manual_seed(1000 + t)
+        for p in params:
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator) * 1e-2)
+        optimizer.step()
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+
+
+CARRIERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "as it is": lambda state_dict: state_dict,
+    "a copy": copy.deepcopy,
+    "torch.save": through_a_file,
+}
+
+
+def converted_scales(x: reference.Array, signed: bool) -> reference.Array:
+    """The largest magnitude of each block. Where it is negative, it falls on the lowest code: there is none for -1."""
+    top = reference.block_max(x).astype(np.float32)
+    if signed and x.size:
+        lowest = np.minimum.reduceat(x, np.arange(0, x.size, reference.BLOCK))
+        top = np.where(lowest == -top, top / -reference.dynamic_map(True)[0], top)
+    return top.astype(np.float64)
+
+
+def assert_holds(optimizer: Any, case: Case, p: torch.Tensor, expected: dict[str, torch.Tensor]) -> None:
+    """The state of `p` is `expected` (floats by moment): bit for bit in 32 bits, else the nearest codes."""
+    state = optimizer.state[p]
+    for name, signed in case.states.items():
+        if optimizer.precision(p) == "32bit":
+            assert torch.equal(state[name], expected[name].to(torch.float32)), name
+            assert state[name].stride() == p.stride()
+            continue
+        floats = torch.empty_like(p, dtype=torch.float32).copy_(expected[name])
+        exact = Rounded.exact(values(floats))
+        scales = state[f"{name}_absmax"].double().numpy()
+        assert np.array_equal(scales, converted_scales(exact.value, signed)), name
+        assert not reference.wrong_codes(codes_of(state[f"{name}_codes"]), exact, signed, scales).size, name
+
+
+def assert_same_step(params: Params, optimizer: Any, others: Params, other: Any, t: int) -> None:
+    """One step from the same state moves parameters alike: they differ by float32 roundings of p, and of the update,
+    which is of the order of lr. A wrong count of steps, moment or order of values differs by about lr."""
+    steps(params, optimizer, t, t + 1)
+    steps(others, other, t, t + 1)
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=4e-7, atol=1e-4 * float(optimizer.param_groups[0]["lr"]))
+
+
+def ours(name: str, params: Any, **options: Any) -> Any:
+    return getattr(optim8, name)(params, **options)
+
+
+def case_of(name: str) -> Case:
+    return CASES[name]

@@ -1,0 +1,179 @@
+"""What the tests of the optimizers share: data, snapshots, and the comparison with the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import reference
+import torch
+from cases import EVERY, Case
+from reference import BLOCK
+
+from support.rounding import Array, Rounded
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIZES = (0, 1, 255, 256, 257, 4095)
+ALL = pytest.mark.parametrize("case", EVERY, ids=str)
+
+
+def flat(t: torch.Tensor) -> torch.Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory, as a view."""
+    t = t.detach()
+    return t.as_strided((t.numel(),), (1,), t.storage_offset())
+
+
+def values(t: torch.Tensor) -> Array:
+    """The elements as float64, in memory order."""
+    return flat(t).to("cpu", torch.float64).numpy()
+
+
+def codes_of(t: torch.Tensor) -> npt.NDArray[np.uint8]:
+    assert t.dtype == torch.uint8
+    return flat(t).cpu().numpy()
+
+
+def bits(t: torch.Tensor) -> bytes:
+    """The bytes of a tensor in memory order: NaN equals NaN, and 0 differs from -0."""
+    if not t.untyped_storage().nbytes():
+        return b""  # empty, or its memory was taken away
+    if not all(t.stride()):
+        t = t.contiguous()  # expanded: there are fewer values in memory than elements
+    return flat(t).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def parameter(data: torch.Tensor, grad: torch.Tensor | None = None) -> torch.nn.Parameter:
+    p = torch.nn.Parameter(data)
+    if grad is not None:
+        set_grad(p, grad)
+    return p
+
+
+def set_grad(p: torch.nn.Parameter, grad: torch.Tensor) -> None:
+    """Give `p` this gradient; one of another dtype only where torch has a way to."""
+    if grad.dtype != p.dtype:
+        if not hasattr(p, "grad_dtype"):
+            pytest.skip("this torch has no Tensor.grad_dtype, so a gradient has its parameter's dtype")
+        p.grad_dtype = grad.dtype
+    p.grad = grad
+
+
+def small_set(case: Case, device: torch.device, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
+    """Parameters of 600, 0, 1 and 3 elements with gradients, and their optimizer."""
+    params = [parameter(hostile(n, torch.float32, seed=n, small=-2, large=0).to(device)) for n in (600, 0, 1, 3)]
+    for i, p in enumerate(params):
+        p.grad = hostile(p.numel(), torch.float32, seed=90 + i).to(device)
+    return params, case.make(params, **options)
+
+
+def snapshot(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor] = ()) -> dict[str, Any]:
+    """All that a step may change, by name, as bytes."""
+    seen: dict[str, Any] = {f"parameter {i}": bits(p) for i, p in enumerate(parameters)}
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key != "params":
+                seen[f"group {i} {key}"] = value.item() if isinstance(value, torch.Tensor) else value
+        for j, p in enumerate(group["params"]):
+            seen[f"group {i} parameter {j}"] = bits(p) if p.device.type != "meta" and not p.is_sparse else None
+            for key, value in optimizer.state.get(p, {}).items():
+                seen[f"group {i} parameter {j} {key}"] = bits(value) if isinstance(value, torch.Tensor) else value
+    return seen
+
+
+def state_bits(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, bytes]:
+    return {key: bits(value) for key, value in optimizer.state[p].items()}
+
+
+def moments(optimizer: torch.optim.Optimizer, case: Case, p: torch.Tensor) -> dict[str, Rounded]:
+    """The moments as float32 decodes them, 8-bit or 32-bit, in memory order; zero before the first step."""
+    state = optimizer.state.get(p, {})
+    out: dict[str, Rounded] = {}
+    for name, signed in case.states.items():
+        if not state:
+            out[name] = Rounded.exact(np.zeros(p.numel()))
+        elif f"{name}_codes" in state:
+            absmax = state[f"{name}_absmax"].cpu().numpy()
+            out[name] = reference.decode(codes_of(state[f"{name}_codes"]), absmax, signed)
+        else:
+            out[name] = Rounded.exact(values(state[name]))
+    return out
+
+
+def hostile(n: int, dtype: torch.dtype, seed: int, *, small: float = -12, large: float = 3) -> torch.Tensor:
+    """`n` values over many decades, with zeros, an all-zero block, a block of tiny values and one huge value."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(n) * 10.0 ** rng.uniform(small, large, n)
+    x[rng.random(n) < 0.1] = 0
+    x[2 * BLOCK : 3 * BLOCK] = 0
+    x[3 * BLOCK : 4 * BLOCK] *= 1e-25
+    x[5 * BLOCK : 5 * BLOCK + 1] = 3e4
+    return torch.from_numpy(x).to(dtype)
+
+
+def random_state(case: Case, n: int, bits_of_state: int, t: int, seed: int) -> dict[str, torch.Tensor]:
+    """Any state that `t` steps may have left for `n` elements; absmax over ten decades, some blocks all zero."""
+    rng = np.random.default_rng(seed)
+    state = {"step": torch.tensor(float(t))}
+    for name, signed in case.states.items():
+        absmax = (10.0 ** rng.uniform(-8, 2, -(-n // BLOCK))).astype(np.float32)
+        codes = rng.integers(0, 256, n, dtype=np.uint8)
+        absmax[1::7] = 0
+        codes[reference.per_element(absmax.astype(np.float64), n) == 0] = reference.zero_code(signed)
+        if bits_of_state == 8:
+            state[f"{name}_codes"] = torch.from_numpy(codes)
+            state[f"{name}_absmax"] = torch.from_numpy(absmax)
+        else:
+            state[name] = torch.from_numpy(reference.decode(codes, absmax, signed).value.astype(np.float32))
+    return state
+
+
+def load_state(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    """Put the optimizer into these states, by position of the parameter."""
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict({"state": dict(states), "param_groups": saved["param_groups"]})
+
+
+def assert_step(
+    optimizer: torch.optim.Optimizer,
+    case: Case,
+    p: torch.Tensor,
+    before: tuple[Array, Array, dict[str, Rounded]],
+    hyper: Mapping[str, Any],
+    t: int,
+) -> None:
+    """One step took `before` = (parameter, gradient, moments) where float32 arithmetic may take it, and no farther."""
+    old_p, g, old = before
+    dtype = str(p.dtype).removeprefix("torch.")
+    expected, new = case.rule(Rounded.exact(old_p), Rounded.exact(g), old, t=t, **hyper)
+    expected = expected.stored(dtype)
+    actual = values(p)
+    overflows = np.abs(expected.value) + expected.error > torch.finfo(p.dtype).max
+    overflows &= actual == np.copysign(np.inf, expected.value)
+    wrong = np.flatnonzero(~(overflows | (np.abs(actual - expected.value) <= expected.error)))
+    assert not wrong.size, _first(wrong, "parameter", actual, expected)
+    state = optimizer.state[p]
+    assert float(state["step"]) == t
+    for name, signed in case.states.items():
+        if name in state:
+            actual = values(state[name])
+            wrong = np.flatnonzero(~(np.abs(actual - new[name].value) <= new[name].error))
+            assert not wrong.size, _first(wrong, name, actual, new[name])
+            continue
+        absmax = state[f"{name}_absmax"].cpu().double().numpy()
+        top = Rounded(reference.block_max(new[name].value), reference.block_max(new[name].error))
+        wrong = np.flatnonzero(~(np.abs(absmax - top.value) <= top.error))
+        assert not wrong.size, _first(wrong, f"{name}_absmax", absmax, top)
+        codes = codes_of(state[f"{name}_codes"])
+        wrong = reference.wrong_codes(codes, new[name], signed)
+        assert not wrong.size, _first(wrong, f"{name} codes", codes.astype(np.float64), new[name])
+
+
+def _first(wrong: npt.NDArray[np.intp], what: str, actual: Array, expected: Rounded) -> str:
+    i = wrong[0]
+    return (
+        f"{what}: {wrong.size} of {actual.size} elements differ; element {i} is {actual[i]!r}, "
+        f"needed {expected.value[i]!r} within {expected.error[i]:.3g}"
+    )
