@@ -39,7 +39,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-SHARED_BINDINGS = sorted((CSRC / "bind").glob("*.cpp"))
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # No contraction and no fast-math: every instruction set must give the same bits.
@@ -122,6 +121,16 @@ class Plan:
         return self.add("link", output, objects, command)
 
 
+def sources(*folders: str, pattern: str = "*.cpp") -> list[Path]:
+    """Those that stand in these folders of csrc, not in folders inside them."""
+    return [source for folder in folders for source in sorted((CSRC / folder).glob(pattern))]
+
+
+def object_file(folder: Path, source: Path, variant: str = "") -> Path:
+    """The path of a source's object: folders below `folder` as below csrc, so that no two sources share one."""
+    return folder / source.relative_to(CSRC).with_suffix(f"{variant}.o")
+
+
 def command_text(command: list[str]) -> str:
     # The compiler itself may be several words, such as `ccache g++`.
     return " ".join([command[0], *map(shlex.quote, command[1:])])
@@ -131,18 +140,17 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
     flags = [*BASE, "-fopenmp", *werror("-Werror"), *sanitizer_flags()]
     x86 = ["-DOPTIM8_HAVE_X86=1"] if IS_X86 else []
     objects = []
-    for source in [*sorted(CSRC.glob("bind_cpu*.cpp")), *SHARED_BINDINGS]:
-        extra = [*binding_flags(), *x86, f'-DOPTIM8_VERSION="{version}"']
-        objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.o", [*flags, *extra]))
-    if not objects:
-        fail(f"found no csrc/bind_cpu*.cpp under {ROOT}. Build from a complete source tree.")
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        if source.name == "dispatch.cpp":
-            objects.append(plan.compile(cxx(), source, folder / "dispatch.o", [*flags, *x86]))
-            continue
+    if not sources("bind/cpu"):
+        fail(f"found no csrc/bind/cpu/*.cpp under {ROOT}. Build from a complete source tree.")
+    for source in sources("tensors", "bind", "bind/cpu"):
+        extra = [*binding_flags(), f'-DOPTIM8_VERSION="{version}"']
+        objects.append(plan.compile(cxx(), source, object_file(folder, source), [*flags, *extra]))
+    for source in sources("cpu", "cpu/step"):
+        objects.append(plan.compile(cxx(), source, object_file(folder, source), [*flags, *x86]))
+    for source in sources("cpu/kernels"):
         for isa, isa_flags in ISA_FLAGS.items():
             extra = [*isa_flags, f"-DOPTIM8_ISA={isa}"]
-            objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.{isa}.o", [*flags, *extra]))
+            objects.append(plan.compile(cxx(), source, object_file(folder, source, f".{isa}"), [*flags, *extra]))
     plan.link(output, objects, ["-fopenmp", *sanitizer_flags()])
 
 
@@ -173,11 +181,11 @@ def torch_version() -> dict[str, Any] | None:
 @functools.cache
 def cuda_wanted() -> bool:
     choice = setting("OPTIM8_CUDA", ("0", "1"))
-    sources, nvcc = list((CSRC / "cuda").glob("*.cu")), find_nvcc()
-    if choice == "1" and not (sources and nvcc):
-        missing = "nvcc is neither on the PATH nor under CUDA_HOME" if sources else "there is no csrc/cuda/*.cu"
+    kernels, nvcc = sources("cuda", pattern="*.cu"), find_nvcc()
+    if choice == "1" and not (kernels and nvcc):
+        missing = "nvcc is neither on the PATH nor under CUDA_HOME" if kernels else "there is no csrc/cuda/*.cu"
         fail(f"OPTIM8_CUDA=1 demands the CUDA module, but {missing}. Install the CUDA toolkit or unset OPTIM8_CUDA.")
-    if choice or not (sources and nvcc):
+    if choice or not (kernels and nvcc):
         return choice == "1"
     torch = torch_version()
     if torch is None:
@@ -237,11 +245,11 @@ def plan_cuda(plan: Plan, folder: Path, output: Path, version: str) -> None:
     size = ["-Xfatbin", "-compress-all", "-cudart", "static"]
     flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", *gates, *host, *size, *arch_flags(nvcc)]
     objects = []
-    for source in [*sorted(CSRC.glob("bind_cuda*.cpp")), *SHARED_BINDINGS]:
+    for source in sources("tensors", "bind/cuda"):
         extra = [*werror("-Werror"), *binding_flags(), "-isystem", str(include), f'-DOPTIM8_VERSION="{version}"']
-        objects.append(plan.compile(cxx(), source, folder / f"{source.stem}.o", [*BASE, *extra]))
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        objects.append(plan.compile(nvcc, source, folder / f"{source.stem}.cu.o", [*flags, "-ccbin", cxx()]))
+        objects.append(plan.compile(cxx(), source, object_file(folder, source), [*BASE, *extra]))
+    for source in sources("cuda", pattern="*.cu"):
+        objects.append(plan.compile(nvcc, source, object_file(folder, source, ".cu"), [*flags, "-ccbin", cxx()]))
     plan.link(output, objects, [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
 
 

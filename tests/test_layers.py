@@ -27,14 +27,17 @@ PYTHON_LAYERS = [
 ]
 COMPILED = ("_cpu", "_cuda")
 
-# What each part of csrc may include from csrc, by the first part of the path.
+# What each folder of csrc includes from csrc. A folder that is not here counts as the folder around it.
 CSRC_INCLUDES = {
     "core": {"core"},
-    "cpu": {"core", "cpu"},
+    "cpu/kernels": {"core", "cpu/kernels"},
+    "cpu": {"core", "cpu/kernels", "cpu"},
+    "cpu/step": {"core", "cpu", "cpu/step"},
     "cuda": {"core", "cuda"},
-    "bind": {"core", "bind"},
-    "bind_cpu": {"core", "cpu", "bind"},
-    "bind_cuda": {"core", "cuda", "bind"},
+    "tensors": {"core", "tensors"},
+    "bind": {"core", "tensors", "bind"},
+    "bind/cpu": {"core", "cpu", "cpu/step", "tensors", "bind", "bind/cpu"},
+    "bind/cuda": {"core", "cuda", "tensors", "bind", "bind/cuda"},
 }
 
 
@@ -75,22 +78,27 @@ def python_violations(text: str, module: str) -> list[str]:
     return messages
 
 
+def csrc_part(path: str) -> str:
+    """The innermost folder of CSRC_INCLUDES around a file of csrc; where there is none, the folder itself."""
+    folders = [folder.as_posix() for folder in Path(path).parents]
+    return next((folder for folder in folders if folder in CSRC_INCLUDES), folders[0])
+
+
 def csrc_violations(text: str, path: str) -> list[str]:
     """Includes of `path` (relative to csrc) that do not point down, as messages."""
-    part = Path(path).parts[0]
-    part = next((name for name in ("bind_cpu", "bind_cuda") if part.startswith(name)), part)
+    part = csrc_part(path)
     messages = []
     for quote, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', text, re.MULTILINE):
         if re.match(r"(torch|ATen|c10)/", name):
             messages.append(f"csrc/{path} includes {name}; native code includes no torch header")
-        if quote == "<" and name.startswith("pybind11") and not part.startswith("bind"):
-            messages.append(f"csrc/{path} includes {name}; only bindings know Python")
-        if quote == "<" and name.startswith("cuda") and part in ("core", "cpu", "bind", "bind_cpu"):
+        if quote == "<" and name.startswith("pybind11") and part.split("/")[0] not in ("tensors", "bind"):
+            messages.append(f"csrc/{path} includes {name}; only tensors and bind know Python")
+        if quote == "<" and name.startswith("cuda") and part not in ("cuda", "bind/cuda"):
             messages.append(f"csrc/{path} includes {name}; only csrc/cuda and its binding know CUDA")
         if quote == '"':
-            target = name.split("/")[0] if "/" in name else part
-            if target not in CSRC_INCLUDES[part]:
-                messages.append(f"csrc/{path} includes {name}; {part} includes only {sorted(CSRC_INCLUDES[part])}")
+            target, allowed = csrc_part(name), CSRC_INCLUDES.get(part, set())
+            if target not in allowed:
+                messages.append(f"csrc/{path} includes {name}; {part} includes only {sorted(allowed)}")
     return messages
 
 
@@ -152,14 +160,23 @@ def test_an_import_that_points_down_is_allowed(module: str, text: str) -> None:
 @pytest.mark.parametrize(
     "path, text",
     [
-        ("core/codec.h", '#include "cpu/simd.h"'),
+        ("core/codec.h", '#include "cpu/kernels/simd.h"'),
         ("core/codec.h", "#include <cuda_runtime.h>"),
-        ("core/rules/adam.h", '#  include "bind/view.h"'),
-        ("cpu/step.cpp", '#include "cuda/step.h"'),
-        ("cpu/step.cpp", "#include <pybind11/pybind11.h>"),
+        ("core/rules/adam.h", '#  include "tensors/view.h"'),
+        ("cpu/kernels/step.cpp", '#include "cuda/step.h"'),
+        ("cpu/kernels/step.cpp", '#include "cpu/dispatch.h"'),
+        ("cpu/kernels/step.cpp", "#include <pybind11/pybind11.h>"),
+        ("cpu/step/rows.cpp", "#include <pybind11/pybind11.h>"),
+        ("cpu/step/rows.cpp", '#include "cpu/kernels/simd.h"'),
+        ("cpu/step/rows.cpp", '#include "tensors/view.h"'),
+        ("cpu/dispatch.cpp", '#include "cpu/step/rows.h"'),
+        ("tensors/view.h", '#include "bind/jobs.h"'),
+        ("tensors/view.h", "#include <cuda_runtime.h>"),
+        ("bind/jobs.h", '#include "cpu/dispatch.h"'),
+        ("other/more.h", '#include "core/codec.h"'),
         ("cuda/step.cu", "#include <torch/extension.h>"),
-        ("bind_cpu.cpp", '#include "cuda/step.h"'),
-        ("bind_cuda_more.cpp", '#include "cpu/step.h"'),
+        ("bind/cpu/module.cpp", '#include "cuda/step.h"'),
+        ("bind/cuda/more.cpp", '#include "cpu/dispatch.h"'),
     ],
 )
 def test_an_include_that_points_up_is_noticed(path: str, text: str) -> None:

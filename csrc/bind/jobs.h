@@ -1,9 +1,9 @@
 // Arguments of the functional API, checked and made into the jobs of core/jobs.h; for CPU and CUDA the same.
 #pragma once
 
-#include "bind/arguments.h"
 #include "core/jobs.h"
 #include "core/scalar.h"
+#include "tensors/arguments.h"
 
 #include <string>
 

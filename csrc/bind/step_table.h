@@ -7,21 +7,19 @@
 // ahead. A prefetch of a stale address is harmless, so this needs no check.
 #pragma once
 
-#include "bind/asking.h"
-#include "bind/view.h"
+#include "core/span.h"
+#include "tensors/attributes.h"
+#include "tensors/view.h"
 
 #include <pybind11/stl.h>
 
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <optional>
 #include <utility>
 #include <vector>
 
 namespace optim8 {
-
-using Span = std::pair<uintptr_t, uintptr_t>;  // addresses: first, one past the last
 
 // What a step needs from Python before a row can be made.
 struct Wanted {
@@ -126,11 +124,5 @@ class StepTable {
     Py_ssize_t next_entry_ = 0;  // where in the optimizer's state the next parameter's entry is expected
     Asked ask_;
 };
-
-// Steps rows whose tensors are on the CPU. Needs no GIL; does not count the step. `meanwhile`: as for parallel_for.
-void step_rows(const std::vector<Row>& rows, int threads, const std::function<void()>& meanwhile = [] {});
-
-// The same by the calling thread alone, and without allocating memory.
-void step_rows_here(const std::vector<Row>& rows);
 
 }  // namespace optim8

@@ -1,7 +1,7 @@
 // The kernels of the instruction set in use, and the choice among those compiled.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #include <string>
 #include <vector>

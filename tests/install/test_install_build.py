@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ISAS = ["scalar", "avx2", "avx512"] if platform.machine() == "x86_64" else ["scalar"]
-LOOP_OBJECTS = sorted(f"loop.{isa}.o" for isa in ISAS)
+LOOP_OBJECTS = sorted(f"_cpu/cpu/kernels/loop.{isa}.o" for isa in ISAS)
+CPU_OBJECTS = sorted(["_cpu/bind/cpu/module.o", "_cpu/cpu/dispatch.o", *LOOP_OBJECTS])
 
 BINDING = """
 #include <Python.h>
@@ -77,9 +78,9 @@ def tree(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     sources = {
         "csrc/core/number.h": "constexpr int core_number = 7;",
-        "csrc/cpu/loop.cpp": LOOP,
+        "csrc/cpu/kernels/loop.cpp": LOOP,
         "csrc/cpu/dispatch.cpp": "#ifdef __AVX2__\n#error the dispatcher must run on any machine\n#endif",
-        "csrc/bind_cpu.cpp": BINDING,
+        "csrc/bind/cpu/module.cpp": BINDING,
         "optim8/__init__.py": "",
         "optim8/py.typed": "",
     }
@@ -96,25 +97,31 @@ def setup(tree: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def compiled(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """Names of the objects that a build compiled."""
+    """The objects that a build compiled, as "module/path"."""
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    return sorted(Path(line.split()[-1]).name for line in lines if " COMPILE " in line)
+    return sorted("/".join(native_object(line.split()[-1])) for line in lines if " COMPILE " in line)
+
+
+def native_object(path: str) -> tuple[str, ...]:
+    """Parts of an object's path behind build/native-*: the module, then folders as below csrc."""
+    parts = Path(path).parts
+    return parts[next(i for i, part in enumerate(parts) if part.startswith("native.")) + 1 :]
 
 
 def test_each_source_once_per_instruction_set_and_only_what_changed(tree: Path) -> None:
-    assert compiled(setup(tree)) == sorted(["bind_cpu.o", "dispatch.o", *LOOP_OBJECTS])
+    assert compiled(setup(tree)) == CPU_OBJECTS
     assert compiled(setup(tree)) == []
 
     (tree / "csrc/core/number.h").write_text("constexpr int core_number = 8;")
     assert compiled(setup(tree)) == LOOP_OBJECTS
 
-    (tree / "csrc/cpu/more.cpp").write_text("int OPTIM8_ISA;")
-    assert compiled(setup(tree)) == sorted(f"more.{isa}.o" for isa in ISAS)
+    (tree / "csrc/cpu/kernels/more.cpp").write_text("int OPTIM8_ISA;")
+    assert compiled(setup(tree)) == sorted(f"_cpu/cpu/kernels/more.{isa}.o" for isa in ISAS)
 
     pyproject = tree / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace('\nversion = "', '\nversion = "77.'))
-    assert compiled(setup(tree)) == ["bind_cpu.o"]
+    assert compiled(setup(tree)) == ["_cpu/bind/cpu/module.o"]
 
     script = "from optim8 import _cpu; print(_cpu.number(), _cpu.version)"
     printed = subprocess.run(
@@ -174,10 +181,10 @@ def test_what_cannot_be_honoured_is_refused(tree: Path, environment: dict[str, s
 
 
 def test_a_tree_without_native_sources_is_refused(tree: Path) -> None:
-    (tree / "csrc/bind_cpu.cpp").unlink()
+    (tree / "csrc/bind/cpu/module.cpp").unlink()
     result = setup(tree)
     assert result.returncode != 0
-    assert "csrc/bind_cpu*.cpp" in result.stderr
+    assert "csrc/bind/cpu/*.cpp" in result.stderr
 
 
 def torch_of(folder: Path, cuda: str | None) -> None:
@@ -251,12 +258,13 @@ class TestCuda:
     def cuda_tree(self, tree: Path) -> Path:
         (tree / "csrc/cuda").mkdir()
         (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
-        (tree / "csrc/bind_cuda.cpp").write_text(CUDA_BINDING)
+        (tree / "csrc/bind/cuda").mkdir()
+        (tree / "csrc/bind/cuda/module.cpp").write_text(CUDA_BINDING)
         return tree
 
     def test_the_module_compiles_and_imports_without_driver(self, cuda_tree: Path) -> None:
         result = setup(cuda_tree, OPTIM8_CUDA="1", OPTIM8_CUDA_ARCHS="80+PTX")
-        assert compiled(result) == sorted(["bind_cpu.o", "bind_cuda.o", "dispatch.o", "fill.cu.o", *LOOP_OBJECTS])
+        assert compiled(result) == sorted([*CPU_OBJECTS, "_cuda/bind/cuda/module.o", "_cuda/cuda/fill.cu.o"])
         assert compiled(setup(cuda_tree, OPTIM8_CUDA="1", OPTIM8_CUDA_ARCHS="80+PTX")) == []
         script = "from optim8 import _cuda; print(_cuda.number())"
         subprocess.run([sys.executable, "-c", script], cwd=cuda_tree, capture_output=True, check=True)

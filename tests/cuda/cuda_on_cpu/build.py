@@ -72,7 +72,7 @@ def module() -> Path:
     bound = [*pic, *(f"-isystem {path}" for path in bindings)]
     bound += ["-DOPTIM8_DEVICE_TYPE=dlpack::cpu", "-DOPTIM8_VERSION='\"shim\"'"]
     objects = [(HERE / "shim/scheduler.cpp", folder / "scheduler.o", pic)]
-    for source in (ROOT / "csrc/bind_cuda.cpp", *sorted((ROOT / "csrc/bind").glob("*.cpp"))):
+    for source in (*sorted((ROOT / "csrc/bind/cuda").glob("*.cpp")), *sorted((ROOT / "csrc/tensors").glob("*.cpp"))):
         objects.append((source, folder / f"{source.stem}.o", bound))
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         objects.append((source, folder / f"{source.stem}.cuda.o", [*pic, "-x", "c++"]))
@@ -101,7 +101,6 @@ def program(name: str, sanitizer: str) -> Path:
     if name == "compare":
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             objects.append((source, folder / f"{source.stem}.cuda.o", [*checked, "-x", "c++"]))
-        for kernel in ("step", "blockwise", "fourbit", "int8"):
-            source = ROOT / "csrc/cpu" / f"{kernel}.cpp"
-            objects.append((source, folder / f"{kernel}.cpu.o", [*checked, "-DOPTIM8_ISA=scalar"]))
+        for source in sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")):
+            objects.append((source, folder / f"{source.stem}.cpu.o", [*checked, "-DOPTIM8_ISA=scalar"]))
     return _build(folder / name, objects, sanitize)

@@ -4,7 +4,7 @@
 
 #include "core/jobs.h"
 #include "core/storage.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cuda/kernels.h"
 #include "cuda/lanes.h"
 

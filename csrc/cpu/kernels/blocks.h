@@ -1,7 +1,7 @@
 // What every block kernel needs: a short last group made whole, and a block's largest magnitude.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/kernels/simd.h"
 
 #include <cstring>
 

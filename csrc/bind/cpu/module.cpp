@@ -1,9 +1,9 @@
 // The module optim8._cpu.
-#include "bind/view.h"
 #include "core/codec.h"
 #include "cpu/dispatch.h"
 #include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
+#include "tensors/view.h"
 
 #include <pybind11/stl.h>
 

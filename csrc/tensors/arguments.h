@@ -1,7 +1,7 @@
 // Checks of the arguments of native calls. Python checks first, with messages for users; these hold whoever calls.
 #pragma once
 
-#include "bind/view.h"
+#include "tensors/view.h"
 
 #include <string>
 

@@ -1,5 +1,5 @@
 // Reading a torch tensor object into a View.
-#include "bind/view.h"
+#include "tensors/view.h"
 
 #include <pybind11/stl.h>
 

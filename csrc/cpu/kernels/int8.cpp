@@ -1,8 +1,8 @@
 // LLM.int8(): rows and columns to int8, back, and the scaling of an integer product. The arithmetic is float64 in
 // plain loops, which compilers vectorize for every instruction set with the same results.
 #include "core/int8.h"
-#include "cpu/blocks.h"
-#include "cpu/kernels_functional.h"
+#include "cpu/kernels/blocks.h"
+#include "cpu/kernels/kernels_functional.h"
 
 #include <algorithm>
 #include <type_traits>

@@ -1,7 +1,7 @@
 // Blockwise quantization of values to 8-bit codes and back: the functional API's kernels. The dynamic code takes the
 // closed form; any other table of 256 sorted values is searched.
-#include "cpu/blocks.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/blocks.h"
+#include "cpu/kernels/kernels.h"
 
 #include <algorithm>
 #include <cstring>

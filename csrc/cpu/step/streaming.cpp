@@ -1,6 +1,8 @@
-#include "bind/streaming.h"
+#include "cpu/step/streaming.h"
+
 #include "cpu/direct_io.h"
 #include "cpu/pages.h"
+#include "cpu/step/rows.h"
 
 #include <algorithm>
 #include <condition_variable>

@@ -11,11 +11,11 @@ constexpr int group = 64;
 OPTIM8_END
 
 #if defined(__AVX512VBMI__)
-#include "cpu/simd_avx512.h"
+#include "cpu/kernels/simd_avx512.h"
 #elif defined(__AVX2__)
-#include "cpu/simd_avx2.h"
+#include "cpu/kernels/simd_avx2.h"
 #else
-#include "cpu/simd_scalar.h"
+#include "cpu/kernels/simd_scalar.h"
 #endif
 
 OPTIM8_BEGIN

@@ -1,5 +1,5 @@
 // The 4-bit and int8 kernels of the functional API, and the jobs that only the CPU has; the list is part of
-// OPTIM8_KERNELS (cpu/kernels.h).
+// OPTIM8_KERNELS (kernels.h).
 #pragma once
 
 #include "core/jobs.h"

@@ -1,8 +1,10 @@
 // Paged state: a step in buckets, and the pages of memory-mapped files. What is paged is decided in optim8.paging.
-#include "bind/streaming.h"
+#include "bind/step_table.h"
 #include "cpu/direct_io.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
+#include "cpu/step/rows.h"
+#include "cpu/step/streaming.h"
 
 #include <algorithm>
 #include <memory>

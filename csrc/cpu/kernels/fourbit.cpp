@@ -1,7 +1,7 @@
 // 4-bit quantization, its inverse, and the product of a packed weight with a vector.
-#include "cpu/blocks.h"
-#include "cpu/kernels_functional.h"
-#include "cpu/nibbles.h"
+#include "cpu/kernels/blocks.h"
+#include "cpu/kernels/kernels_functional.h"
+#include "cpu/kernels/nibbles.h"
 
 #include <algorithm>
 

@@ -4,8 +4,8 @@
 // the block's maxima; `seal` encodes the new state. A block is sealed group by group while the next one advances, so
 // that the loads of one pass fill the time of the other's arithmetic, and the latency of reducing the maxima is hidden.
 #include "core/row.h"
-#include "cpu/dispatch.h"
-#include "cpu/simd.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/simd.h"
 
 #include <algorithm>
 #include <cstring>

@@ -2,11 +2,11 @@
 // that does not all fit. Blocks are independent, so a step in buckets gives the bits of a step in one.
 #pragma once
 
-#include "bind/step_table.h"
 #include "core/codec.h"
+#include "core/row.h"
+#include "core/span.h"
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 namespace optim8 {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/fourbit.h"
-#include "cpu/simd.h"
+#include "cpu/kernels/simd.h"
 
 OPTIM8_BEGIN
 

@@ -3,8 +3,8 @@
 // tensors through the DLPack exchange table (2.10 and later) or, slower, through their Python attributes.
 #pragma once
 
-#include "bind/dlpack.h"
 #include "core/row.h"
+#include "tensors/dlpack.h"
 
 #include <pybind11/pybind11.h>
 

@@ -1,7 +1,7 @@
 // A step over state that is in files, in memory of its own.
 #pragma once
 
-#include "bind/buckets.h"
+#include "cpu/step/buckets.h"
 
 #include <vector>
 

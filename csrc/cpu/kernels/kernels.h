@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/row.h"
-#include "cpu/kernels_functional.h"
+#include "cpu/kernels/kernels_functional.h"
 
 namespace optim8 {
 

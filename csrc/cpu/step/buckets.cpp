@@ -1,6 +1,7 @@
-#include "bind/buckets.h"
+#include "cpu/step/buckets.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace optim8 {
 namespace {

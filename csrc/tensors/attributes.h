@@ -1,7 +1,7 @@
 // Asking Python objects the same question one after the other, without searching for the answer's place each time.
 #pragma once
 
-#include "bind/view.h"
+#include "tensors/view.h"
 
 #include <utility>
 
