@@ -15,6 +15,7 @@ PYTHON_LAYERS = [
     "_cpu",
     "_cuda",
     "_native",
+    "text",
     "functional",
     "paging",
     "optim",

@@ -1,8 +1,8 @@
 """Memory of a training: planned before it, and profiled in it."""
 
-from optim8.memory.planner import plan
-from optim8.memory.plans import Plan
-from optim8.memory.profiler import profile
-from optim8.memory.profiles import Profile, Record
+from optim8.memory.planning.planner import plan
+from optim8.memory.planning.plans import Plan
+from optim8.memory.profiling.profiler import profile
+from optim8.memory.profiling.profiles import Profile, Record
 
 __all__ = ["Plan", "Profile", "Record", "plan", "profile"]

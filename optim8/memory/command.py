@@ -10,11 +10,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from optim8.memory import budget, sizes
-from optim8.memory.peers import PEERS
-from optim8.memory.planner import OURS, SHARDINGS, plan
+from optim8.memory.models import model
+from optim8.memory.planning import budget
+from optim8.memory.planning.peers import PEERS
+from optim8.memory.planning.planner import OURS, SHARDINGS, plan
 from optim8.optim.options import MIN_8BIT_SIZE
-from optim8.paging.options import Pager
+from optim8.paging.pager import Pager
 
 EXIT = "Ends with 0; with 1 where the plan does not fit --budget; with 2 where an argument or a file is wrong."
 _SOURCE = "a config as JSON, safetensors files of one model, its folder, or its name if the hub's cache has the config"
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="+", metavar="FILE", help=_SOURCE)
     names = ", ".join([*OURS, *PEERS])
     parser.add_argument("--optimizer", default="adamw8bit", help=f"one of {names} (default: %(default)s)")
-    parser.add_argument("--dtype", choices=sorted(sizes.DTYPES), help="of the parameters (default: what FILE says)")
-    parser.add_argument("--grad-dtype", choices=sorted(sizes.DTYPES), help="of the gradients (default: as parameters)")
+    parser.add_argument("--dtype", choices=sorted(model.DTYPES), help="of the parameters (default: what FILE says)")
+    parser.add_argument("--grad-dtype", choices=sorted(model.DTYPES), help="of the gradients (default: as parameters)")
     parser.add_argument(
         "--master-copies", action="store_true", help="float32 copies of narrower parameters (default: none)"
     )

@@ -21,7 +21,7 @@ from optim8.optim.sharded import Part
 from optim8.optim.summary import summary
 from optim8.optim.windows import Windows, is_capturing
 from optim8.paging import launches
-from optim8.paging.options import pager_of
+from optim8.paging.pager import pager_of
 
 
 class BlockwiseOptimizer(PagedState):

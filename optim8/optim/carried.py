@@ -13,7 +13,7 @@ import torch
 from optim8.optim import checkpoint, sharded, states
 from optim8.optim.states import Moment
 from optim8.paging import Pager
-from optim8.paging.segments import copy
+from optim8.paging.files import copy
 from optim8.paging.store import Store
 
 _PART = 2**20  # bytes that are in memory at a time

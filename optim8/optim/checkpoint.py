@@ -13,7 +13,7 @@ from optim8.optim import sharded, states
 from optim8.optim.formats import Format, own
 from optim8.optim.sources import Entry, check_values, fill, is_quantized
 from optim8.optim.states import Moment
-from optim8.paging.segments import tensors_of
+from optim8.paging.files import tensors_of
 from optim8.paging.store import Store
 
 

@@ -16,7 +16,7 @@ from optim8.optim import carried, sharded, states
 from optim8.optim.given import States
 from optim8.optim.states import Moment
 from optim8.paging import Pager, Place, Placement, launches
-from optim8.paging.segments import tensors_of
+from optim8.paging.files import tensors_of
 from optim8.paging.store import Store, placed
 
 

@@ -9,7 +9,7 @@ import torch
 
 from optim8.optim import states
 from optim8.optim.states import Moment
-from optim8.paging.segments import fill
+from optim8.paging.files import fill
 
 
 def chosen(

@@ -11,7 +11,7 @@ import torch
 from optim8 import _native
 from optim8.optim import report, states
 from optim8.optim.states import Moment
-from optim8.paging.segments import copy
+from optim8.paging.files import copy
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from optim8 import _native
-from optim8.paging.segments import DEVICE, TIERS
 from optim8.paging.store import Store
+from optim8.paging.tiers import DEVICE, TIERS
 
 BLOCK = 256  # values of one absmax; csrc/core/codec.h, step_block
 _ALIGN = 64  # bytes; a cache line, and the width of the widest vector

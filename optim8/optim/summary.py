@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any
 
 from optim8.optim.paged import PagedState
-from optim8.paging.options import size_text
-from optim8.paging.segments import tensors_of
+from optim8.paging.files import tensors_of
 from optim8.paging.store import placed
+from optim8.text import size_text
 
 
 def summary(optimizer: PagedState) -> str:

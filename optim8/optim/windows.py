@@ -17,7 +17,7 @@ import torch
 from optim8.optim import tiles
 from optim8.optim.states import Moment
 from optim8.paging import launches
-from optim8.paging.segments import copy
+from optim8.paging.files import copy
 
 
 @dataclass(eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from optim8.paging.options import size_text
-from optim8.paging.segments import DISK
+from optim8.paging.tiers import DISK
+from optim8.text import size_text, table
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,4 @@ class Placement(Sequence[Place]):
         totals = [("total", "", "", tier, "", f"{n / 2**20:.2f}") for tier, n in self.bytes_by_tier().items()]
         if self.checkpoint:
             totals.append(("copy at", "", "", DISK, self.checkpoint, f"{self.checkpoint_bytes / 2**20:.2f}"))
-        widths = [max(len(row[i]) for row in [heads, *rows, *totals]) for i in range(len(heads))]
-
-        def line(row: Sequence[str]) -> str:
-            cells = [
-                cell.rjust(width) if i == 5 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
-            ]
-            return "  ".join(cells).rstrip()
-
-        return "\n".join([line(heads), line(["-" * width for width in widths]), *map(line, [*rows, *totals])])
+        return table(heads, [*rows, *totals], left=5)

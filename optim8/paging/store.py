@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from optim8 import _native
-from optim8.paging import launches, segments
-from optim8.paging.journal import LOADING, RESETTING, STEPPING
-from optim8.paging.kept import Groups, Kept
-from optim8.paging.options import Pager
-from optim8.paging.plan import plan
-from optim8.paging.segments import DEVICE, DISK, HOST, Arena, Segment
+from optim8.paging import files, launches
+from optim8.paging.directory.journal import LOADING, RESETTING, STEPPING
+from optim8.paging.directory.state import Groups, Kept
+from optim8.paging.files import Arena, Segment
+from optim8.paging.pager import Pager
 from optim8.paging.streaming import DIRECT, Stream
+from optim8.paging.tiers import DEVICE, DISK, HOST, plan
 
 
 class Store:
@@ -40,7 +40,7 @@ class Store:
             self.kept = Kept(owner, rule, pager, params)
             self.segments += self.kept.reopened(self.limited)
         else:
-            segments.check_directory(self.directory)
+            files.check_directory(self.directory)
         self._process = os.getpid()
         self._stream = Stream(owner, pager)
         weakref.finalize(self, launches.settle)  # before its memory goes
@@ -78,7 +78,7 @@ class Store:
                 )
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [tensor for entry in self.state.values() for tensor in segments.tensors_of(entry)]
+        return [tensor for entry in self.state.values() for tensor in files.tensors_of(entry)]
 
     def _bytes_in(self, tier: str) -> int:
         return sum(segment.memory.numel() for segment in self.segments if segment.tier == tier)
@@ -96,10 +96,10 @@ class Store:
         """
         if tier == HOST:
             self._stream.free_memory()  # there is less room for it now
-            segment = segments.in_memory(arenas, pinned=device.type == "cuda")
+            segment = files.in_memory(arenas, pinned=device.type == "cuda")
         else:
             segment = (
-                segments.in_file(arenas, self.directory, self.limited)
+                files.in_file(arenas, self.directory, self.limited)
                 if self.kept is None
                 else self.kept.segment(arenas, self.limited)
             )
@@ -111,7 +111,7 @@ class Store:
 
     def keep_only(self, entries: Iterable[dict[str, Any]]) -> None:
         """Let go of the segments in which none of these states lies."""
-        tensors = [tensor for entry in entries for tensor in segments.tensors_of(entry)]
+        tensors = [tensor for entry in entries for tensor in files.tensors_of(entry)]
         launches.settle()
         self.segments = [segment for segment in self.segments if any(map(segment.holds, tensors))]
         if self.kept is not None:

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from optim8 import _native
-from optim8.paging.options import Pager
-from optim8.paging.plan import AHEAD, streaming_room
-from optim8.paging.segments import Segment
+from optim8.paging.files import Segment
+from optim8.paging.pager import Pager
+from optim8.paging.tiers import AHEAD, streaming_room
 
 # What a step over files does with the state: it uses the mapping, copies through the page cache to memory of its own
 # and back, or copies past the page cache.

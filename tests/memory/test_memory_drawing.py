@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optim8.memory.profiles import Profile, Record
+from optim8.memory.profiling.profiles import Profile, Record
 
 MIB = 2**20
 
@@ -29,7 +29,7 @@ def profiled(steps: int, source: str = "rss", between: int = 0, growth: int = 1)
 @pytest.mark.parametrize("steps", [3, 100])
 def test_a_process_does_not_hide_the_training(steps: int) -> None:
     pytest.importorskip("matplotlib")
-    from optim8.memory.drawing import draw
+    from optim8.memory.profiling.drawing import draw
 
     prof = profiled(steps)
     figure = draw(prof, prof.records)
@@ -46,7 +46,7 @@ def test_a_process_does_not_hide_the_training(steps: int) -> None:
 
 def test_few_steps_are_bars_and_many_are_areas_by_phase() -> None:
     pytest.importorskip("matplotlib")
-    from optim8.memory.drawing import draw
+    from optim8.memory.profiling.drawing import draw
 
     few, many = profiled(8), profiled(100)
     (bars,) = draw(few, few.records).axes
@@ -63,7 +63,7 @@ def test_few_steps_are_bars_and_many_are_areas_by_phase() -> None:
 @pytest.mark.parametrize("steps", [3, 100])
 def test_the_highest_phase_is_within_the_picture(steps: int) -> None:
     pytest.importorskip("matplotlib")
-    from optim8.memory.drawing import draw
+    from optim8.memory.profiling.drawing import draw
 
     prof = profiled(steps, growth=0)  # backward is higher than forward, which is drawn first
     figure = draw(prof, prof.records)
@@ -78,7 +78,7 @@ def test_the_highest_phase_is_within_the_picture(steps: int) -> None:
 
 def test_what_is_higher_between_phases_is_drawn() -> None:
     pytest.importorskip("matplotlib")
-    from optim8.memory.drawing import draw
+    from optim8.memory.profiling.drawing import draw
 
     many = profiled(100, between=300)
     assert [panel.get_title() for panel in draw(many, many.records).axes][-1] == "between"

@@ -10,8 +10,8 @@ from memory_harness import MODELS, measured, plain, train
 from torch import nn
 
 import optim8
-from optim8.memory.peers import PEERS
-from optim8.memory.plans import STATE
+from optim8.memory.planning.peers import PEERS
+from optim8.memory.planning.plans import STATE
 from optim8.paging import Pager
 
 OPTIMIZERS = {"adam8bit": optim8.Adam8bit, "adamw8bit": optim8.AdamW8bit, "lion8bit": optim8.Lion8bit}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import optim8
-from optim8.memory import profiler, sources
+from optim8.memory.profiling import profiler, sources
 
 MIB = 2**20
 ROWS, WIDE, NARROW = 512, 1024, 256
@@ -70,7 +70,7 @@ def test_kinds_are_exact(device: torch.device) -> None:
 WORKER = """
 import json, re, torch, optim8
 from pathlib import Path
-from optim8.memory import sources
+from optim8.memory.profiling import sources
 
 class OwnMemory(sources.ResidentSource):
     def __init__(self):

@@ -26,7 +26,7 @@ from support.harness import bits, parameter
 
 import optim8
 from optim8 import _native
-from optim8.paging import Pager, segments
+from optim8.paging import Pager, files, tiers
 from optim8.paging.streaming import Stream
 
 MIB = 2**20
@@ -43,11 +43,11 @@ def own_memory() -> int:
     them and reads them back as it likes."""
     pages = 0
     with Path("/proc/self/pagemap").open("rb", buffering=0) as map_:  # 8 bytes for each page, the highest bit: present
-        for segment in list(segments._limited):
-            first, end = (address // segments.PAGE for address in segment.span)
+        for segment in list(files._limited):
+            first, end = (address // tiers.PAGE for address in segment.span)
             entries = np.frombuffer(os.pread(map_.fileno(), 8 * (end - first), 8 * first), np.uint64)
             pages += int((entries >> np.uint64(63)).sum())
-    return memory("RssAnon") + segments.PAGE * pages
+    return memory("RssAnon") + tiers.PAGE * pages
 
 
 class Phases:
@@ -177,7 +177,7 @@ def main() -> None:
         train(params, loaded, 2, 4, asked["cold"])
     ways.append(loaded._store._stream.way)
     digests = [digest(params, loaded)]
-    segments.release([value for entry in loaded.state.values() for value in entry.values()])
+    files.release([value for entry in loaded.state.values() for value in entry.values()])
     with phases.phase("pickle"), (folder / "optimizer.pickle").open("wb") as file:
         pickle.dump(loaded, file)
     del loaded

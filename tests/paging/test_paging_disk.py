@@ -20,7 +20,7 @@ from support.harness import ALL, DTYPES, hostile, parameter, snapshot
 from test_paging_step import params_of, steps, steps_replaced_state_where_it_is
 
 import optim8
-from optim8.paging import Pager, segments
+from optim8.paging import Pager, files, tiers
 from optim8.paging.streaming import CACHED, DIRECT, MAPPED, Stream
 
 MIB = 2**20
@@ -30,8 +30,8 @@ MIB = 2**20
 def past_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every step goes past the page cache, whatever that holds."""
     probe = tmp_path / "probe"
-    probe.write_bytes(bytes(segments.PAGE))
-    handle = segments._past_cache(probe)
+    probe.write_bytes(bytes(tiers.PAGE))
+    handle = files._past_cache(probe)
     if handle is None:
         pytest.skip("temporary files are on a file system without O_DIRECT: set TMPDIR")
     os.close(handle)
@@ -174,7 +174,7 @@ def test_a_step_past_the_page_cache_reads_its_state_once(tmp_path: Path) -> None
     p = parameter(torch.ones(2**24), torch.ones(2**24))
     optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget="4MiB", bucket="1MiB"))
     optimizer.step()
-    (segment,) = (segment for segment in optimizer._store.segments if segment.tier == segments.DISK)
+    (segment,) = (segment for segment in optimizer._store.segments if segment.tier == tiers.DISK)
     os.fsync(segment.handle)
     os.posix_fadvise(segment.handle, 0, 0, os.POSIX_FADV_DONTNEED)
     before = read_from_disk()

@@ -16,7 +16,8 @@ from cases import CASES, Case
 from support.harness import ALL, bits, hostile, parameter, snapshot
 
 import optim8
-from optim8.paging import Pager, journal
+from optim8.paging import Pager
+from optim8.paging.directory import journal
 
 HERE = Path(__file__).parent
 ADAMW = CASES["AdamW8bit"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from optim8.paging import segments
+from optim8.paging import files, tiers
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -46,8 +46,8 @@ def work(**asked: Any) -> Any:
 
 def past_cache(folder: Path) -> bool:
     """Whether the file system can be read and written past the page cache."""
-    (folder / "probe").write_bytes(bytes(segments.PAGE))
-    handle = segments._past_cache(folder / "probe")
+    (folder / "probe").write_bytes(bytes(tiers.PAGE))
+    handle = files._past_cache(folder / "probe")
     if handle is not None:
         os.close(handle)
     return handle is not None

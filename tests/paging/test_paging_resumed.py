@@ -15,7 +15,8 @@ import torch
 from support.harness import bits, parameter, snapshot
 from test_paging_kept import ADAMW, keep
 
-from optim8.paging import Pager, fingerprint
+from optim8.paging import Pager
+from optim8.paging.directory import fingerprint
 
 KINDS: dict[str, Callable[[], torch.Tensor]] = {
     "float32": lambda: torch.randn(70_001),

@@ -18,7 +18,7 @@ from test_paging_kept import ADAMW, keep, new_params
 
 import optim8
 import optim8.paging
-from optim8.paging import checkpoint
+from optim8.paging.directory import checkpoint
 
 SIZES = (3, 5000)  # the first in 32 bits
 Values = list[torch.Tensor]

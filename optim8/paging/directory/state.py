@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from optim8.paging import checkpoint, fingerprint, layout, resuming, segments
-from optim8.paging.checkpoint import Checkpoint
-from optim8.paging.journal import RETURNING, Journal
-from optim8.paging.options import Pager
-from optim8.paging.records import Records
-from optim8.paging.segments import Arena, Segment
+from optim8.paging.directory import checkpoint, fingerprint, index, resumption
+from optim8.paging.directory.checkpoint import Checkpoint
+from optim8.paging.directory.journal import RETURNING, Journal
+from optim8.paging.directory.records import Records
+from optim8.paging.files import Arena, Segment, in_file, mapped
+from optim8.paging.pager import Pager
 
 _LAYOUT = {"optimizer": str, "rule": str, "run": str, "count": int, "segments": list, "params": dict}
 Groups = Sequence[dict[str, Any]]
@@ -95,14 +95,14 @@ class Kept:
         self.checkpoint = checkpoint.read(self.records)
         problem = self.journal.problem
         live = {} if self.pager.changed_params else self._fingerprints()
-        self.returns = resuming.returns(self, problem, live, params)
+        self.returns = resumption.returns(self, problem, live, params)
         last = self.checkpoint if self.returns else None
         if last is None:
             self._check_files(content, "layout.json")
         else:
             self._check_files(last.layout, checkpoint.NAME, of_copy=True)
         self.journal.claim()
-        self._files = [] if problem else [file for file, _ in layout.files(self.records, content, "layout.json", "")]
+        self._files = [] if problem else [file for file, _ in index.files(self.records, content, "layout.json", "")]
         self._tidy(self._files)
         if last is not None:
             content, live = self._layout_of_copy(last), last.params
@@ -136,21 +136,23 @@ class Kept:
 
     def _check_files(self, content: dict[str, Any], name: str, of_copy: bool = False) -> None:
         """Raise ValueError where files of state are not those of this layout, of the file `name`."""
-        for index, (file, size) in enumerate(layout.files(self.records, content, name, self.advice)):
-            path = checkpoint.path_of_copy(self.records, index) if of_copy else self.directory / file
-            layout.check_file(self.owner, path, size, layout.header(self.run, file), self.advice, of_copy)
+        for number, (file, size) in enumerate(index.files(self.records, content, name, self.advice)):
+            path = checkpoint.path_of_copy(self.records, number) if of_copy else self.directory / file
+            index.check_file(self.owner, path, size, index.header(self.run, file), self.advice, of_copy)
 
     def _layout_of_copy(self, last: Checkpoint) -> dict[str, Any]:
         """Bring back the state of the checkpoint, in new files; those of the last step stay until it is stepped."""
-        files = layout.files(self.records, last.layout, checkpoint.NAME, self.advice)
+        files = index.files(self.records, last.layout, checkpoint.NAME, self.advice)
         with self.records.parsing(checkpoint.NAME, self.advice):
             self._count = max(self._count, int(last.layout["count"]))
         names = {file: self._new_name() for file, _ in files}
-        for index, (file, size) in enumerate(files):
-            head = layout.header(self.run, names[file])
-            checkpoint.copy_back(checkpoint.path_of_copy(self.records, index), self.directory / names[file], head, size)
+        for number, (file, size) in enumerate(files):
+            head = index.header(self.run, names[file])
+            checkpoint.copy_back(
+                checkpoint.path_of_copy(self.records, number), self.directory / names[file], head, size
+            )
         with self.records.parsing(checkpoint.NAME, self.advice):
-            return layout.renamed(last.layout, names)
+            return index.renamed(last.layout, names)
 
     def _new_name(self) -> str:
         self._count += 1
@@ -165,15 +167,14 @@ class Kept:
     def segment(self, arenas: Sequence[Arena], limited: bool) -> Segment:
         """A new file of state."""
         name = self._new_name()
-        made = segments.in_file(arenas, self.directory, limited, name, layout.header(self.run, name))
+        made = in_file(arenas, self.directory, limited, name, index.header(self.run, name))
         self.stale = True
         return made
 
     def reopened(self, limited: bool) -> list[Segment]:
         """The files of an earlier run, mapped."""
         return [
-            segments.mapped(self.directory / segment["file"], segment["size"], limited)
-            for segment in self._layout["segments"]
+            mapped(self.directory / segment["file"], segment["size"], limited) for segment in self._layout["segments"]
         ]
 
     def take(self, place: int, shape: Sequence[int], files: Sequence[Segment]) -> dict[str, torch.Tensor]:
@@ -185,7 +186,7 @@ class Kept:
         entry: dict[str, torch.Tensor] = {}
         for name, at in self.pending.get(place, {}).items():
             with self.records.parsing("layout.json", f"Restore it. {self.advice}"):
-                was, tensor = layout.tensor(at, files)
+                was, tensor = index.tensor(at, files)
             if name != "step" and not name.endswith("_absmax") and tuple(shape) != was:
                 raise ValueError(
                     f"{self.owner}: {self.directory} holds state of shape {was} for parameter {place}, "
@@ -203,7 +204,7 @@ class Kept:
         """
         if self.pending:
             return  # write refuses that
-        resuming.check_params(self, params)
+        resumption.check_params(self, params)
         self.expected = {
             place: self.expected[place] for place in self.expected if fingerprint.of(params[place]) is None
         }
@@ -274,7 +275,7 @@ class Kept:
             self.stale = True  # someone has replaced state
         if self.stale:
             about = {"optimizer": self.owner, "rule": self.rule, "run": self.run, "count": self._count}
-            content = {**about, **layout.describe(self.owner, self.directory, groups, state, files)}
+            content = {**about, **index.describe(self.owner, self.directory, groups, state, files)}
             if returns:
                 self.begin(RETURNING)
             self.records.write_json("layout.json", content)

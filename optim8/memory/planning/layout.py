@@ -12,9 +12,10 @@ from optim8.optim import overrides, states
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.options import wants_8bit
 from optim8.optim.states import Moment
-from optim8.paging import segments
-from optim8.paging.options import Pager
-from optim8.paging.plan import plan as plan_tiers
+from optim8.paging import files
+from optim8.paging.pager import Pager
+from optim8.paging.tiers import DEVICE, HOST, PAGE, TIERS
+from optim8.paging.tiers import plan as plan_tiers
 
 Bytes = dict[tuple[str, str], int]  # by kind and tier
 Wanted = list[tuple[torch.Tensor, bool]]  # a tensor on the meta device, and whether its state is 8-bit
@@ -74,7 +75,7 @@ def laid_out(moments: Sequence[Moment], groups: Sequence[Wanted], pager: Pager |
             tier = tier if store is None else store.tiers.get(key, tier)
             found[kind, tier] = found.get((kind, tier), 0) + value.nbytes
             arenas[key] = (tier, value.untyped_storage().nbytes())
-    for tier in segments.TIERS:
+    for tier in TIERS:
         of_tensors = sum(count for (_, of_tier), count in found.items() if of_tier == tier)
         found["alignment", tier] = sum(size for of_tier, size in arenas.values() if of_tier == tier) - of_tensors
     if store is not None and store.streaming:
@@ -93,7 +94,7 @@ class _MetaStore:
         self.streaming = 0
 
     def assign(self, sizes: Sequence[int], _device: torch.device) -> tuple[str, ...]:
-        host = sum(memory.numel() for memory in self._memory if self.tiers[_key(memory)] == segments.HOST)
+        host = sum(memory.numel() for memory in self._memory if self.tiers[_key(memory)] == HOST)
         planned = plan_tiers(
             self._pager,
             sizes,
@@ -104,11 +105,11 @@ class _MetaStore:
             owner="optim8.memory.plan",
         )
         self.streaming = max(self.streaming, planned.streaming_bytes)
-        self._taken += planned.bytes_by_tier().get(segments.DEVICE, 0)
+        self._taken += planned.bytes_by_tier().get(DEVICE, 0)
         return planned.tiers
 
-    def allocate(self, tier: str, _device: torch.device, arenas: Sequence[segments.Arena]) -> None:
-        begins, size = segments.offsets(arenas, segments.PAGE if self._pager.keep else 0)
+    def allocate(self, tier: str, _device: torch.device, arenas: Sequence[files.Arena]) -> None:
+        begins, size = files.offsets(arenas, PAGE if self._pager.keep else 0)
         memory = torch.empty(size, dtype=torch.uint8, device="meta")
         for arena, begin in zip(arenas, begins, strict=True):
             arena.flat = memory[begin : begin + arena.size * arena.dtype.itemsize].view(arena.dtype)

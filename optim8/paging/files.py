@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from optim8 import _native
+from optim8.paging.tiers import DISK, HOST, PAGE
 
-DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # fastest first
-PAGE = 4096
 _NUMPY = {torch.uint8: np.uint8, torch.float32: np.float32}
 _CHUNK = 2**20  # bytes written at a time to fill a file
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from optim8.memory.text import binary
+from optim8.text import size_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from optim8.memory.profiles import Profile, Record
+    from optim8.memory.profiling.profiles import Profile, Record
 
 # Colour and hatch of each kind; neighbours in a bar differ in lightness, so that they are told apart in greyscale too.
 LOOKS = {
@@ -49,7 +49,7 @@ def draw(profile: Profile, records: Sequence[Record]) -> Figure:
     first.set_ylim(bottom=0)  # when all is drawn: from then on the panels, which share it, do not grow
     title = "kinds at the end of each phase, and its peak"
     figure.suptitle(f"{profile.model}, {profile.optimizer}: {title}", fontsize=13)
-    without = f"; drawn without the {binary(before)} of other things that are there all the time" if before else ""
+    without = f"; drawn without the {size_cell(before)} of other things that are there all the time" if before else ""
     figure.supxlabel(f"{profile.meaning}{without}", fontsize=11, x=0.02, ha="left")
     handles, names = first.get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], loc="outside right upper", fontsize=11)

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optim8.paging.records import Records
-from optim8.paging.segments import Segment, reserve
+from optim8.paging.directory.records import Records
+from optim8.paging.files import Segment, reserve
 
 NAME, OPTIONS = "checkpoint.json", "checkpoint-options.pt"
 STATE_DICT = "a state dict that was taken"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optim8.memory.reading import Shapes, head, size
+from optim8.memory.models.entries import Shapes, head, size
 
 Config = Mapping[str, Any]
 

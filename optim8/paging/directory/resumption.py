@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optim8.paging import fingerprint
+from optim8.paging.directory import fingerprint
 
 if TYPE_CHECKING:
-    from optim8.paging.kept import Kept
+    from optim8.paging.directory.state import Kept
 
 
 def returns(kept: Kept, problem: str, live: Mapping[int, str], params: Sequence[torch.Tensor]) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optim8.memory.planner import OURS, plan
-from optim8.memory.plans import Plan
-from optim8.memory.text import binary, parse_bytes, table
+from optim8.memory.planning.planner import OURS, plan
+from optim8.memory.planning.plans import Plan, budget_bytes
+from optim8.text import size_cell, table
 
 _MOST_DEVICES = 4096
 
@@ -35,7 +35,7 @@ def options(planned: Plan, budget: int | str) -> list[Option]:
         planned: what `plan` gave.
         budget: of one device: bytes, or a text with a unit such as "24GiB".
     """
-    limit = parse_bytes(budget)
+    limit = budget_bytes(budget)
     single = [_option(planned, change, limit) for change in _changes(planned, limit)]
     found = [_option(planned, {}, limit), *single]
     if not any(option.fits for option in found):
@@ -47,22 +47,22 @@ def options(planned: Plan, budget: int | str) -> list[Option]:
 def describe(found: Sequence[Option], budget: int | str) -> str:
     """A table of the options that `options` found, with the memory that each leaves, and a sentence on what makes the
     plan fit."""
-    limit = parse_bytes(budget)
+    limit = budget_bytes(budget)
     rows = []
     for option in found:
         need = option.plan.needed
-        spare = binary(limit - need) if option.fits else f"does not fit: {binary(need - limit)} too much"
-        elsewhere = [f"{binary(count)} {tier}" for tier, count in option.plan.elsewhere.items()]
-        rows.append([option.name, binary(need), spare, " and ".join(elsewhere) or "-"])
+        spare = size_cell(limit - need) if option.fits else f"does not fit: {size_cell(need - limit)} too much"
+        elsewhere = [f"{size_cell(count)} {tier}" for tier, count in option.plan.elsewhere.items()]
+        rows.append([option.name, size_cell(need), spare, " and ".join(elsewhere) or "-"])
     fitting = [option.name for option in found if option.fits]
     if found[0].fits:
-        left = binary(limit - found[0].plan.needed)
+        left = size_cell(limit - found[0].plan.needed)
         verdict = f"It fits as planned, if activations, which are not planned, take at most the {left} that are left."
     elif fitting:
         verdict = f"What makes it fit, with the memory in the table left for activations: {'; or '.join(fitting)}."
     else:
         verdict = "None of these fits, nor do two of them at once. Take a smaller model."
-    headers = [f"budget {binary(limit)} a device", "needed", "left for activations", "beside it"]
+    headers = [f"budget {size_cell(limit)} a device", "needed", "left for activations", "beside it"]
     return f"{table(headers, rows)}\n\n{verdict}"
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from optim8.memory.decoders import DECODERS
-from optim8.memory.reading import Reader, Shapes, Unwritten, head, size
+from optim8.memory.models.decoders import DECODERS
+from optim8.memory.models.entries import Reader, Shapes, Unwritten, head, size
 
 
 def shapes(config: Mapping[str, Any]) -> tuple[str, Shapes]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optim8.memory.text import binary, parse_bytes, table
+from optim8.paging.tiers import TIERS
+from optim8.text import parse_bytes, size_cell, table
 
 # What a row of a plan is about, in the order of the printed table, and the entry of `Plan.bytes` that it counts in.
 KINDS = {
@@ -35,7 +36,6 @@ STATE = (
     "step counts",
     "tables",
 )
-TIERS = ("device", "host", "disk")
 WITHOUT = "Not in it: activations, temporary tensors, buffers for communication, and what CUDA itself takes."
 
 
@@ -118,7 +118,7 @@ class Plan:
 
     def fits(self, budget: int | str) -> bool:
         """Whether `needed` is at most `budget`: bytes, or a text such as "24GiB"."""
-        return self.needed <= parse_bytes(budget)
+        return self.needed <= budget_bytes(budget)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan in plain numbers and texts, as JSON can hold it."""
@@ -147,7 +147,7 @@ class Plan:
         rows = [[f"{kind} ({tier})", *(_cell(plan, kind, tier) for plan in plans)] for kind, tier in keys]
         for tier in TIERS:
             if any(plan.tiers[tier] for plan in plans):
-                rows.append([f"total ({tier})", *(binary(plan.tiers[tier]) for plan in plans)])
+                rows.append([f"total ({tier})", *(size_cell(plan.tiers[tier]) for plan in plans)])
         rows.append(["bytes a parameter", *(f"{plan.total / max(1, plan.held):.2f}" for plan in plans)])
         over = "one device"
         if self.world_size > 1:
@@ -157,6 +157,23 @@ class Plan:
         return "\n\n".join(parts)
 
 
+def budget_bytes(size: int | str) -> int:
+    """A budget in bytes from a number, or from a text such as "24GiB".
+
+    Raises:
+        ValueError: it is neither, or a text without a unit: "24" would be 24 bytes, which nobody has in mind.
+    """
+    count = parse_bytes(size)
+    if count is not None:
+        return count
+    number = str(size).strip()
+    if number.replace(".", "", 1).isdigit():
+        raise ValueError(
+            f"optim8.memory: a size needs a unit, got {size!r}. Write {number}GiB, or {number}B for bytes."
+        )
+    raise ValueError(f"optim8.memory: a size must be a number of bytes or a text such as '24GiB', got {size!r}.")
+
+
 def _cell(plan: Plan, kind: str, tier: str) -> str:
     count = sum(row.nbytes for row in plan.rows if (row.kind, row.tier) == (kind, tier))
-    return binary(count) if count else "-"
+    return size_cell(count) if count else "-"

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from optim8.memory import built, configs
-from optim8.memory.reading import Unwritten
-from optim8.memory.text import binary
+from optim8.memory.models import builder, configs
+from optim8.memory.models.entries import Unwritten
 from optim8.optim import sharded
+from optim8.text import size_cell
 
 # safetensors' names of dtypes. What is not a float of at least 16 bits takes memory, but is not trained.
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -217,8 +217,8 @@ def _notes(others: int) -> tuple[str, ...]:
     if not others:
         return ()
     return (
-        f"{binary(others)} of tensors that are no floats of 16 bits or more are counted as the model's buffers: they "
-        "take memory and are not trained.",
+        f"{size_cell(others)} of tensors that are no floats of 16 bits or more are counted as the model's buffers: "
+        "they take memory and are not trained.",
     )
 
 
@@ -234,5 +234,5 @@ def _of_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:
     try:
         title, shapes = configs.shapes(config)
     except Unwritten as error:
-        return _of_module(built.build(config, str(error)), dtype)
+        return _of_module(builder.build(config, str(error)), dtype)
     return Model(title, tuple(_parameter(name, shape, dtype) for name, shape in shapes.items()))

@@ -10,8 +10,8 @@ import os
 import struct
 from pathlib import Path
 
-from optim8.paging import checkpoint
-from optim8.paging.records import Records
+from optim8.paging.directory import checkpoint
+from optim8.paging.directory.records import Records
 
 IDLE, STEPPING, LOADING, RETURNING, RESETTING = range(5)
 _DOING = {

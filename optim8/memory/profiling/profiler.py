@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from optim8.memory import sources
-from optim8.memory.profiles import Profile, Record
+from optim8.memory.profiling import sources
+from optim8.memory.profiling.profiles import Profile, Record
 from optim8.optim import sharded
-from optim8.paging.segments import DEVICE, HOST
 from optim8.paging.store import placed
+from optim8.paging.tiers import DEVICE, DISK, HOST
 
 _FLUSH = 500  # marks after which a source's readings are taken, so that it keeps no more
 FORWARD, BACKWARD, STEP, BETWEEN = "forward", "backward", "step", "between"
@@ -150,7 +150,7 @@ class profile(Profile):
         self._state = {f"state ({tier})": count for tier, count in _tiers(self._optimizer).items()}
         store = getattr(self._optimizer, "_store", None)
         segments = [] if store is None else store.segments
-        self._mapped = sum(segment.memory.numel() for segment in segments if segment.tier == "disk")
+        self._mapped = sum(segment.memory.numel() for segment in segments if segment.tier == DISK)
 
     def _is_counted(self, kind: str) -> bool:
         """Whether the source counts this kind: state in a file, or in RAM beside a GPU, it does not."""

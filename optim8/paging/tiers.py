@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optim8.paging.options import Pager
-from optim8.paging.segments import DEVICE, DISK, HOST, PAGE
+from optim8.paging.pager import Pager
 
+DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # fastest first
+PAGE = 4096  # bytes; memory and files are taken in whole pages
 # Times `bucket` that a step over the disk takes in memory where there is room, or has the system fetch ahead.
 # Once would do for a disk that never pauses.
 AHEAD = 4

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optim8.memory.drawing import LOOKS, MIB, draw
-from optim8.memory.text import binary, table
+from optim8.memory.profiling.drawing import LOOKS, MIB, draw
+from optim8.text import size_cell, table
 
 PHASES = ("forward", "backward", "step", "between")
 
@@ -50,7 +50,7 @@ class Profile:
         found = "nothing recorded"
         if self.records:
             steps = len({record.step for record in self.records if record.phase == "step"})
-            found = f"{steps} step{'s' if steps != 1 else ''}, peak {binary(self.peak)}"
+            found = f"{steps} step{'s' if steps != 1 else ''}, peak {size_cell(self.peak)}"
         return f"<optim8.memory.Profile of {self.model} with {self.optimizer}: {found}, source={self.source!r}>"
 
     @property
@@ -66,8 +66,8 @@ class Profile:
             [
                 record.phase,
                 str(record.step),
-                binary(record.peak),
-                *(binary(record.kinds.get(kind, 0)) for kind in kinds),
+                size_cell(record.peak),
+                *(size_cell(record.kinds.get(kind, 0)) for kind in kinds),
             ]
             for record in highest
         ]

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from optim8 import optim
-from optim8.memory import layout, sizes
-from optim8.memory.layout import Bytes
-from optim8.memory.peers import PEERS
-from optim8.memory.plans import STATE, Plan, Row
-from optim8.memory.sizes import Parameter
-from optim8.memory.text import parse_bytes
+from optim8.memory.models import model as models
+from optim8.memory.models.model import Parameter
+from optim8.memory.planning import layout
+from optim8.memory.planning.layout import Bytes
+from optim8.memory.planning.peers import PEERS
+from optim8.memory.planning.plans import STATE, Plan, Row, budget_bytes
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.paging.options import Pager, pager_of
+from optim8.paging.pager import Pager, pager_of
 
 SHARDINGS = ("ddp", "fsdp")
 _ALIASES = {"adamw": "torch-adamw"}
@@ -93,13 +93,13 @@ def plan(
         (131072, 2048, 2056)
     """
     request = {name: value for name, value in locals().items() if name != "beside"}
-    model = sizes.read(model_or_config, None if dtype is None else sizes.dtype_of(dtype))
+    model = models.read(model_or_config, None if dtype is None else models.dtype_of(dtype))
     device = device or model.device or "cuda"
     _check(model, world_size, sharding, device)
     held = [shard(parameter, world_size if sharding == "fsdp" else 1) for parameter in model.parameters]
     trained = [parameter for parameter in held if parameter.trainable]
     stepped = [torch.float32 if master_copies and p.dtype.itemsize < 4 else p.dtype for p in trained]
-    grads = None if grad_dtype is None else sizes.dtype_of(grad_dtype)
+    grads = None if grad_dtype is None else models.dtype_of(grad_dtype)
     tier = "device" if device == "cuda" else "host"
     rows = {
         ("parameters", tier): sum(p.nbytes for p in held),
@@ -111,7 +111,7 @@ def plan(
     }
     options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
     given = {name: value for name, value in options.items() if value is not None}
-    free = 0 if budget is None else max(0, parse_bytes(budget) - sum(rows.values()))
+    free = 0 if budget is None else max(0, budget_bytes(budget) - sum(rows.values()))
     label, moments, state, small = _state(optimizer, held, trained, stepped, given, paged, device, free)
     rows |= state
     return Plan(
@@ -139,7 +139,7 @@ def shard(parameter: Parameter, count: int) -> Parameter:
     return Parameter(parameter.name, parameter.whole, local, parameter.dtype, parameter.trainable)
 
 
-def _check(model: sizes.Model, world_size: Any, sharding: str, device: str) -> None:
+def _check(model: models.Model, world_size: Any, sharding: str, device: str) -> None:
     if sharding not in SHARDINGS:
         raise ValueError(f"optim8.memory.plan: sharding must be one of {', '.join(SHARDINGS)}, got {sharding!r}.")
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:

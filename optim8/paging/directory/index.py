@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from optim8.paging import segments
-from optim8.paging.records import Records
-from optim8.paging.segments import PAGE, Segment
+from optim8.paging.directory.records import Records
+from optim8.paging.files import Segment, part
+from optim8.paging.tiers import PAGE
 
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
@@ -53,7 +53,7 @@ def tensor(at: Mapping[str, Any], mapped: Sequence[Segment]) -> tuple[tuple[int,
     """The shape and the tensor that `describe` told of, in mapped files."""
     shape = tuple(map(int, at["shape"]))
     by_name = {file.path.name: file.memory for file in mapped if file.path is not None}
-    flat = segments.part(by_name[at["file"]], at["begin"], at["values"], _DTYPES[at["dtype"]])
+    flat = part(by_name[at["file"]], at["begin"], at["values"], _DTYPES[at["dtype"]])
     return shape, flat.as_strided(shape, at["stride"])
 
 

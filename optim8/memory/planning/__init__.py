@@ -1,0 +1,1 @@
+"""The bytes that a training will take, by kind and tier."""

@@ -1,0 +1,1 @@
+"""The bytes that a training takes, measured while it runs."""

@@ -1,0 +1,1 @@
+"""A directory that keeps the state of one optimizer beyond its process."""
