@@ -16,6 +16,7 @@ PYTHON_LAYERS = [
     "_cuda",
     "_native",
     "text",
+    "codec",
     "functional",
     "paging",
     "optim",

@@ -53,15 +53,16 @@ def decoded(x: Tensor, code: Tensor, blocksize: int | None) -> Tensor:
 
 def decoded_state(moments: Moments) -> Moments:
     """The moments after quantization as optim8's optimizers store them."""
+    from optim8 import codec
     from optim8.optim import states
 
     found = {}
     for moment in (states.EXP_AVG, states.EXP_AVG_SQ):
         values = moments[moment.name].contiguous()
         codes = torch.empty_like(values, dtype=torch.uint8)
-        absmax = torch.empty(states.blocks(values.numel()))
-        states.quantize(moment, values, codes, absmax, as_step=True)
-        found[moment.name] = states.dequantize(moment, codes, absmax)
+        absmax = torch.empty(codec.blocks(values.numel()))
+        codec.quantize(values, codes, absmax, signed=moment.signed, as_step=True)
+        found[moment.name] = codec.dequantize(codes, absmax, signed=moment.signed)
     return found
 
 

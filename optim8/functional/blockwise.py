@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from optim8 import _native
+from optim8 import codec
 from optim8.functional import _check
 from optim8.functional.codebooks import shared_code
 from optim8.functional.quant_state import QuantState
@@ -61,9 +61,7 @@ def quantize_blockwise(
         new_codes, new_scales = torch.ops.optim8.quantize_blockwise(A, code, blocksize)
         codes, scales = _check.into(out, new_codes), _check.into(absmax, new_scales)
     else:
-        module = _native.module_for(A.device, who)
-        block = _native_block(blocksize, A.numel())
-        module.quantize_blockwise(_check.plain(A), code, block, codes, scales, _native.threads())
+        codec.encode(who, _check.plain(A), code, _native_block(blocksize, A.numel()), codes, scales)
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
     return codes, nest_absmax(state, blocksize) if nested else state
 
@@ -118,9 +116,7 @@ def dequantize_blockwise(
     values = _check.buffer(who, "out", out, dtype, A.shape, A.device)
     if _check.through_op(A):
         return _check.into(out, torch.ops.optim8.dequantize_blockwise(A, absmax, code, blocksize, dtype))
-    module = _native.module_for(A.device, who)
-    block = _native_block(blocksize, A.numel())
-    module.dequantize_blockwise(_check.plain(A), absmax, code, block, values, _native.threads())
+    codec.decode(who, _check.plain(A), absmax, code, _native_block(blocksize, A.numel()), values)
     return values
 
 

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import torch
 
-from optim8 import _native
+from optim8 import _native, codec
 from optim8.functional import _check
 
 _SIZE = 256
@@ -209,18 +209,17 @@ def shared_code(name: str, like: torch.Tensor) -> torch.Tensor:
         return torch.tensor(_shared[name, _CPU].tolist(), dtype=torch.float32, device=like.device)
     key = (name, like.device)
     if key in _shared:
-        code = _shared[key]
-    else:
-        code = _shared[name, _CPU].to(like.device)
-        if not _check.through_op(like):
-            _shared[key] = code
-    return code
+        return _shared[key]
+    if _check.through_op(like):
+        return _shared[name, _CPU].to(like.device)
+    _shared[key] = codec.code_table(True, like.device) if name == "dynamic" else _shared[name, _CPU].to(like.device)
+    return _shared[key]
 
 
 def _make_shared() -> None:
     """Made at import, because torch.compile cannot look into native code."""
     if _native.cpu_or_none() is not None:
-        _shared["dynamic", _CPU] = create_dynamic_map()
+        _shared["dynamic", _CPU] = codec.code_table(True, _CPU)
         _shared["nf4", _CPU] = get_4bit_type("nf4", _CPU)
         _shared["fp4", _CPU] = get_4bit_type("fp4", _CPU)
 

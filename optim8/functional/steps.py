@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from optim8 import _native
+from optim8 import _native, codec
+from optim8.codec import BLOCK
 from optim8.functional import _check
 
 # The field's "adam" takes weight decay off the parameter, as torch's AdamW does.
 _RULES = {"adam": ("adamw", 2), "adamw": ("adamw", 2), "lion": ("lion", 1)}
 _STATES = ("exp_avg", "exp_avg_sq")  # with _codes and _absmax where they are in 8 bits
-_BLOCK = 256
 
 
 def optimizer_update_8bit_blockwise(
@@ -81,10 +81,10 @@ def optimizer_update_8bit_blockwise(
             continue
         entry[_STATES[i] + "_codes"] = _check_state(who, f"state{i + 1}", state, p, torch.uint8)
         _check_map(who, f"qmap{i + 1}", qmap, signed=i == 0)
-        blocks = _check.blocks(p.numel(), _BLOCK)
+        blocks = _check.blocks(p.numel(), BLOCK)
         scales = _check.tensor(who, f"absmax{i + 1}", absmax, (torch.float32,))
         _check.on_device(who, f"absmax{i + 1}", scales, p.device, "p")
-        why = f"{p.numel()} values / blocksize {_BLOCK}, rounded up"
+        why = f"{p.numel()} values / blocksize {BLOCK}, rounded up"
         _check.entries(who, f"absmax{i + 1}", scales, blocks, why, "Allocate it so.")
         entry[_STATES[i] + "_absmax"] = scales
     _run(who, rule, g, p, entry, step, lr, beta1, beta2, eps, weight_decay, gnorm_scale)
@@ -180,8 +180,7 @@ def _check_absent(who: str, optimizer_name: str, values: dict[str, object]) -> N
 
 def _check_map(who: str, name: str, qmap: torch.Tensor | None, signed: bool) -> None:
     qmap = _check.tensor(who, name, qmap, (torch.float32,))
-    expected = torch.tensor(_native.cpu().dynamic_map(signed), dtype=torch.float32, device=qmap.device)
-    if not torch.equal(qmap, expected):
+    if not torch.equal(qmap, codec.code_table(signed, qmap.device)):
         raise ValueError(f"{who}: {name} must be create_dynamic_map(signed={signed}), got another table.")
 
 

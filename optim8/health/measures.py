@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from optim8 import _native
+from optim8 import _native, codec
+from optim8.codec import BLOCK
 from optim8.optim import sharded, states
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.states import BLOCK, Moment
+from optim8.optim.states import Moment
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _moments(
         codes, absmax = _sample(sharded.local(entry[moment.codes]), chosen), sharded.local(entry[moment.absmax])
         absmax = absmax if chosen is None else absmax[chosen.to(absmax.device)]
         # Paged state of a GPU's parameter is in memory of the host.
-        old[moment.name] = states.dequantize(moment, codes.to(whole.device), absmax.to(whole.device))
+        old[moment.name] = codec.dequantize(codes.to(whole.device), absmax.to(whole.device), signed=moment.signed)
     scale = getattr(optimizer, "grad_scale", None)
     table, hyper = _native.cpu().StepTable(), optimizer._hyper(group, scale, None)
     if table.add([values], {values: old}, optimizer.rule, hyper, "monitor", 0, {}).step:
@@ -112,7 +113,7 @@ def _blocks(size: int, most: int, device: torch.device) -> torch.Tensor | None:
 
 
 def _sample(tensor: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
-    flat = states.flat(tensor)
+    flat = codec.flat(tensor)
     if chosen is None:
         return flat.clone()
     return flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[chosen.to(flat.device)].view(-1)
@@ -124,12 +125,12 @@ def _laid_out_as(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 def _compare(moment: Moment, exact: torch.Tensor) -> MomentHealth:
     codes = torch.empty_like(exact, dtype=torch.uint8)
-    absmax = exact.new_empty(states.blocks(exact.numel()))
+    absmax = exact.new_empty(codec.blocks(exact.numel()))
     exact = exact.nan_to_num(nan=0, posinf=0, neginf=0)  # a step stores what is not finite as 0
-    states.quantize(moment, exact, codes, absmax, as_step=True)
+    codec.quantize(exact, codes, absmax, signed=moment.signed, as_step=True)
     size = exact.abs()
     known = size > 0
-    error = ((states.dequantize(moment, codes, absmax) - exact).abs() / size).clamp(max=1)
+    error = ((codec.dequantize(codes, absmax, signed=moment.signed) - exact).abs() / size).clamp(max=1)
     parts = [torch.where(known, error, 0).sum(), known.sum(), (codes == 255).sum()]
     parts += (
         [(codes == 0).sum(), torch.zeros((), dtype=torch.int64)]

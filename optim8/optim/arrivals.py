@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from optim8 import codec
 from optim8.optim import options, sharded, states, tiles
 from optim8.optim.inbox import Inbox, is_nothing
 from optim8.optim.states import Moment
@@ -125,7 +126,7 @@ def _unpack(moment: Moment, key: str, value: Any, param: torch.Tensor) -> Any:
         return value
     shape, stride = tuple(param.shape), states.dense_stride(param)
     if key == moment.absmax and part.dim() == 1:
-        shape, stride = (states.blocks(param.numel()),), (1,)
+        shape, stride = (codec.blocks(param.numel()),), (1,)
     elif key == moment.absmax:
         shape = tiles.tiled_shape(shape, *sharded.tiling_of(param))
         stride = sharded.contiguous_stride(shape)

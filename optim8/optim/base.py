@@ -12,7 +12,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from optim8 import _native
+from optim8 import _native, codec
 from optim8.optim import arrivals, checkpoint, formats, options, overrides, reset, sharded, states
 from optim8.optim.formats import own
 from optim8.optim.given import States
@@ -206,8 +206,8 @@ class BlockwiseOptimizer(PagedState):
                     codes, absmax = entry.get(moment.codes), entry.get(moment.absmax)
                     if not (type(codes) is type(absmax) is torch.Tensor and codes.dtype == torch.uint8):
                         continue  # of what else is wrong the step tells itself
-                    if absmax.shape == (states.blocks(codes.numel()),) and codes.stride() == states.dense_stride(codes):
-                        states.check_scales(where, moment, states.flat(codes), absmax)
+                    if absmax.shape == (codec.blocks(codes.numel()),) and codes.stride() == states.dense_stride(codes):
+                        states.check_scales(where, moment, codec.flat(codes), absmax)
         self._state_seen = True
 
     def _check_distinct(self, parts: list[Part], local: sharded.LocalStep, table: Any) -> None:

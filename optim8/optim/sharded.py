@@ -13,10 +13,11 @@ from typing import Any, TypeAlias
 
 import torch
 
+from optim8.codec import BLOCK
 from optim8.optim import sources, states, tiles
 from optim8.optim.inbox import Inbox, absent_keys, nothing
 from optim8.optim.sources import Codes, Entry, Source, Tiled
-from optim8.optim.states import BLOCK, Moment
+from optim8.optim.states import Moment
 from optim8.optim.windows import Window, Windows
 
 

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from optim8 import _native
-from optim8.optim import report, states
+from optim8 import codec
+from optim8.optim import report
 from optim8.optim.states import Moment
 from optim8.paging.files import copy
 
@@ -27,7 +27,7 @@ class Codes:
     codes: torch.Tensor
     absmax: torch.Tensor
     table: torch.Tensor | None = None
-    blocksize: int = states.BLOCK
+    blocksize: int = codec.BLOCK
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def is_quantized(entry: Entry, moments: Sequence[Moment]) -> bool:
 
 def same_table(moment: Moment, table: torch.Tensor) -> bool:
     """Whether a table is the dynamic code of the moment's sign, up to the rounding of those who computed it."""
-    ours = torch.tensor(_native.cpu().dynamic_map(moment.signed), dtype=torch.float32)
+    ours = codec.code_table(moment.signed, torch.device("cpu"))
     # Each value takes some float32 operations; 8 units in the last place are far below the spacing of the table.
     return bool(torch.allclose(table.cpu(), ours, rtol=8 * 2.0**-24, atol=0))
 
@@ -64,7 +64,7 @@ def values(moment: Moment, source: Source, device: torch.device) -> torch.Tensor
     if isinstance(source, torch.Tensor):
         return source.to(device, torch.float32)
     codes, absmax = source.codes.to(device), source.absmax.to(device).contiguous()
-    return states.dequantize(moment, codes, absmax, source.table, source.blocksize)
+    return codec.dequantize(codes, absmax, signed=moment.signed, table=source.table, blocksize=source.blocksize)
 
 
 def check_values(where: str, moments: Sequence[Moment], entry: Entry, in_8_bits: bool) -> None:
@@ -98,7 +98,7 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
             source = Codes(source.codes.clone(), source.absmax, source.table, source.blocksize)
         codes = source.codes
         same_order = codes.is_contiguous() if goal.is_contiguous() else codes.stride() == goal.stride()
-        if moment.absmax in target and same_order and source.table is None and source.blocksize == states.BLOCK:
+        if moment.absmax in target and same_order and source.table is None and source.blocksize == codec.BLOCK:
             copy(goal, codes)
             copy(target[moment.absmax], source.absmax)
             _report(moment, source, target, name, "copied")
@@ -110,7 +110,7 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
         _report(moment, source, target, name, "widened" if isinstance(source, Codes) else "copied")
         return
     relaid = torch.empty_strided(tuple(goal.shape), goal.stride(), dtype=torch.float32, device=goal.device)
-    states.quantize(moment, relaid.copy_(floats), goal, target[moment.absmax])
+    codec.quantize(relaid.copy_(floats), goal, target[moment.absmax], signed=moment.signed)
     _report(moment, source, target, name, "requantized" if isinstance(source, Codes) else "quantized")
 
 

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from optim8 import _native
+from optim8.codec import BLOCK, blocks
 from optim8.paging.store import Store
 from optim8.paging.tiers import DEVICE, TIERS
 
-BLOCK = 256  # values of one absmax; csrc/core/codec.h, step_block
 _ALIGN = 64  # bytes; a cache line, and the width of the widest vector
 
 
@@ -63,11 +62,6 @@ class Moment:
 
 EXP_AVG = Moment("exp_avg", signed=True)
 EXP_AVG_SQ = Moment("exp_avg_sq", signed=False)
-
-
-def blocks(size: int) -> int:
-    """Blocks of a tensor of `size` values."""
-    return -(-size // BLOCK)
 
 
 class _Arena:
@@ -275,70 +269,3 @@ def check_scales(where: str, moment: Moment, codes: torch.Tensor, scales: torch.
             f"{where}[{moment.codes!r}] has values where {moment.absmax!r} is 0: the scales were lost on the way. Load "
             "the whole checkpoint with load_state_dict."
         )
-
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a dense tensor in memory order, as a view of one dimension."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def dequantize(
-    moment: Moment,
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    table: torch.Tensor | None = None,
-    blocksize: int = BLOCK,
-) -> torch.Tensor:
-    """A moment in float32, of the shape and strides of its codes; the table is the dynamic code unless given."""
-    out = torch.empty_strided(tuple(codes.shape), codes.stride(), dtype=torch.float32, device=codes.device)
-    native = _native.module_for(codes.device, "optim8")
-    if table is None:
-        table = torch.tensor(native.dynamic_map(moment.signed), dtype=torch.float32)
-    native.dequantize_blockwise(
-        flat(codes), absmax, table.to(codes.device).contiguous(), blocksize, flat(out), _native.threads()
-    )
-    return out
-
-
-def quantize(
-    moment: Moment, values: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, *, as_step: bool = False
-) -> None:
-    """Fill codes and absmax from float32 values of the same shape and strides. A positive value of an unsigned
-    moment never becomes 0.
-
-    The largest magnitude of a block keeps its value, so that quantizing what was dequantized changes nothing.
-    `as_step`: as a step does it, which loses 0.7 % of a largest magnitude that is negative: there is no code for -1.
-    """
-    native = _native.module_for(values.device, "optim8")
-    table = torch.tensor(native.dynamic_map(moment.signed), dtype=torch.float32, device=values.device)
-    values, codes = flat(values), flat(codes)
-    native.quantize_blockwise(values, table, BLOCK, codes, absmax, _native.threads(), keep_positive=not moment.signed)
-    if moment.signed and not as_step:
-        for at in range(0, values.numel(), _PART):
-            part = slice(at, at + _PART)
-            _keep_negative(native, table, values[part], codes[part], absmax[at // BLOCK : (at + _PART) // BLOCK])
-
-
-_PART = 2**14 * BLOCK  # values that are looked at in one go
-
-
-def _keep_negative(
-    native: Any, table: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor
-) -> None:
-    """Quantize the blocks whose largest magnitude is negative anew, so that it has exactly the lowest code."""
-    missing = -values.numel() % BLOCK
-    blocks = torch.nn.functional.pad(values, (0, missing)).view(-1, BLOCK)
-    chosen = ((blocks == -absmax[:, None]).any(dim=1) & (absmax > 0)).nonzero()[:, 0]
-    if not chosen.numel():
-        return
-    # One more value in each block, the largest, is what sets its scale.
-    scales = absmax[chosen] / -table[0]
-    longer = torch.cat((blocks[chosen], scales[:, None]), dim=1)
-    new_codes, new_absmax = torch.empty_like(longer, dtype=torch.uint8), torch.empty_like(scales)
-    native.quantize_blockwise(
-        longer.view(-1), table, BLOCK + 1, new_codes.view(-1), new_absmax, _native.threads(), keep_positive=False
-    )
-    all_codes = torch.nn.functional.pad(codes, (0, missing)).view(-1, BLOCK)
-    all_codes[chosen] = new_codes[:, :BLOCK]
-    codes.copy_(all_codes.view(-1)[: codes.numel()])
-    absmax[chosen] = new_absmax

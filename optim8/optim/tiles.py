@@ -17,9 +17,10 @@ from typing import NoReturn
 
 import torch
 
-from optim8 import _native
+from optim8 import codec
+from optim8.codec import BLOCK
 from optim8.optim import states
-from optim8.optim.states import BLOCK, Moment
+from optim8.optim.states import Moment
 
 
 def tiling(shape: Sequence[int], ways: Mapping[int, int], contiguous: bool) -> tuple[int, int]:
@@ -117,15 +118,15 @@ def to_absmax(
         return out, scales.new_empty(0)
     if not out.is_contiguous():  # blocks run in memory order
         each = torch.empty_strided(tuple(codes.shape), tuple(stride), dtype=torch.float32, device=codes.device)
-        scales, size = states.flat(each.copy_(scales.repeat_interleave(size).view(codes.shape))), 1
+        scales, size = codec.flat(each.copy_(scales.repeat_interleave(size).view(codes.shape))), 1
     missing = -scales.numel() % (BLOCK // size)
     of_block = torch.cat((scales, scales[-1:].expand(missing))).view(-1, BLOCK // size)
     absmax = of_block[:, 0].clone()
     several = (of_block != absmax[:, None]).any(dim=1)
-    states.check_scales(where, moment, states.flat(out), absmax.masked_fill(several, 1))
+    states.check_scales(where, moment, codec.flat(out), absmax.masked_fill(several, 1))
     joined = several.nonzero()[:, 0]
     if joined.numel():
-        _requantize(moment, states.flat(out), absmax, joined, of_block[joined].repeat_interleave(size, dim=1))
+        _requantize(moment, codec.flat(out), absmax, joined, of_block[joined].repeat_interleave(size, dim=1))
     return out, absmax
 
 
@@ -135,11 +136,9 @@ def _requantize(
     """Quantize the blocks `joined` anew; `scales` has one for each of their values."""
     index = joined[:, None] * BLOCK + torch.arange(BLOCK, dtype=torch.int64, device=codes.device)
     inside = index < codes.numel()  # the last block may be shorter
-    table = torch.tensor(
-        _native.module_for(codes.device, "optim8").dynamic_map(moment.signed), dtype=torch.float32, device=codes.device
-    )
+    table = codec.code_table(moment.signed, codes.device)
     values = table[codes[index.clamp(max=codes.numel() - 1)].int()] * scales * inside
     new_codes, new_absmax = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(absmax[joined])
-    states.quantize(moment, values, new_codes, new_absmax)
+    codec.quantize(values, new_codes, new_absmax, signed=moment.signed)
     codes[index[inside]] = new_codes[inside]
     absmax[joined] = new_absmax

@@ -10,7 +10,7 @@ from support.convert_harness import make_params, ours, steps, twins
 from support.harness import codes_of, snapshot
 
 import optim8
-from optim8.optim import states
+from optim8 import codec
 
 PAIRS = {"Adam8bit": torch.optim.Adam, "AdamW8bit": torch.optim.AdamW}
 OPTIMIZERS = [*PAIRS, "Lion8bit"]
@@ -33,7 +33,7 @@ def all_extremes(optimizer: Any, params: list[torch.nn.Parameter]) -> None:
             reach = torch.arange(absmax.numel(), dtype=torch.int16)[:, None] % 127 + 1
             new = (new - 127).clamp(-reach, reach) + 127 if moment.signed else new.clamp(max=2 * reach)
             new[1::3] = new[1::3].clamp(max=127 if moment.signed else 255)
-            states.flat(codes).copy_(new.view(-1)[: p.numel()])
+            codec.flat(codes).copy_(new.view(-1)[: p.numel()])
             absmax.copy_(10 ** torch.empty(absmax.shape).uniform_(-12, 0, generator=generator))
 
 

@@ -13,7 +13,8 @@ from cases import CASES, Case
 from support.harness import ALL, bits, hostile, parameter, snapshot
 
 import optim8
-from optim8.optim import states, tiles
+from optim8 import codec
+from optim8.optim import tiles
 from optim8.optim.states import EXP_AVG
 
 LOST = r"\['exp_avg_codes'\] has values where 'exp_avg_absmax' is 0"
@@ -87,7 +88,8 @@ def test_lost_scales_of_a_kept_directory_are_told_at_the_first_step(tmp_path: Pa
 @pytest.mark.parametrize("size", [1, 8, 256])
 def test_lost_scales_in_tiles(size: int) -> None:
     codes, absmax = torch.empty(4, 256, dtype=torch.uint8), torch.empty(4)
-    states.quantize(EXP_AVG, hostile(1024, torch.float32, seed=1, small=-2, large=0).view(4, 256), codes, absmax)
+    values = hostile(1024, torch.float32, seed=1, small=-2, large=0).view(4, 256)
+    codec.quantize(values, codes, absmax, signed=EXP_AVG.signed)
     cut = tiles.from_absmax((4, 256), (256, 1), absmax, 1, size)
     cut[1, ..., 0] = 0
     with pytest.raises(ValueError, match=LOST):

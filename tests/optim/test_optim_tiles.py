@@ -10,7 +10,8 @@ from support.convert_harness import converted_scales
 from support.harness import bits, hostile
 from support.rounding import Rounded
 
-from optim8.optim import states, tiles
+from optim8 import codec
+from optim8.optim import tiles
 from optim8.optim.states import EXP_AVG, EXP_AVG_SQ, Moment
 
 BLOCK = reference.BLOCK
@@ -48,9 +49,9 @@ def quantized(moment: Moment, shape: tuple[int, ...], stride: tuple[int, ...]) -
     n = int(np.prod(shape))
     values = hostile(n, torch.float32, seed=n, small=-4, large=0)
     dense = torch.empty_strided(shape, stride)
-    states.flat(dense).copy_(values if moment.signed else values.abs())
+    codec.flat(dense).copy_(values if moment.signed else values.abs())
     codes, absmax = torch.empty_strided(shape, stride, dtype=torch.uint8), torch.empty(-(-n // BLOCK))
-    states.quantize(moment, dense, codes, absmax)
+    codec.quantize(dense, codes, absmax, signed=moment.signed)
     return codes, absmax
 
 

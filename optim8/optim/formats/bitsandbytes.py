@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optim8 import _native
+from optim8 import codec
 from optim8.optim import report, states
 from optim8.optim.formats import common, groups
 from optim8.optim.sources import Codes, Entry, Source, same_table, values
@@ -160,8 +160,8 @@ def write_entry(moments: Sequence[Moment], entry: Entry) -> dict[str, Any]:
             floats = values(moment, source, codes.device).contiguous()
             codes = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
             scales = torch.empty_like(scales)
-            states.quantize(moment, floats, codes, scales)
-        table = torch.tensor(_native.cpu().dynamic_map(moment.signed), dtype=torch.float32, device=codes.device)
+            codec.quantize(floats, codes, scales, signed=moment.signed)
+        table = codec.code_table(moment.signed, codes.device).clone()
         written.update({f"state{number}": codes, f"absmax{number}": scales, f"qmap{number}": table})
     return written
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from optim8 import codec
 from optim8.optim import states
 from optim8.optim.formats import common
 from optim8.optim.sources import Codes, Entry, Tiled
@@ -48,10 +49,10 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
             if isinstance(scales, torch.Tensor) and scales.dim() > 1:
                 read[moment.name] = Tiled(values, scales)
                 continue
-            scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (states.blocks(param.numel()),))
+            scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (codec.blocks(param.numel()),))
             read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales))
             if type(values) is type(scales) is torch.Tensor:  # those of DTensors are looked at shard by shard
-                states.check_scales(where, moment, states.flat(states.dense(values)), scales.to(values.device))
+                states.check_scales(where, moment, codec.flat(states.dense(values)), scales.to(values.device))
     for key, value in entry.items():
         if key not in known:
             if isinstance(key, str) and "exp_avg" in key:  # a moment of another rule, or one that was renamed

@@ -1,0 +1,124 @@
+"""The dynamic 8-bit code: its table, and the way from values to codes and back. Optimizer state and `functional` share
+it, so that both give the same bits."""
+
+from __future__ import annotations
+
+import torch
+
+from optim8 import _native
+
+# Values of one absmax in optimizer state: csrc/core/codec.h says it. A tree without its compiled module imports too.
+BLOCK: int = getattr(_native.cpu_or_none(), "step_block", 256)
+_PART = 2**14 * BLOCK  # values that _keep_negative looks at in one go
+_CPU = torch.device("cpu")
+_tables: dict[tuple[bool, torch.device], torch.Tensor] = {}
+
+
+def code_table(signed: bool, device: torch.device) -> torch.Tensor:
+    """The value of each code, float32 [256], sorted; made once for each device.
+
+    Nobody may write to it: whoever hands it to a user clones it.
+    """
+    table = _tables.get((signed, device))
+    if table is None:
+        with torch.inference_mode(False):  # a table that is made in inference mode would serve nowhere else
+            if device == _CPU:
+                table = torch.tensor(_native.cpu().dynamic_map(signed), dtype=torch.float32, device=_CPU)
+            else:
+                table = code_table(signed, _CPU).to(device)
+        if type(table) is torch.Tensor:  # not one of a mode that fakes or traces
+            _tables[signed, device] = table
+    return table
+
+
+def blocks(size: int, blocksize: int = BLOCK) -> int:
+    """The number of blocks of `size` values."""
+    return -(-size // blocksize)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a dense tensor in memory order, as a view of one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def encode(
+    who: str,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    blocksize: int,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    keep_positive: bool = False,
+) -> None:
+    """Fill codes and absmax of contiguous values. Sizes, dtypes and devices are the caller's to check.
+
+    Args:
+        who: the caller's name, for messages.
+        values: float32, bfloat16 or float16.
+        table: float32 [256], sorted.
+        blocksize: values of one absmax.
+        codes: uint8, of as many elements as values.
+        absmax: float32, one for each block.
+        keep_positive: a positive value never becomes 0.
+    """
+    module = _native.module_for(values.device, who)
+    module.quantize_blockwise(values, table, blocksize, codes, absmax, _native.threads(), keep_positive=keep_positive)
+
+
+def decode(
+    who: str, codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, blocksize: int, values: torch.Tensor
+) -> None:
+    """Fill contiguous values from codes and absmax; the arguments are those of `encode`."""
+    module = _native.module_for(codes.device, who)
+    module.dequantize_blockwise(codes, absmax, table, blocksize, values, _native.threads())
+
+
+def dequantize(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    *,
+    signed: bool,
+    table: torch.Tensor | None = None,
+    blocksize: int = BLOCK,
+) -> torch.Tensor:
+    """State in float32, of the shape and strides of its codes; the table is the dynamic code unless given."""
+    out = torch.empty_strided(tuple(codes.shape), codes.stride(), dtype=torch.float32, device=codes.device)
+    table = code_table(signed, codes.device) if table is None else table.to(codes.device).contiguous()
+    decode("optim8", flat(codes), absmax, table, blocksize, flat(out))
+    return out
+
+
+def quantize(
+    values: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, *, signed: bool, as_step: bool = False
+) -> None:
+    """Fill codes and absmax of state from float32 values of the same shape and strides. A positive value of an unsigned
+    state never becomes 0.
+
+    The largest magnitude of a block keeps its value, so that quantizing what was dequantized changes nothing.
+    `as_step`: as a step does it, which loses 0.7 % of a largest magnitude that is negative: there is no code for -1.
+    """
+    table = code_table(signed, values.device)
+    values, codes = flat(values), flat(codes)
+    encode("optim8", values, table, BLOCK, codes, absmax, keep_positive=not signed)
+    if signed and not as_step:
+        for at in range(0, values.numel(), _PART):
+            part = slice(at, at + _PART)
+            _keep_negative(table, values[part], codes[part], absmax[at // BLOCK : (at + _PART) // BLOCK])
+
+
+def _keep_negative(table: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Quantize the blocks whose largest magnitude is negative anew, so that it has exactly the lowest code."""
+    missing = -values.numel() % BLOCK
+    rows = torch.nn.functional.pad(values, (0, missing)).view(-1, BLOCK)
+    chosen = ((rows == -absmax[:, None]).any(dim=1) & (absmax > 0)).nonzero()[:, 0]
+    if not chosen.numel():
+        return
+    # One more value in each block, the largest, is what sets its scale.
+    scales = absmax[chosen] / -table[0]
+    longer = torch.cat((rows[chosen], scales[:, None]), dim=1)
+    new_codes, new_absmax = torch.empty_like(longer, dtype=torch.uint8), torch.empty_like(scales)
+    encode("optim8", longer.view(-1), table, BLOCK + 1, new_codes.view(-1), new_absmax)
+    all_codes = torch.nn.functional.pad(codes, (0, missing)).view(-1, BLOCK)
+    all_codes[chosen] = new_codes[:, :BLOCK]
+    codes.copy_(all_codes.view(-1)[: codes.numel()])
+    absmax[chosen] = new_absmax
