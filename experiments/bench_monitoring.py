@@ -186,7 +186,7 @@ def measure(arguments: argparse.Namespace, writer: SummaryWriter) -> dict[str, A
     }
 
 
-def rendered(result: Result) -> str:
+def render(result: Result) -> str:
     rows = []
     for training in result["trainings"]:
         for name, found in training["costs"].items():
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {**head, **measure(arguments, writer)}
     path = json_path(arguments, "bench_monitoring")
     write_json(path, result)
-    print(f"{rendered(result)}\n\nWritten: {path}")
+    print(f"{render(result)}\n\nWritten: {path}")
     return 0
 
 

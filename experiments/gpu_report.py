@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.results import related, rendered
+from gpu.results import render, with_ratios
 from shared.commands import FINISHED, Command, Deadline, Outcome, run_all
 from shared.common import ROOT, add_json, json_path, provenance, write_json
 
@@ -64,7 +64,7 @@ class Result:
         return ok and complete
 
 
-def described(outcome: Outcome) -> dict[str, Any]:
+def description(outcome: Outcome) -> dict[str, Any]:
     ok = outcome.returncode in (0, NO_TESTS)
     shown: dict[str, Any] = {"ok": ok, "state": outcome.state, "seconds": outcome.seconds}
     return shown if ok else {**shown, "returncode": outcome.returncode, "output": outcome.lines[-LAST_LINES:]}
@@ -84,7 +84,7 @@ def build(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     return result.save(
         all(outcome.ok for outcome in found.values()),
         complete,
-        commands={name: described(outcome) for name, outcome in found.items()},
+        commands={name: description(outcome) for name, outcome in found.items()},
         installed=found["installed"].lines,
     )
 
@@ -110,7 +110,7 @@ def test(arguments: argparse.Namespace, deadline: Deadline) -> bool:
 
     def done(name: str, outcome: Outcome) -> None:
         failed = [line for line in outcome.lines if re.match(r"(FAILED|ERROR) ", line)]
-        found[name] = {**described(outcome), "summary": outcome.lines[-1] if outcome.lines else "", "failed": failed}
+        found[name] = {**description(outcome), "summary": outcome.lines[-1] if outcome.lines else "", "failed": failed}
         unfinished = [command.name for command in commands if found.get(command.name, {}).get("state") != FINISHED]
         result.save(
             all(entry["ok"] for entry in found.values()),
@@ -153,7 +153,7 @@ def check(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     found: dict[str, dict[str, Any]] = {}
 
     def done(name: str, outcome: Outcome) -> None:
-        found[name] = described(outcome)
+        found[name] = description(outcome)
         for row in rows_of(outcome):
             found[name].update(row)
         unfinished = [command.name for command in commands if found.get(command.name, {}).get("state") != FINISHED]
@@ -194,14 +194,14 @@ def measure(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     ]
 
     def done(name: str, outcome: Outcome) -> None:
-        found[name] = described(outcome)
+        found[name] = description(outcome)
         rows.extend({"measurement": name, **row} for row in rows_of(outcome))
         unfinished = [command.name for command in commands if found.get(command.name, {}).get("state") != FINISHED]
         ok = all(found[command.name]["ok"] for command in own if command.name in found)
-        result.save(ok, not unfinished, unfinished=unfinished, commands=found, **related(rows))
+        result.save(ok, not unfinished, unfinished=unfinished, commands=found, **with_ratios(rows))
 
     run_all(commands, deadline, done=done)
-    print(rendered(related(rows)))
+    print(render(with_ratios(rows)))
     return all(found[command.name]["ok"] for command in own)
 
 

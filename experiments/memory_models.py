@@ -128,7 +128,7 @@ def draw(result: Result) -> Figure:
     return figure
 
 
-def rendered(result: Result) -> str:
+def render(result: Result) -> str:
     headers = [f"{training}, {dtype}" for dtype, names in TRAININGS.items() for training in names]
     rows: dict[str, list[str]] = {}
     for row in result["rows"]:  # by model, and in it by dtype and training
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_outputs(parser, "memory_models")
     arguments = parser.parse_args(argv)
     result = {**provenance(vars(arguments)), "measured": False, "rows": count()}
-    publish("memory_models", result, arguments, draw, rendered)
+    publish("memory_models", result, arguments, draw, render)
     return 0
 
 

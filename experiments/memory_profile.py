@@ -166,7 +166,7 @@ def cell(row: Mapping[str, Any] | None) -> str:
     return f"{row['peak_growth_bytes'] / MIB:.0f} ({state})"
 
 
-def rendered(result: Result) -> str:
+def render(result: Result) -> str:
     found = by_subject(result)
     sizes = sorted({row["parameters"] for row in result["rows"]})
     rows = []
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("memory_profile: resident memory is measured by Linux' /proc/self/clear_refs, not found", file=sys.stderr)
         return 2
     result = {**provenance(vars(arguments)), **measure(arguments)}
-    publish("memory_profile", result, arguments, draw, rendered)
+    publish("memory_profile", result, arguments, draw, render)
     return 0
 
 

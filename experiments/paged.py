@@ -271,7 +271,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def rendered(result: Mapping[str, Any]) -> str:
+def render(result: Mapping[str, Any]) -> str:
     rows = []
     for row in result["page_cache"]:
         tiers = ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in result["tiers"][row["name"]].items())
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "disk": disk(arguments, arguments.disk_parameters * 10**6),
         "proof": paged_proof.prove(count, arguments.directory) if arguments.proof else None,
     }
-    publish("paged", result, arguments, draw, rendered)
+    publish("paged", result, arguments, draw, render)
     return 0
 
 

@@ -122,7 +122,7 @@ def results_table(result: Result) -> str:
     return table(headers, rows)
 
 
-def rendered(result: Result) -> str:
+def render(result: Result) -> str:
     arguments, text = result["arguments"], result["text"]
     return "\n\n".join(
         [
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command with --resume continues.", file=sys.stderr)
         return 130
-    publish("parity", result, arguments, draw, rendered)
+    publish("parity", result, arguments, draw, render)
     return 0
 
 

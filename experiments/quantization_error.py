@@ -130,7 +130,7 @@ def percent(value: float) -> str:
     return f"{100 * value:.3g} %" if value < 10 else f"{100 * value:.0f} %"
 
 
-def rendered(result: Result) -> str:
+def render(result: Result) -> str:
     rows = []
     for row in result["rows"]:
         spread = f"{percent(min(row['update']))} to {percent(max(row['update']))}"
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"quantization_error: {error}", file=sys.stderr)
         return 2
-    publish("quantization_error", result, arguments, draw, rendered)
+    publish("quantization_error", result, arguments, draw, render)
     return 0
 
 

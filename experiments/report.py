@@ -126,15 +126,15 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "train_lm": train_lm,
     "bench_step": bench_step,
     "bench_functional": bench_functional,
-    "bench_monitoring": bench_monitoring.rendered,
+    "bench_monitoring": bench_monitoring.render,
     "gpu_budget": gpu_budget_table,
     "roofline": kernels,
-    "memory_models": memory_models.rendered,
-    "memory_profile": memory_profile.rendered,
-    "paged": paged.rendered,
-    "parity": parity.rendered,
-    "quantization_error": quantization_error.rendered,
-    "small_gradients": small_gradients.rendered,
+    "memory_models": memory_models.render,
+    "memory_profile": memory_profile.render,
+    "paged": paged.render,
+    "parity": parity.render,
+    "quantization_error": quantization_error.render,
+    "small_gradients": small_gradients.render,
 }
 
 # Tables of several results: their names, and by what.
@@ -171,7 +171,7 @@ def render(name: str, results: Path) -> str:
     return renderer(*(json.loads(path.read_text(encoding="utf-8")) for path in paths)) + "\n"
 
 
-def rendered(document: str, results: Path) -> str:
+def renew(document: str, results: Path) -> str:
     """`document` with the text between all marks renewed."""
     return MARKED.sub(lambda found: f"{found[1]}{render(found['name'], results)}{found[3]}", document)
 
@@ -192,7 +192,7 @@ def renew_documents(paths: Iterable[Path], results: Path, check: bool) -> list[s
     stale = []
     for path in paths:
         before = path.read_text(encoding="utf-8")
-        after = rendered(before, results)
+        after = renew(before, results)
         if after != before:
             stale.append(path.name)
             if not check:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from shared.common import add_outputs, json_path, plural, provenance, table, time_interleaved, write_json
 from shared.instructions import count_instructions
-from shared.measured import Kernel, kernels
+from shared.kernels import Kernel, kernels
 from shared.plotting import STYLES, new_figure, save
 
 if TYPE_CHECKING:

@@ -135,7 +135,7 @@ def ratio(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def rendered(result: Result) -> str:
+def render(result: Result) -> str:
     parts = []
     for case, subjects in by_case(result).items():
         scales = sorted({row["scale"] for rows in subjects.values() for row in rows}, reverse=True)
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     torch.set_num_threads(1)  # small tensors
     result = {**provenance(vars(arguments)), **measure(arguments)}
-    publish("small_gradients", result, arguments, draw, rendered)
+    publish("small_gradients", result, arguments, draw, render)
     return 0
 
 

@@ -84,7 +84,7 @@ CASES = {
 EVERY = list(CASES.values())
 
 
-def found() -> set[str]:
+def exported_names() -> set[str]:
     """The optimizers that the library exports; those that are paged by name have tests/paging/test_paging_*.py."""
     public = {name: getattr(optim8, name) for name in dir(optim8) if not name.startswith("_")}
     return {

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 OURS = "optim8 AdamW8bit"
 
 
-def related(rows: Sequence[Row]) -> dict[str, Any]:
+def with_ratios(rows: Sequence[Row]) -> dict[str, Any]:
     """By kind. Each row that moved bytes gets `of_copy`; each step gets `times`, how many times longer it takes than
     optim8's AdamW8bit on the same tensors."""
     bandwidth = next((row["bytes_per_second"] for row in rows if row["subject"] == "copy"), None)
@@ -31,7 +31,7 @@ def related(rows: Sequence[Row]) -> dict[str, Any]:
     return {"copy_bytes_per_second": bandwidth, **kinds}
 
 
-def rendered(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     """The tables of steps, functions and paged steps."""
     steps = [
         [row.get("workload", "-"), row.get("dtype", "-"), row["subject"], *_cells(row, ["ms", "of_copy", "times"])]

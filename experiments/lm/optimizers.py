@@ -1,11 +1,11 @@
 """The optimizers that can be compared, each with its settings."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Groups = list[dict[str, Any]]
 
@@ -54,13 +54,3 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return recipe.make(groups, recipe.lr)
-
-
-def unique_bytes(tensors: Iterable[object]) -> int:
-    """Bytes of the tensors among `tensors`, each address counted once."""
-    return sum({t.data_ptr(): t.nbytes for t in tensors if isinstance(t, Tensor) and t.numel()}.values())
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of every tensor in the optimizer's state: moments, codes, scales, step counters."""
-    return unique_bytes(value for state in optimizer.state.values() for value in state.values())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from shared.common import atomic_path, spread
+from shared.subjects import state_bytes, unique_bytes
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -19,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lm import memory
 from lm.data import Text, all_batches, random_batch
 from lm.model import GPT, Shape
-from lm.optimizers import RECIPES, make_optimizer, state_bytes, unique_bytes
+from lm.optimizers import RECIPES, make_optimizer
 
 WARMUP_SHARE = 0.05
 LAST_SHARE = 0.1  # the training loss that is reported is the mean over this part of the steps, the last

@@ -40,7 +40,7 @@ class Command:
 
 @dataclass
 class Outcome:
-    """What became of a command. `returncode` is None unless it finished."""
+    """How a command ended. `returncode` is None unless it finished."""
 
     state: str
     returncode: int | None = None
@@ -100,8 +100,8 @@ def run_all(
 ) -> dict[str, Outcome]:
     """Run the commands in their order in the project's root, `at_once` at a time.
 
-    At the deadline what still runs is ended and what waits is not started. `done` is told of each command as it ends.
-    Ends its commands where it is interrupted itself.
+    At the deadline it ends what still runs and starts nothing more. It calls `done` with each command that ends. An
+    interrupt ends all commands.
     """
     waiting, running = list(commands), dict[str, tuple[Command, _Running]]()
     outcomes: dict[str, Outcome] = {}

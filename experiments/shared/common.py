@@ -167,7 +167,7 @@ def origin(result: Mapping[str, Any]) -> str:
 
 
 def not_measured(result: Mapping[str, Any]) -> str:
-    """Whom a result says nothing of, and why; nothing where there is nobody."""
+    """The subjects that a result has no figures for, and why; empty where it has all."""
     return " ".join(f"Not measured: {name} ({reason})." for name, reason in result["not_measured"].items())
 
 

@@ -55,7 +55,7 @@ def _worker() -> None:
     """Under valgrind: runs each kernel once with counting switched on, and has callgrind write a dump of its name."""
     import torch
 
-    from shared.measured import kernels
+    from shared.kernels import kernels
 
     def control(*arguments: str) -> None:
         subprocess.run(["callgrind_control", *arguments, str(os.getpid())], check=True, capture_output=True)

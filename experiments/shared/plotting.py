@@ -2,7 +2,7 @@
 
 A PNG that `save` writes carries a digest of all that its figure shows (numbers, labels, titles) and of its pixels.
 `is_current` draws the figure again, without rendering it, and compares. So a picture that does not show what the result
-file says is found on any machine, with any version of matplotlib, and so is a picture that somebody has painted over.
+file says is noticed on any machine, with any version of matplotlib, and so is a picture that somebody painted over.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ def publish(
     result: dict[str, Any],
     arguments: argparse.Namespace,
     draw: Callable[[dict[str, Any]], Figure],
-    rendered: Callable[[dict[str, Any]], str],
+    render: Callable[[dict[str, Any]], str],
 ) -> None:
     """The end of an experiment: its result as a file and as a picture, where `add_outputs` says, and as text."""
     path = json_path(arguments, name)
     write_json(path, result)
     save(draw(result), arguments.png)
-    print(f"\n{rendered(result)}\n\nWritten: {path}, {arguments.png}")
+    print(f"\n{render(result)}\n\nWritten: {path}, {arguments.png}")
 
 
 def is_current(figure: Figure, path: Path) -> bool:
@@ -116,12 +116,12 @@ def is_current(figure: Figure, path: Path) -> bool:
 
 
 def _digest(figure: Figure, image: Image) -> str:
-    digest = hashlib.sha256(json.dumps(shown(figure)).encode())
+    digest = hashlib.sha256(json.dumps(contents(figure)).encode())
     digest.update(repr(image.size).encode() + image.convert("RGB").tobytes())
     return digest.hexdigest()
 
 
-def shown(figure: Figure) -> list[dict[str, Any]]:
+def contents(figure: Figure) -> list[dict[str, Any]]:
     """All that the figure tells: per panel its words, and the numbers that its lines, bars and areas stand for.
 
     Numbers have six digits, more than any picture shows, so that another machine's last bit is no difference.

@@ -38,8 +38,8 @@ def _rows(x: Tensor, blocksize: int | None) -> Tensor:
     return torch.nn.functional.pad(x.flatten(), (0, -x.numel() % blocksize)).view(-1, blocksize)
 
 
-def decoded(x: Tensor, code: Tensor, blocksize: int | None) -> Tensor:
-    """`x`, float32, after quantization with this code; without a block size the whole tensor has one absmax."""
+def round_trip(x: Tensor, code: Tensor, blocksize: int | None) -> Tensor:
+    """Quantizes `x`, float32, with this code and decodes it; without a block size the whole tensor has one absmax."""
     from optim8 import functional
 
     if blocksize is not None:
@@ -51,8 +51,8 @@ def decoded(x: Tensor, code: Tensor, blocksize: int | None) -> Tensor:
     return back[:, :-1].flatten()[: x.numel()].view_as(x)
 
 
-def decoded_state(moments: Moments) -> Moments:
-    """The moments after quantization as optim8's optimizers store them."""
+def round_trip_of_state(moments: Moments) -> Moments:
+    """Quantizes the moments as optim8's optimizers store them, and decodes them."""
     from optim8 import codec
     from optim8.optim import states
 
@@ -74,6 +74,6 @@ def schemes(moments: Moments) -> Iterator[tuple[str, int | None, Moments]]:
             for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
                 x = moments[key]
                 code = quantile_code(x, blocksize) if name == "quantile" else _fixed_code(name, signed)
-                found[key] = decoded(x, code, blocksize)
+                found[key] = round_trip(x, code, blocksize)
             yield name, blocksize, found
-    yield OURS, 256, decoded_state(moments)
+    yield OURS, 256, round_trip_of_state(moments)

@@ -71,15 +71,15 @@ def optim8_subjects(small: bool) -> dict[str, Make]:
     """optim8's optimizers; for small tensors also with 8-bit state, which they would not have by default."""
     import optim8
 
-    found: dict[str, Make] = {
+    subjects: dict[str, Make] = {
         "optim8 AdamW8bit": optim8.AdamW8bit,
         "optim8 Adam8bit": optim8.Adam8bit,
         "optim8 Lion8bit": optim8.Lion8bit,
     }
     if small:
-        for name, make in list(found.items()):
-            found[f"{name} min_8bit_size=0"] = functools.partial(make, min_8bit_size=0)
-    return found
+        for name, make in list(subjects.items()):
+            subjects[f"{name} min_8bit_size=0"] = functools.partial(make, min_8bit_size=0)
+    return subjects
 
 
 def torch_subjects() -> dict[str, Make]:
@@ -96,8 +96,8 @@ def peer_subjects() -> dict[str, Make]:
 
 def peer(library: str) -> Make:
     """The 8-bit AdamW of an installed peer, by the name of its package."""
-    found: Make = importlib.import_module(f"{library}.optim").AdamW8bit
-    return found
+    optimizer: Make = importlib.import_module(f"{library}.optim").AdamW8bit
+    return optimizer
 
 
 def missing_peers(asked: bool = True) -> dict[str, str]:
@@ -120,10 +120,15 @@ def peer_versions() -> dict[str, str]:
     return {library: importlib.metadata.version(library) for library in PEERS if importlib.util.find_spec(library)}
 
 
+def unique_bytes(values: Iterable[object]) -> int:
+    """Bytes of the tensors among `values`, each address counted once."""
+    tensors = (tensor for value in values for tensor in _plain(value) if tensor.numel())
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of every tensor in the optimizer's state, each address counted once."""
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum({plain.data_ptr(): plain.nbytes for value in values for plain in _plain(value)}.values())
+    """Bytes of every tensor in the optimizer's state: moments, codes, scales, step counters."""
+    return unique_bytes(value for state in optimizer.state.values() for value in state.values())
 
 
 def least_traffic(parameters: Iterable[Parameter], optimizer: torch.optim.Optimizer) -> int:

@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from support.harness import ALL, DTYPES, bits, flat, hostile, parameter, snapshot, state_bits
+from support.harness import (
+    ALL,
+    DTYPES,
+    bits,
+    flat,
+    hostile,
+    hostile_parameters,
+    parameter,
+    snapshot,
+    state_bits,
+    through_a_file,
+)
 
 SHAPES: tuple[tuple[int, ...], ...] = ((700,), (), (0,), (3,), (2, 3, 10, 20))
-
-
-def _params(dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
-    params = []
-    for i, shape in enumerate(SHAPES):
-        n = torch.Size(shape).numel()
-        data = hostile(n, dtype, seed=i, small=-2, large=0).to(device).view(shape)
-        params.append(parameter(data.contiguous(memory_format=torch.channels_last) if data.ndim == 4 else data))
-    return params
 
 
 def _steps(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: int) -> None:
@@ -32,13 +34,6 @@ def _steps(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: i
             p.grad = torch.empty_like(p)
             p.grad.copy_(hostile(p.numel(), p.dtype, seed=100 * t + i).view(p.shape))
         optimizer.step()
-
-
-def _through_torch_save(state: dict[str, Any], _: Path) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
 
 
 def _through_safetensors(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -67,7 +62,7 @@ def _through_contiguous(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 CARRIERS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "as it is": lambda state, _: copy.deepcopy(state),
-    "torch.save": _through_torch_save,
+    "torch.save": lambda state, _: through_a_file(state),
     "pickle": lambda state, _: pickle.loads(pickle.dumps(state)),
     "safetensors": _through_safetensors,
     "safetensors, contiguous": _through_contiguous,
@@ -82,7 +77,7 @@ def test_resume_has_the_same_bits(
     case: Case, dtype: str, optim_bits: int, carrier: str, device: torch.device, tmp_path: Path
 ) -> None:
     """Three steps, a checkpoint into a fresh optimizer with other options, three more: as six steps without."""
-    params = _params(DTYPES[dtype], device)
+    params = hostile_parameters(SHAPES, DTYPES[dtype], device)
     optimizer = case.make(params, optim_bits=optim_bits)
     _steps(params, optimizer, 0, 3)
     saved = CARRIERS[carrier](optimizer.state_dict(), tmp_path)
@@ -99,7 +94,7 @@ def test_resume_has_the_same_bits(
 @ALL
 def test_loading_into_a_used_optimizer(case: Case, device: torch.device) -> None:
     """What was there is gone, and neither optimizer sees the other's later steps."""
-    params = _params(torch.float32, device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make(params)
     _steps(params, optimizer, 0, 2)
     saved = optimizer.state_dict()
@@ -135,10 +130,10 @@ def test_8bit_and_32bit_checkpoints_keep_their_precision(case: Case, device: tor
 @pytest.mark.parametrize("optim_bits", [8, 32])
 @ALL
 def test_before_the_first_step_and_with_partial_state(case: Case, optim_bits: int, device: torch.device) -> None:
-    params = _params(torch.float32, device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make(params, optim_bits=optim_bits)
     assert optimizer.state_dict()["state"] == {}
-    case.make(_params(torch.float32, device)).load_state_dict(optimizer.state_dict())
+    case.make(hostile_parameters(SHAPES, torch.float32, device)).load_state_dict(optimizer.state_dict())
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
     others = [parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
@@ -156,7 +151,7 @@ def test_before_the_first_step_and_with_partial_state(case: Case, optim_bits: in
 @ALL
 def test_deepcopy_and_pickle(case: Case, how: str, optim_bits: int, device: torch.device) -> None:
     """A copy has parameters and state of its own, with the same future."""
-    model = torch.nn.ParameterList(_params(torch.float32, device))
+    model = torch.nn.ParameterList(hostile_parameters(SHAPES, torch.float32, device))
     optimizer = case.make(model.parameters(), optim_bits=optim_bits)
     _steps(list(model), optimizer, 0, 2)
     pair = model, optimizer
@@ -216,10 +211,10 @@ BROKEN: dict[str, Break] = {
 @pytest.mark.parametrize("what", BROKEN)
 @ALL
 def test_an_inconsistent_checkpoint_is_refused_whole(case: Case, what: str, device: torch.device) -> None:
-    params = _params(torch.float32, device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     donor = case.make(params, case.hypers[1])
     _steps(params, donor, 0, 2)
-    others = _params(torch.float32, device)
+    others = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make(others)
     _steps(others, optimizer, 5, 7)
     broken = copy.deepcopy(donor.state_dict())
@@ -230,7 +225,7 @@ def test_an_inconsistent_checkpoint_is_refused_whole(case: Case, what: str, devi
     assert str(error.value).strip("'\""), "an error says what is wrong"
     assert snapshot(optimizer) == before
     _steps(others, optimizer, 7, 8)  # and it goes on as if nothing had been
-    twins = _params(torch.float32, device)
+    twins = hostile_parameters(SHAPES, torch.float32, device)
     reference = case.make(twins)
     _steps(twins, reference, 5, 8)
     assert snapshot(optimizer) == snapshot(reference)

@@ -34,10 +34,10 @@ def test_memory_of_models_is_what_the_planner_counts(monkeypatch: pytest.MonkeyP
     assert recorded["measured"] is False
     assert memory_models.count() == recorded["rows"]  # the plan says today what the picture shows
     llama = optim8.memory.plan(memory_models.MODELS["Llama 3 8B"], dtype="bfloat16", beside=False)
-    shown = cells(memory_models.rendered(recorded))
+    shown = cells(memory_models.render(recorded))
     column = shown["model"].index("optim8 AdamW8bit, bfloat16")
     assert shown["Llama 3 8B"][column] == f"{llama.tiers['device'] / 2**30:.1f}"
-    assert "not measured" in memory_models.rendered(recorded)
+    assert "not measured" in memory_models.render(recorded)
 
 
 def test_peers_stand_beside_each_other_with_their_versions(comparison: ModuleType) -> None:

@@ -46,12 +46,12 @@ def test_quantization_error_ranks_the_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("size", [1, 62, 63, 64, 4096])
 def test_tensor_wise_is_one_block(scripts: None, signed: bool, size: int) -> None:
-    from shared.schemes import decoded
+    from shared.schemes import round_trip
 
     x = torch.randn(size, generator=torch.Generator().manual_seed(size)) ** 3
     x = x if signed else x.abs()
     code = functional.create_dynamic_map(signed)
-    assert torch.equal(decoded(x, code, None), decoded(x, code, 4096))
+    assert torch.equal(round_trip(x, code, None), round_trip(x, code, 4096))
 
 
 def test_quantile_code_is_used_evenly(scripts: None) -> None:

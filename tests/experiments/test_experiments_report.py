@@ -149,10 +149,10 @@ def test_styles_are_told_apart_without_colour(report: ModuleType) -> None:
 
 
 def test_every_panel_is_labelled_with_units(report: ModuleType) -> None:
-    from shared.plotting import shown
+    from shared.plotting import contents
 
     for name in report.FIGURES:
-        panels: list[dict[str, Any]] = shown(report.figure(name, EXPERIMENTS / "results"))
+        panels: list[dict[str, Any]] = contents(report.figure(name, EXPERIMENTS / "results"))
         assert panels
         assert panels[0]["y"][0] or len(panels[0]["y"]) > 2, name  # a label, or the names of bars
         for panel in panels:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from support.processes import child_environment
 
 from optim8 import _native
 
@@ -16,7 +17,7 @@ HERE = Path(__file__).parent
 def test_every_instruction_set_and_thread_count_gives_the_same_bits() -> None:
     found: dict[str, dict[str, str]] = {}
     for isa in _native.cpu().isa_info()["available"]:
-        environment = {**os.environ, "OPTIM8_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = child_environment(OPTIM8_CPU_ISA=isa)
         command = [sys.executable, "functional_bits_worker.py"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE)
         assert done.returncode == 0, f"{isa}: {done.stderr}"

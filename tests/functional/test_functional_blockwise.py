@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from support import functional_reference as ref
-from support.harness import DTYPES, bits
+from support.harness import DTYPES, bits, torch_threads
 
 from optim8 import functional as F
 
@@ -153,7 +153,7 @@ def test_nested_scales_do_not_depend_on_the_order_in_which_threads_add(scale: fl
     absmax = torch.rand(70_001, dtype=torch.float64).float() * scale
     packed = {}
     for count in (1, 2, 3):
-        with ref.threads(count):
+        with torch_threads(count):
             for name, order in (("forward", absmax), ("backward", absmax.flip(0))):
                 x = order.repeat_interleave(32)
                 packed[count, name] = F.quantize_4bit(x, blocksize=32, compress_statistics=True)[1].offset.item()
@@ -215,7 +215,7 @@ def test_threads_change_nothing(device: torch.device) -> None:
     x = ref.awkward((200_003,), torch.float32, seed=1, bad=True).to(device)
     seen = set()
     for count in (1, 2, 5):
-        with ref.threads(count):
+        with torch_threads(count):
             codes, state = F.quantize_blockwise(x, blocksize=64)
             seen.add(bits(codes) + bits(state.absmax) + bits(F.dequantize_blockwise(codes, state)))
     assert len(seen) == 1

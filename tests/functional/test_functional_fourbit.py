@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import functional_reference as ref
-from support.harness import DTYPES, bits
+from support.harness import DTYPES, bits, torch_threads
 from support.rounding import TINY, UNIT, half_ulp
 
 from optim8 import functional as F
@@ -232,7 +232,7 @@ def test_threads_change_nothing(device: torch.device) -> None:
     x = ref.awkward((301, 640), torch.float32, seed=1, bad=True).to(device)
     seen = set()
     for count in (1, 2, 5):
-        with ref.threads(count):
+        with torch_threads(count):
             packed, state = F.quantize_nf4(x)
             seen.add(bits(packed) + bits(state.absmax) + bits(F.dequantize_4bit(packed, state)))
     assert len(seen) == 1
@@ -245,7 +245,7 @@ def test_threads_change_nothing_in_a_product(device: torch.device) -> None:
     code = F.get_4bit_type("nf4", device)
     seen = set()
     for count in (1, 2, 5):
-        with ref.threads(count):
+        with torch_threads(count):
             seen.add(bits(torch.ops.optim8.gemv_4bit(a, stored, [2101, 8192], absmax, code, 64)))
     assert len(seen) == 1
 

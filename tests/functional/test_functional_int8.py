@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import functional_reference as ref
-from support.harness import DTYPES, bits
+from support.harness import DTYPES, bits, torch_threads
 from support.rounding import half_ulp
 
 from optim8 import functional as F
@@ -240,7 +240,7 @@ def test_threads_change_nothing(device: torch.device) -> None:
     x = ref.awkward((200, 300), torch.float32, 1, True).to(device)
     seen = set()
     for count in (1, 2, 5):
-        with ref.threads(count):
+        with torch_threads(count):
             results = F.int8_double_quant(x, threshold=3.0)
             back = F.int8_vectorwise_dequant(results[0], results[2])
             product = F.int8_scaled_mm(results[0], results[0], results[2], results[2])

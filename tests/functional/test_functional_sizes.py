@@ -6,12 +6,12 @@ torch's own products take part in some: its instructions, and those of the libra
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.processes import child_environment
 
 from optim8 import _native
 
@@ -31,9 +31,8 @@ def test_every_size_gives_what_the_definition_says(kind: str, capsys: pytest.Cap
     masks = dict(zip(VARIABLES, KINDS[kind], strict=True))
     if masks["OPTIM8_CPU_ISA"] and masks["OPTIM8_CPU_ISA"] not in _native.cpu().isa_info()["available"]:
         pytest.skip(f"this processor has no {masks['OPTIM8_CPU_ISA']}")
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment = {name: value for name, value in child_environment().items() if name not in VARIABLES}
     environment |= {name: value for name, value in masks.items() if value}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "functional_sizes_worker.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE, check=False)
     assert done.returncode == 0, f"{masks}: {done.stderr}"

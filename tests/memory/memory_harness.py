@@ -75,7 +75,7 @@ def plain(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def measured(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes by kind after a step: of the tensors themselves, and (buffers) of what their storages hold beyond that."""
     found = {"parameters": sum(p.nbytes for p in model.parameters())}
     found["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_harness import MODELS, measured, plain, train
+from memory_harness import MODELS, bytes_by_kind, plain, train
 from torch import nn
 
 import optim8
@@ -28,7 +28,7 @@ def test_planned_bytes_are_measured_bytes(name: str, dtype: torch.dtype, device:
             planned = optim8.memory.plan(model, kind, **options)
             optimizer = cls(model.parameters(), **options)
             train(model, optimizer, tuple(tensor.to(device) for tensor in data(dtype)))
-            actual = measured(model, optimizer)
+            actual = bytes_by_kind(model, optimizer)
             assert planned.bytes == actual
             assert planned.total == sum(actual.values())
             assert planned.state_bytes == sum(t.nbytes for s in optimizer.state.values() for t in s.values())
@@ -61,7 +61,7 @@ def test_an_optimizer_is_planned_with_its_own_groups() -> None:
     )
     planned = optim8.memory.plan(model, optimizer)
     train(model, optimizer, MODELS["transformer"][1](torch.float32))
-    assert planned.bytes == measured(model, optimizer)
+    assert planned.bytes == bytes_by_kind(model, optimizer)
 
 
 def test_an_optimizer_may_hold_frozen_parameters() -> None:
@@ -71,7 +71,7 @@ def test_an_optimizer_may_hold_frozen_parameters() -> None:
         p.requires_grad_(False)
     planned = optim8.memory.plan(model, optimizer)
     train(model, optimizer, MODELS["transformer"][1](torch.float32))
-    assert planned.bytes == measured(model, optimizer)
+    assert planned.bytes == bytes_by_kind(model, optimizer)
     for p in model.decoder.parameters():  # frozen later, their state stays
         p.requires_grad_(False)
     later = optim8.memory.plan(model, optimizer)
@@ -116,7 +116,7 @@ def test_overrides_are_planned(dtype: str | None) -> None:
         model.to(torch.bfloat16 if dtype else torch.float32)
         optimizer = optim8.AdamW8bit(model.parameters())
         train(model, optimizer, MODELS["transformer"][1](next(model.parameters()).dtype))
-        assert planned.bytes == measured(model, optimizer)
+        assert planned.bytes == bytes_by_kind(model, optimizer)
         assert planned.bytes == optim8.memory.plan(model, optimizer).bytes
         without = optim8.memory.plan({name: tuple(p.shape) for name, p in model.named_parameters()}, dtype=dtype)
         assert without.bytes != planned.bytes
@@ -142,7 +142,7 @@ def test_paged_state_is_planned_by_tier(pager: Any, name: str) -> None:
         train(model, optimizer, data(torch.float32))
         grouped = optim8.memory.plan(model, optimizer)
         streaming = sum(row.nbytes for row in grouped.rows if row.kind == "paging buffers")
-        actual = measured(model, optimizer)
+        actual = bytes_by_kind(model, optimizer)
         assert grouped.bytes == {**actual, "buffers": actual["buffers"] + streaming}
         state = dict.fromkeys(grouped.tiers, 0)
         for row in grouped.rows:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.processes import child_environment
 
 from optim8 import _native
 
@@ -17,7 +17,7 @@ THREADS = ("1", "2", "5")
 
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OPTIM8_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = child_environment(OPTIM8_CPU_ISA=isa)
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE)
 
 

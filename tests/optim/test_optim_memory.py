@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from cases import EVERY
+from support.processes import child_environment
 
 HERE = Path(__file__).parent
 THREADS = 2
@@ -54,7 +54,7 @@ print(json.dumps(needed))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_a_step_allocates_under_1_mib_per_thread() -> None:
     command = [sys.executable, "-c", WORKER, json.dumps([THREADS, ROWS])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = child_environment()
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
     if done.returncode == 77:
         pytest.skip("this system does not let a process reset its peak memory")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case
-from support.harness import ALL, bits, parameter
+from support.harness import ALL, bits, parameter, through_a_file
 
 import optim8
 
@@ -58,14 +57,6 @@ def kinds(value: Any) -> Any:
     return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
 
 
-def saved(optimizer: Any) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
-
-
 @pytest.mark.parametrize("where", ["argument", "group", "add_param_group", "edited", "loaded"])
 @pytest.mark.parametrize("what", GIVEN)
 def test_numbers_are_stored_plain(what: str, where: str, device: torch.device) -> None:
@@ -97,7 +88,7 @@ def test_numbers_are_stored_plain(what: str, where: str, device: torch.device) -
     stored = optimizer.param_groups[-1][name]
     assert stored == plain
     assert kinds(stored) == kinds(plain)
-    assert saved(optimizer)["param_groups"][-1][name] == plain
+    assert through_a_file(optimizer.state_dict())["param_groups"][-1][name] == plain
     other, q = make(plain)
     other.step()
     assert bits(p) == bits(q)
@@ -110,7 +101,7 @@ def test_numpy_scalars_of_a_group_are_saved_as_numbers(case: Case) -> None:
     group = optimizer.param_groups[0]
     group.update(lr=np.float64(0.5), initial_lr=np.float32(0.5), tags=[np.int64(3), {"scale": np.float64(2)}])
     for _ in range(2):
-        loaded = saved(optimizer)["param_groups"][0]
+        loaded = through_a_file(optimizer.state_dict())["param_groups"][0]
         assert (loaded["lr"], loaded["initial_lr"], loaded["tags"]) == (0.5, 0.5, [3, {"scale": 2.0}])
         optimizer.step()
     assert isinstance(group["initial_lr"], np.float32), "what is another's stays as it is"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from support.harness import ALL, bits, hostile, parameter, state_bits
+from support.harness import ALL, bits, hostile, parameter, state_bits, through_a_file
 
 import optim8
 from optim8.paging import Pager
@@ -54,13 +53,6 @@ def _seen(optimizer: Any, p: torch.Tensor) -> dict[Any, Any]:
     return {key: _as_bytes(value) for key, value in optimizer.state[p].items() if key in _values(p)}
 
 
-def _saved(state_dict: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def _with_values(
     case: Case, device: torch.device, optim_bits: int, paged: bool
 ) -> tuple[list[torch.nn.Parameter], Any, dict[Any, Any]]:
@@ -81,7 +73,7 @@ def test_a_checkpoint_brings_it_back(case: Case, optim_bits: int, paged: bool, d
     assert len(before) == len(_values(params[0]))
     _step(optimizer, params, 1)
     assert _seen(optimizer, params[0]) == before, "a step leaves it alone"
-    for saved in (optimizer.state_dict(), _saved(optimizer.state_dict())):
+    for saved in (optimizer.state_dict(), through_a_file(optimizer.state_dict())):
         others = _params(device)
         fresh = case.make(others, paged=Pager() if paged else None)
         fresh.load_state_dict(saved)

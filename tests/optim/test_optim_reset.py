@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from cases import Case
-from support.harness import ALL, bits, hostile, parameter, snapshot, state_bits
+from support.harness import ALL, bits, hostile_parameters, hostile_steps, parameter, snapshot, state_bits
 
 import optim8
 from optim8.paging import Pager
@@ -30,22 +29,6 @@ def _pager(home: str, folder: Path, device: torch.device) -> Pager | None:
     }[home]
 
 
-def _params(device: torch.device) -> list[torch.nn.Parameter]:
-    params = []
-    for i, shape in enumerate(SHAPES):
-        n = torch.Size(shape).numel()
-        data = hostile(n, torch.float32, seed=i, small=-2, large=0).to(device).view(shape)
-        params.append(parameter(data.contiguous(memory_format=torch.channels_last) if data.ndim == 4 else data))
-    return params
-
-
-def _steps(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: int) -> None:
-    for t in range(first, last):
-        for i, p in enumerate(params):
-            p.grad = hostile(p.numel(), p.dtype, seed=100 * t + i).to(p.device).view(p.shape)
-        optimizer.step()
-
-
 def _twins(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     return [parameter(p.detach().clone()) for p in params]
 
@@ -56,26 +39,26 @@ def _twins(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
 def test_the_next_step_is_a_first_one(
     case: Case, optim_bits: int, home: str, device: torch.device, tmp_path: Path
 ) -> None:
-    params = _params(device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make(params, optim_bits=optim_bits, paged=_pager(home, tmp_path, device))
-    _steps(params, optimizer, 0, 3)
+    hostile_steps(params, optimizer, 0, 3)
     where = [t.data_ptr() for p in params for t in optimizer.state[p].values()]
     optimizer.reset_state()
     assert [t.data_ptr() for p in params for t in optimizer.state[p].values()] == where, "a CUDA graph may use it"
     twins = _twins(params)
     fresh = case.make(twins, optim_bits=optim_bits)
     for t in (3, 4):
-        _steps(params, optimizer, t, t + 1)
-        _steps(twins, fresh, t, t + 1)
+        hostile_steps(params, optimizer, t, t + 1)
+        hostile_steps(twins, fresh, t, t + 1)
         assert snapshot(optimizer, params) == snapshot(fresh, twins)
 
 
 @BOTH
 @ALL
 def test_only_the_parameters_that_are_named(case: Case, optim_bits: int, device: torch.device) -> None:
-    params = _params(device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}], optim_bits=optim_bits)
-    _steps(params, optimizer, 0, 2)
+    hostile_steps(params, optimizer, 0, 2)
     for named, chosen in ((params[3], [3]), (params[:2], [0, 1]), (iter(params[1:3]), [1, 2]), ([], [])):
         kept = copy.deepcopy(optimizer.state_dict())
         others = [state_bits(optimizer, p) for p in params]
@@ -91,9 +74,9 @@ def test_only_the_parameters_that_are_named(case: Case, optim_bits: int, device:
 
 @ALL
 def test_others_are_refused_and_nothing_is_reset(case: Case, device: torch.device) -> None:
-    params = _params(device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make(params)
-    _steps(params, optimizer, 0, 2)
+    hostile_steps(params, optimizer, 0, 2)
     before = snapshot(optimizer, params)
     stranger = parameter(params[0].detach().clone())
     with pytest.raises(ValueError, match=r"reset_state: params must be parameters of this optimizer, .* \(700,\) at 1"):
@@ -111,7 +94,7 @@ def test_others_are_refused_and_nothing_is_reset(case: Case, device: torch.devic
 
 @ALL
 def test_before_the_first_step_there_is_nothing_to_reset(case: Case, device: torch.device) -> None:
-    params = _params(device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make(params)
     optimizer.reset_state()
     optimizer.reset_state(params[0])
@@ -125,9 +108,12 @@ def test_precision_is_that_of_new_state(case: Case, paged: bool, device: torch.d
     if paged and device.type != "cpu":
         pytest.skip("the disk is out of a GPU's reach")
     for saved_bits, here in ((8, 32), (32, 8)):
-        params, others = _params(device), _params(device)
+        params, others = (
+            hostile_parameters(SHAPES, torch.float32, device),
+            hostile_parameters(SHAPES, torch.float32, device),
+        )
         donor = case.make(others, optim_bits=saved_bits)
-        _steps(others, donor, 0, 2)
+        hostile_steps(others, donor, 0, 2)
         optimizer = case.make(params, optim_bits=here, paged=paged)
         optimizer.load_state_dict(donor.state_dict())
         optimizer.state[params[0]]["ema_grad_norm"] = norm = torch.tensor(1.5)
@@ -138,8 +124,8 @@ def test_precision_is_that_of_new_state(case: Case, paged: bool, device: torch.d
         assert optimizer.state[params[0]].pop("ema_grad_norm") is norm
         twins = _twins(params)
         fresh = case.make(twins, optim_bits=here)
-        _steps(params, optimizer, 2, 4)
-        _steps(twins, fresh, 2, 4)
+        hostile_steps(params, optimizer, 2, 4)
+        hostile_steps(twins, fresh, 2, 4)
         for p, q in zip(params, twins, strict=True):
             assert bits(p) == bits(q)
             assert state_bits(optimizer, p) == state_bits(fresh, q)
@@ -147,28 +133,28 @@ def test_precision_is_that_of_new_state(case: Case, paged: bool, device: torch.d
 
 @ALL
 def test_state_that_was_spoilt_by_hand_is_new_again(case: Case, device: torch.device) -> None:
-    params = _params(device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make(params)
-    _steps(params, optimizer, 0, 2)
+    hostile_steps(params, optimizer, 0, 2)
     for name in case.states:
         optimizer.state[params[0]][name] = torch.zeros_like(params[0])
         optimizer.state[params[3]][f"{name}_absmax"] = torch.zeros(2, device=device)
     optimizer.reset_state()
     twins = _twins(params)
     fresh = case.make(twins)
-    _steps(params, optimizer, 2, 4)
-    _steps(twins, fresh, 2, 4)
+    hostile_steps(params, optimizer, 2, 4)
+    hostile_steps(twins, fresh, 2, 4)
     assert snapshot(optimizer, params) == snapshot(fresh, twins)
 
 
 @ALL
 def test_a_kept_directory_has_the_state_that_was_reset(case: Case, tmp_path: Path) -> None:
-    params = _params(torch.device("cpu"))
+    params = hostile_parameters(SHAPES, torch.float32, torch.device("cpu"))
     pager = Pager(directory=tmp_path / "state", keep=True)
     optimizer = case.make(params, paged=pager)
-    _steps(params, optimizer, 0, 3)
+    hostile_steps(params, optimizer, 0, 3)
     optimizer.reset_state(params[:3])
-    _steps(params, optimizer, 3, 4)
+    hostile_steps(params, optimizer, 3, 4)
     optimizer.reset_state(params[3])
     expected = snapshot(optimizer)
     optimizer.close()
@@ -176,7 +162,7 @@ def test_a_kept_directory_has_the_state_that_was_reset(case: Case, tmp_path: Pat
         optimizer.reset_state()
     again = case.make(params, paged=Pager(directory=tmp_path / "state", keep=True, resume=True))
     assert snapshot(again) == expected
-    _steps(params, again, 4, 5)
+    hostile_steps(params, again, 4, 5)
     assert float(again.state[params[3]]["step"]) == 1
     assert float(again.state[params[0]]["step"]) == 2
 
@@ -185,9 +171,9 @@ def test_a_kept_directory_has_the_state_that_was_reset(case: Case, tmp_path: Pat
 def test_zeroing_codes_by_hand_fails(case: Case, device: torch.device) -> None:
     """Code 0 of a signed moment is -0.993 absmax: code that means to zero values must not find codes, and values that
     it puts beside them must not be ignored."""
-    params = _params(device)
+    params = hostile_parameters(SHAPES, torch.float32, device)
     optimizer = case.make(params)
-    _steps(params, optimizer, 0, 2)
+    hostile_steps(params, optimizer, 0, 2)
     with pytest.raises(KeyError, match="exp_avg"):
         optimizer.state[params[0]]["exp_avg"].zero_()
     for name in case.states:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, found
+from cases import CASES, Case, exported_names
 from support.harness import (
     ALL,
     DTYPES,
@@ -33,7 +33,7 @@ STEPS_BEFORE = (1, 9, 999, 250_000)  # beta^t from near 1 to 0
 
 
 def test_every_exported_optimizer_is_in_the_table() -> None:
-    assert found() == set(CASES), "tests/cases.py needs one row per optimizer that optim8 exports"
+    assert exported_names() == set(CASES), "tests/cases.py needs one row per optimizer that optim8 exports"
 
 
 @pytest.mark.parametrize("state_bits", [8, 32])

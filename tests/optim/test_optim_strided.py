@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import Case
-from support.harness import ALL, DTYPES, bits, hostile, parameter, set_grad, state_bits
+from support.harness import ALL, DTYPES, bits, hostile, parameter, set_grad, state_bits, through_a_file
 
 import optim8
 from optim8.memory import plan
@@ -131,13 +130,6 @@ def test_gaps_that_come_and_go(case: Case, optim_bits: int, device: torch.device
     assert state_bits(ours, p) == state_bits(dense, q)
 
 
-def _saved(state_dict: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @BOTH
 @EVERY_VIEW
 @ALL
@@ -150,8 +142,8 @@ def test_checkpoints_go_between_both_kinds(case: Case, kind: str, optim_bits: in
     p2.data.copy_(p.data)
     q2.data.copy_(q.data)
     ours2, dense2 = case.make([p2]), case.make([q2])
-    ours2.load_state_dict(_saved(dense.state_dict()))
-    dense2.load_state_dict(_saved(ours.state_dict()))
+    ours2.load_state_dict(through_a_file(dense.state_dict()))
+    dense2.load_state_dict(through_a_file(ours.state_dict()))
     for param, optimizer in ((p2, ours2), (q2, dense2), (q, dense)):
         assert state_bits(optimizer, param) == state_bits(ours, p)
         _step(optimizer, [param], 1)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from support.harness import ALL, bits, hostile, parameter, state_bits
+from support.harness import ALL, bits, hostile, hostile_steps, parameter, state_bits
 
 import optim8
 
@@ -32,13 +32,6 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def _params(count: int, n: int = 600) -> list[torch.nn.Parameter]:
     return [parameter(hostile(n, torch.float32, seed=i, small=-2, large=0)) for i in range(count)]
-
-
-def _steps(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: int) -> None:
-    for t in range(first, last):
-        for i, p in enumerate(params):
-            p.grad = hostile(p.numel(), p.dtype, seed=100 * t + i).view(p.shape)
-        optimizer.step()
 
 
 def _assert_same(optimizer: Any, params: list[torch.nn.Parameter], other: Any, twins: list[torch.nn.Parameter]) -> None:
@@ -63,16 +56,16 @@ def test_overridden_parameters_are_as_in_a_group_of_their_own(case: Case, what: 
     plain = {**changes, "betas": (0.3, 0.6)} if what == "betas as a string" else changes
     groups = [{"params": [twins[0], twins[2], twins[4]]}, {"params": [twins[1], twins[3]], **plain}]
     other = case.make(groups)
-    _steps(params, optimizer, 0, 4)
+    hostile_steps(params, optimizer, 0, 4)
     for t in range(4):
-        _steps(twins, other, t, t + 1)
+        hostile_steps(twins, other, t, t + 1)
     _assert_same(optimizer, params, other, twins)
     for handle in handles:
         handle.remove()
     kept = ("params", "optim_bits", "min_8bit_size")  # the state that exists keeps its precision
     other.param_groups[1].update({name: v for name, v in other.param_groups[0].items() if name not in kept})
-    _steps(params, optimizer, 4, 6)
-    _steps(twins, other, 4, 6)
+    hostile_steps(params, optimizer, 4, 6)
+    hostile_steps(twins, other, 4, 6)
     _assert_same(optimizer, params, other, twins)
 
 
@@ -82,7 +75,7 @@ def test_overridden_parameters_are_as_in_a_group_of_their_own(case: Case, what: 
 def test_an_override_converts_state_that_exists(case: Case, to: int, ask: str) -> None:
     params = _params(3)
     optimizer = case.make(params, optim_bits=40 - to)
-    _steps(params, optimizer, 0, 3)
+    hostile_steps(params, optimizer, 0, 3)
     assert optimizer.precision(params[1]) == f"{40 - to}bit"
     before = optimizer.state_dict()["state"]
     saved = {i: {key: value.clone() for key, value in entry.items()} for i, entry in before.items()}
@@ -214,7 +207,7 @@ def test_add_param_group_and_loading_look_again() -> None:
         assert optimizer.precision(q) == "32bit"
         twins = _params(2)
         donor = optim8.AdamW8bit([{"params": [twins[0]]}, {"params": [twins[1]]}], min_8bit_size=0)
-        _steps(twins, donor, 0, 2)
+        hostile_steps(twins, donor, 0, 2)
         optimizer.load_state_dict(donor.state_dict())
         assert [optimizer.precision(x) for x in (p, q)] == ["8bit", "32bit"], "an override outweighs a checkpoint"
         assert optimizer.state[q]["step"] == 2
@@ -346,9 +339,9 @@ def test_others_overrides_cost_a_step_nothing_by_parameter() -> None:
     params, others = _params(3), _params(2)
     optimizer = optim8.AdamW8bit(params)
     with optim8.override(others[0], lr=0.1):
-        _steps(params, optimizer, 0, 1)
+        hostile_steps(params, optimizer, 0, 1)
         known = optimizer._resolved()
-        _steps(params, optimizer, 1, 2)
+        hostile_steps(params, optimizer, 1, 2)
         assert optimizer._resolved() is known
         assert [part[1] is optimizer.param_groups[0]["params"] for part in optimizer._parts(None, None)] == [True]
 
@@ -359,9 +352,9 @@ def test_paged_state_is_converted_where_it_lives(to: int) -> None:
     paged = optim8.PagedAdamW8bit(params, optim_bits=40 - to)
     plain = optim8.AdamW8bit(twins, optim_bits=40 - to)
     for ps, optimizer in ((params, paged), (twins, plain)):
-        _steps(ps, optimizer, 0, 2)
+        hostile_steps(ps, optimizer, 0, 2)
         optim8.override(ps[1], optim_bits=to, lr=0.1)
-        _steps(ps, optimizer, 2, 4)
+        hostile_steps(ps, optimizer, 2, 4)
     assert [paged.precision(p) for p in params] == [f"{40 - to}bit", f"{to}bit", f"{40 - to}bit"]
     assert {place.tier for place in paged.placement()} == {"disk"}
     for p, q in zip(params, twins, strict=True):

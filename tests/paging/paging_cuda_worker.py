@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EVERY, Case
-from support.cuda_stub import Gpu, OnCuda, Torch, installed, plain
+from support.cuda_stub import Gpu, OnCuda, Torch, install, plain
 from support.harness import DTYPES, bits, hostile, snapshot, state_bits
 
 import optim8
@@ -321,7 +321,7 @@ CHECKS: dict[str, Callable[[Gpu], None]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    gpu, found = installed(sys.argv[1]), {}
+    gpu, found = install(sys.argv[1]), {}
     for name, check in CHECKS.items():
         try:
             with Torch(gpu):

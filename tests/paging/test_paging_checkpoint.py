@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
-from support.harness import ALL, bits, hostile, parameter, snapshot
+from support.harness import ALL, bits, hostile, parameter, snapshot, through_a_file
 
 from optim8.paging import Pager
 
@@ -42,13 +42,6 @@ def _pager(folder: Path) -> Pager:
 
 
 Pair = tuple[torch.nn.ParameterList, Any]
-
-
-def _torch_save(pair: Pair) -> Pair:
-    file = io.BytesIO()
-    torch.save(pair, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
 
 
 def _loaded(paged: bool, through_file: bool) -> Callable[[Pair, Path, Case], Pair]:
@@ -86,7 +79,7 @@ CARRIERS: dict[str, Callable[[Pair, Path, Case], Pair]] = {
     "pickle": lambda pair, _, __: pickle.loads(pickle.dumps(pair)),
     "pickle, protocol 2": lambda pair, _, __: pickle.loads(pickle.dumps(pair, protocol=2)),
     "pickle, protocol 5": lambda pair, _, __: pickle.loads(pickle.dumps(pair, protocol=5)),
-    "torch.save": lambda pair, _, __: _torch_save(pair),
+    "torch.save": lambda pair, _, __: through_a_file(pair, weights_only=False),
     "state dict to paged": _loaded(True, False),
     "state dict to resident": _loaded(False, False),
     "file to paged": _loaded(True, True),

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
-from support import functional_reference
-from support.harness import ALL, DTYPES, hostile, parameter, snapshot
+from support.harness import ALL, DTYPES, hostile, parameter, snapshot, torch_threads
 from test_paging_step import params_of, steps, steps_replaced_state_where_it_is
 
 import optim8
@@ -41,7 +40,7 @@ def past_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(params=[1, 4], ids=["1 thread", "4 threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    with functional_reference.threads(request.param):
+    with torch_threads(request.param):
         yield
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from support.harness import ALL, bits, hostile, parameter, snapshot
+from support.processes import child_environment
 
 import optim8
 from optim8.paging import Pager
@@ -214,7 +215,7 @@ def test_a_full_disk_is_an_error_before_anything_is_mapped(kept: bool, tmp_path:
     """A limit on the size of files stands for the disk's; nothing is left behind, and nothing has changed."""
     code = FULL.format(here=str(HERE), folder=str(tmp_path / "d"), kept=kept)
     (tmp_path / "d").mkdir()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = child_environment()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 17, done.stderr
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.harness import bits, parameter, snapshot
+from support.processes import child_environment
 from test_paging_kept import ADAMW, keep
 
 from optim8.paging.streaming import CACHED, DIRECT, MAPPED
@@ -56,7 +57,7 @@ def killed(folder: Path, between: bool, way: str) -> None:
     """Leave a directory as a process leaves it that noted a checkpoint after its first step, and is killed in the
     middle of a later one or after the third."""
     code = WORKER.format(here=str(HERE), folder=str(folder), between=between, way=way)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = child_environment()
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, env=environment) as process:
         assert process.stdout is not None

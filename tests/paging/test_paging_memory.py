@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import child_environment
 
 from optim8.paging import files, tiers
 
@@ -35,9 +36,8 @@ MAY_HAVE = {
 
 
 def work(**asked: Any) -> Any:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # What is freed is given back at once, so that what is allocated is what is used.
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = child_environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     command = [sys.executable, "paging_worker.py", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
     assert done.returncode == 0, done.stderr

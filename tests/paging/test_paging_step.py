@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERY, Case, found
-from support.harness import ALL, DTYPES, hostile, parameter, set_grad, snapshot
+from cases import EVERY, Case, exported_names
+from support.harness import ALL, DTYPES, hostile, hostile_parameters, parameter, set_grad, snapshot, torch_threads
 
 import optim8
 from optim8 import _native
@@ -34,18 +34,12 @@ PAGERS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def params_of(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    params = []
-    for i, shape in enumerate(SHAPES):
-        data = hostile(torch.Size(shape).numel(), dtype, seed=i, small=-2, large=0).view(shape)
-        params.append(parameter(data.contiguous(memory_format=torch.channels_last) if data.ndim == 4 else data))
-    return params
+    return hostile_parameters(SHAPES, dtype)
 
 
 def steps(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: int, wide: bool = False) -> None:
@@ -94,7 +88,7 @@ def test_every_optimizer_has_a_paged_twin() -> None:
         with pytest.raises(ValueError, match=f"Paged{case} is always paged, got paged=False. Use {case}."):
             twin([p], paged=False)
     assert {f"Paged{case}" for case in EVERY} == {name for name in dir(optim8) if name.startswith("Paged")}
-    assert found() == {str(case) for case in EVERY}
+    assert exported_names() == {str(case) for case in EVERY}
 
 
 def test_buckets_cover_every_block_once_and_hold_what_they_may(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from cases import CASES, Case
 
 import optim8
-from support.harness import codes_of, values
+from support.harness import codes_of, through_a_file, values
 from support.rounding import Rounded
 
 # 20 blocks and a short one; small tensors, none, one value; two orders of memory.
@@ -33,22 +32,17 @@ def make_params(dtype: torch.dtype = torch.float32, *, channels_last: bool = Tru
 
 
 def twins(params: Sequence[torch.nn.Parameter]) -> Params:
+    """Copies with the same strides, without gradients."""
     return [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
 
 
 def steps(params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Steps `first` to `last` (not included); the gradients depend on the number of the step only."""
     for t in range(first, last):
         generator = torch.Generator().manual_seed(1000 + t)
         for p in params:
             p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator) * 1e-2)
         optimizer.step()
-
-
-def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
 
 
 CARRIERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

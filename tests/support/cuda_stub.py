@@ -1,7 +1,7 @@
-"""A GPU that is none, for a process of its own, which must import this before optim8 has asked for a tensor.
+"""A stub of a GPU for a process of its own, which must import this before optim8 looks at a tensor.
 
-Tensors of a class of this file say that they are on cuda:0, a torch function mode makes them where a CUDA tensor is
-asked for, and launches are put in a queue, as a stream does, which runs when an event is waited for.
+Tensors of a class of this file say that they are on cuda:0; a torch function mode makes one wherever code requests a
+CUDA tensor. Launches wait in a queue, as in a stream, until somebody waits for an event.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Torch(TorchFunctionMode):
         if func is torch.Tensor.nan_to_num:  # the monitor's look at what a kernel has written: a stream works in order
             self.gpu.drain()
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
-        asked = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.device)]
+        devices = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.device)]
         args = tuple(torch.device("cpu") if isinstance(value, torch.device) else value for value in args)
         kwargs = {k: torch.device("cpu") if isinstance(v, torch.device) else v for k, v in kwargs.items()}
         out = func(*args, **kwargs)
-        if not asked or not isinstance(out, torch.Tensor):
+        if not devices or not isinstance(out, torch.Tensor):
             return out
-        there = OnCuda if asked[0].type == "cuda" else torch.Tensor
+        there = OnCuda if devices[0].type == "cuda" else torch.Tensor
         return out if type(out) is there else out.clone().as_subclass(there)
 
 
@@ -79,9 +79,9 @@ class Gpu:
 
     def step(self, rows: int, count: int, device: int, *scalars: Any) -> None:
         # Rows travel in a kernel's parameters: the caller may overwrite them at once.
-        held = ctypes.create_string_buffer(ctypes.string_at(rows, count * self.module.row_size))
-        held_scalars = tuple(map(plain, scalars))
-        self.queue.append(lambda: self.module.step(ctypes.addressof(held), count, device, *held_scalars))
+        copied_rows = ctypes.create_string_buffer(ctypes.string_at(rows, count * self.module.row_size))
+        plain_scalars = tuple(map(plain, scalars))
+        self.queue.append(lambda: self.module.step(ctypes.addressof(copied_rows), count, device, *plain_scalars))
         self.launched += 1
         if not self.deferred:
             self.run_to(self.launched)
@@ -96,10 +96,12 @@ class Gpu:
 
 
 def plain(value: Any) -> Any:
+    """A tensor as the CPU's own; everything else as it is."""
     return value.as_subclass(torch.Tensor) if isinstance(value, OnCuda) else value
 
 
-def installed(path: str) -> Gpu:
+def install(path: str) -> Gpu:
+    """Loads optim8._cuda from `path` and puts the stub in the places of torch.cuda and optim8._native that matter."""
     spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None
     assert spec.loader is not None

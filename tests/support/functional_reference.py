@@ -5,9 +5,6 @@ Sources: QLoRA, arXiv 2305.14314 (4-bit codes); LLM.int8(), arXiv 2208.07339.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -83,17 +80,6 @@ def int8_codes(x: Array, absmax: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.rint(127 * x / absmax)
     return np.where(np.isinf(x), 127 * np.sign(x), np.nan_to_num(codes, nan=0, posinf=0, neginf=0))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch works with this many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def awkward(shape: tuple[int, ...], dtype: torch.dtype, seed: int, bad: bool = False) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,12 +63,50 @@ def set_grad(p: torch.nn.Parameter, grad: torch.Tensor) -> None:
     p.grad = grad
 
 
+def hostile_parameters(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> list[torch.nn.Parameter]:
+    """Parameters of these shapes; one of four dimensions lies channels last."""
+    params = []
+    for i, shape in enumerate(shapes):
+        data = hostile(torch.Size(shape).numel(), dtype, seed=i, small=-2, large=0).to(device).view(shape)
+        params.append(parameter(data.contiguous(memory_format=torch.channels_last) if data.ndim == 4 else data))
+    return params
+
+
+def hostile_steps(params: Sequence[torch.nn.Parameter], optimizer: Any, first: int, last: int) -> None:
+    """Steps `first` to `last` (not included), each with gradients of its own."""
+    for t in range(first, last):
+        for i, p in enumerate(params):
+            p.grad = hostile(p.numel(), p.dtype, seed=100 * t + i).to(p.device).view(p.shape)
+        optimizer.step()
+
+
 def small_set(case: Case, device: torch.device, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
     """Parameters of 600, 0, 1 and 3 elements with gradients, and their optimizer."""
     params = [parameter(hostile(n, torch.float32, seed=n, small=-2, large=0).to(device)) for n in (600, 0, 1, 3)]
     for i, p in enumerate(params):
         p.grad = hostile(p.numel(), torch.float32, seed=90 + i).to(device)
     return params, case.make(params, **options)
+
+
+def through_a_file(content: Any, *, weights_only: bool = True) -> Any:
+    """What torch.load gives of what torch.save wrote."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch works with this many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def snapshot(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor] = ()) -> dict[str, Any]:

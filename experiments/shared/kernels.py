@@ -33,12 +33,12 @@ def _name(dtype: torch.dtype) -> str:
 def _steps(count: int, dtype: torch.dtype) -> list[Kernel]:
     parameters = make_parameters(Case("one", [(count,)]), dtype)
     subjects = {REFERENCE: torch_subjects()[REFERENCE], **optim8_subjects(small=False)}
-    found = []
+    steps = []
     for name, make in subjects.items():
         optimizer = make(parameters)
         optimizer.step()  # makes the state, whose size counts
-        found.append(Kernel(name, _name(dtype), optimizer.step, count, least_traffic(parameters, optimizer)))
-    return found
+        steps.append(Kernel(name, _name(dtype), optimizer.step, count, least_traffic(parameters, optimizer)))
+    return steps
 
 
 def _blockwise(count: int, dtype: torch.dtype) -> list[Kernel]:
