@@ -1,4 +1,4 @@
-"""Optimizer state that lives where you say, under a budget that you state. docs/paging.md shows how to use it."""
+"""Optimizer state that lives where you choose, within a budget that you set. docs/paging.md shows how."""
 
 from optim8.paging.pager import Pager, as_bytes
 from optim8.paging.placement import Place, Placement

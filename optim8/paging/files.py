@@ -1,4 +1,4 @@
-"""Memory that state is cut from: of the host, or a memory-mapped file."""
+"""Segments, from which tensors of state are cut: memory of the host, or a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK = 2**20  # bytes written at a time to fill a file
 
 
 class Arena(Protocol):
-    """Elements of one dtype that start as `fill`; `flat` is what gets their memory."""
+    """Elements of one dtype that start as `fill`; a segment gives `flat` its memory."""
 
     dtype: torch.dtype
     fill: int
@@ -38,11 +38,11 @@ class Segment:
 
     tier: str
     memory: torch.Tensor  # uint8, flat
-    path: Path | None = None  # of a kept file; one that is not kept has no name
-    limited: bool = False  # mapped, and there is a limit on the pages that are in memory
+    path: Path | None = None  # of a file that outlives the process; any other file has no name
+    limited: bool = False  # a mapped file of which only so many pages may be in memory
     pinned: bool = False  # CUDA kernels may use it by its addresses
     handle: int | None = None  # of the file; closed with the segment
-    direct: int | None = None  # the same past the page cache, where that can be
+    direct: int | None = None  # the same past the page cache, where the file system has that
 
     def __post_init__(self) -> None:
         for handle in (self.handle, self.direct):
@@ -63,18 +63,18 @@ class Segment:
         return begin <= tensor.data_ptr() < end
 
 
-# Only what is in here may be released: a segment keeps its mapping alive, so no address in it is anything else's.
+# `release` gives back pages of these only. A segment keeps its mapping alive, so its addresses are nobody else's.
 _limited: weakref.WeakSet[Segment] = weakref.WeakSet()
 
 
 def copy(goal: torch.Tensor, source: torch.Tensor) -> None:
-    """`goal.copy_(source)` for a dense goal; what is mapped under a limit passes through memory in parts."""
+    """`goal.copy_(source)` for a dense goal; a file that is mapped under a limit is copied in parts."""
     alike = goal.stride() == source.stride() or (goal.is_contiguous() and source.is_contiguous())
     if not alike or not (_is_limited(goal) or _is_limited(source)):
         goal.copy_(source)
         release((goal, source))
         return
-    # Alike and dense, so that the order in memory is one order of the elements of both.
+    # Both are dense with the same strides, so the order in memory is the same order of elements in both.
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in (goal, source)]
     for begin in range(0, goal.numel(), _CHUNK):
         to, of = (tensor[begin : begin + _CHUNK] for tensor in flat)
@@ -83,7 +83,7 @@ def copy(goal: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def fill(goal: torch.Tensor, value: int) -> None:
-    """`goal.fill_(value)` for a dense goal; what is mapped under a limit passes through memory in parts."""
+    """`goal.fill_(value)` for a dense goal; a file that is mapped under a limit is filled in parts."""
     if not _is_limited(goal):
         goal.fill_(value)
         return
@@ -94,8 +94,8 @@ def fill(goal: torch.Tensor, value: int) -> None:
 
 
 def release(tensors: Iterable[torch.Tensor]) -> None:
-    """Take the pages of tensors that are mapped under a limit out of this process; the file keeps what they hold.
-    Other tensors are left alone."""
+    """Give back the pages of tensors that are mapped under a limit; the file keeps their values. Other tensors stay as
+    they are."""
     spans = []
     for tensor in filter(_is_limited, tensors):
         begin = tensor.data_ptr()
@@ -108,7 +108,7 @@ def _is_limited(tensor: torch.Tensor) -> bool:
 
 
 def offsets(arenas: Sequence[Arena], head: int = 0) -> tuple[list[int], int]:
-    """Where each arena begins in a segment, in bytes, and the size of all behind `head` bytes, in whole pages."""
+    """The byte at which each arena begins behind `head` bytes, and the size of the whole segment, in whole pages."""
     begins, at = [], head
     for arena in arenas:
         begins.append(at)
@@ -117,7 +117,7 @@ def offsets(arenas: Sequence[Arena], head: int = 0) -> tuple[list[int], int]:
 
 
 def part(memory: torch.Tensor, begin: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """`size` values of `memory` from a byte on, as a storage of its own: torch.save does not take one storage for
+    """`size` values of `memory` from byte `begin` on, with a storage of their own: torch.save refuses one storage with
     several dtypes."""
     return torch.from_numpy(memory.numpy()[begin : begin + size * dtype.itemsize].view(_NUMPY[dtype]))
 
@@ -129,7 +129,7 @@ def cut(memory: torch.Tensor, arenas: Sequence[Arena], begins: Sequence[int]) ->
 
 
 def in_memory(arenas: Sequence[Arena], pinned: bool) -> Segment:
-    """A segment in memory of the host, filled."""
+    """A segment in memory of the host. Every arena has its fill."""
     begins, size = offsets(arenas)
     memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     cut(memory, arenas, begins)
@@ -141,11 +141,17 @@ def in_memory(arenas: Sequence[Arena], pinned: bool) -> Segment:
 def in_file(
     arenas: Sequence[Arena], directory: Path, limited: bool, keep_as: str | None = None, head: bytes = b""
 ) -> Segment:
-    """A segment in a file of `directory`, filled; named `keep_as`, or without a name and gone with its mapping. `head`:
-    whole pages to begin the file with.
+    """A segment in a new file of `directory`. Every arena has its fill.
+
+    Args:
+        arenas: get their memory.
+        directory: of the file.
+        limited: only so many of its pages may be in memory.
+        keep_as: the name of the file; None: it has no name, and is gone when its mapping ends.
+        head: whole pages at the beginning of the file.
 
     Raises:
-        OSError: the file cannot be made or filled, for one because the disk is full. Nothing is left behind.
+        OSError: the file cannot be created or filled, for example because the disk is full. Nothing is left behind.
     """
     begins, size = offsets(arenas, len(head))
     try:
@@ -166,7 +172,7 @@ def in_file(
             os.pwrite(handle, head, 0)
             for arena, begin in zip(arenas, begins, strict=True):
                 _fill(handle, begin, arena)
-        segment = mapped(path, size, limited, named=keep_as is not None)
+        segment = map_file(path, size, limited, named=keep_as is not None)
         kept = keep_as is not None
     finally:
         os.close(handle)
@@ -176,9 +182,9 @@ def in_file(
     return segment
 
 
-def mapped(path: Path, size: int, limited: bool, named: bool = True) -> Segment:
-    """A segment of the first `size` bytes of a file, mapped so that writing to them writes to the file; `named`: the
-    file keeps its name."""
+def map_file(path: Path, size: int, limited: bool, named: bool = True) -> Segment:
+    """A segment of the first `size` bytes of a file, mapped so that whoever writes to them writes to the file; `named`:
+    the file keeps its name."""
     if size == 0:
         return Segment(DISK, torch.empty(0, dtype=torch.uint8), path if named else None, limited)
     memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
@@ -187,8 +193,8 @@ def mapped(path: Path, size: int, limited: bool, named: bool = True) -> Segment:
 
 
 def _past_cache(path: Path) -> int | None:
-    """The file opened for reading and writing that goes past the page cache; None where its file system has no such
-    thing, as those in memory."""
+    """A descriptor of the file that reads and writes past the page cache; None where the file system, such as one in
+    memory, has no such access."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
@@ -205,10 +211,10 @@ def _past_cache(path: Path) -> int | None:
 
 
 def reserve(handle: int, size: int, directory: Path, what_for: str = "") -> None:
-    """Blocks on the disk for the whole file. Without them a full disk would kill the process (SIGBUS) in a step.
+    """Reserve blocks on the disk for the whole file. Without them a full disk kills the process (SIGBUS) in a step.
 
     Raises:
-        OSError: there is no room; `what_for` is said in the message.
+        OSError: there is no room; the message says `what_for`.
     """
     try:
         os.posix_fallocate(handle, 0, size)
@@ -229,8 +235,9 @@ def reserve(handle: int, size: int, directory: Path, what_for: str = "") -> None
 
 
 def _fill(handle: int, begin: int, arena: Arena) -> None:
-    """Through the file and not through its mapping, so that nothing of it becomes memory of this process. Zeros too:
-    the first step then finds what every later one finds, and not blocks that are only reserved."""
+    """Write an arena's fill through the file and not through its mapping, which would become memory of this process.
+    Zeros are written too: the first step is then as fast as every later one, which finds no blocks that are only
+    reserved."""
     size = arena.size * arena.dtype.itemsize
     if arena.dtype is not torch.uint8 and arena.fill:
         raise ValueError(f"paged state of {arena.dtype} can only start as 0, got {arena.fill}.")
@@ -241,7 +248,7 @@ def _fill(handle: int, begin: int, arena: Arena) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise OSError where files cannot be made in `directory`."""
+    """Raise OSError where no file can be created in `directory`."""
     try:
         handle, name = tempfile.mkstemp(prefix="optim8-", suffix=".paged", dir=directory)
     except OSError as error:

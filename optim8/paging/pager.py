@@ -1,4 +1,4 @@
-"""What a user says about where optimizer state may live."""
+"""Where optimizer state may live: the options that a user sets."""
 
 from __future__ import annotations
 
@@ -39,26 +39,25 @@ class Pager:
 
     Args:
         device_budget: bytes of state on a CUDA device, a number or a text such as "2GiB". None: what is free when
-            state is made, less `device_reserve`.
+            the optimizer allocates state, less `device_reserve`.
         host_budget: bytes of host memory. None: for CUDA parameters no limit; for parameters on the CPU all state is
-            in the file, and as much of it is in memory as the system's page cache holds. A limit covers the buckets
-            that are being stepped too: a step copies them from the file and back, and leaves none of it mapped.
-        directory: folder of the file; a relative one is taken from the present working directory. None: that of
-            temporary files, which TMPDIR names; mind that some systems have that in memory. It must be there, except
-            with `keep`.
-        keep: keep the file. All state is in `directory` then, which is a checkpoint of its own. It belongs to one
-            optimizer at a time, whose parameters are on the CPU.
-        resume: go on with the state that an earlier optimizer kept in `directory`; needs `keep`. True: with the state
-            of its last step, or of the checkpoint that it noted last (note_checkpoint), whichever the parameters are
-            of; where the state of the last step cannot be used, with the checkpoint's. "checkpoint": with the
-            checkpoint's.
-        bucket: bytes of the budget that are kept for streaming. A step over the file takes what the budget leaves, but
-            no more than four times that, and moves state in smaller pieces, of a half at most.
+            in the file, and the system's page cache holds as much of it as it can. A limit includes the buckets of a
+            running step: the step copies them from the file and back, and leaves nothing of the file mapped.
+        directory: folder of the file; a relative one starts from the present working directory. None: the directory of
+            temporary files (TMPDIR), which some systems have in memory. It must exist, except with `keep`.
+        keep: keep the state after the process ends. All of it is then in `directory`, which is a checkpoint by itself.
+            One optimizer at a time owns the directory, and its parameters are on the CPU.
+        resume: continue with the state that an earlier optimizer left in `directory`; needs `keep`. True: the state of
+            the last step or of the last noted checkpoint (note_checkpoint), whichever belongs to the parameters; the
+            checkpoint's where the state of the last step cannot be used. "checkpoint": always the checkpoint's.
+        bucket: bytes of the budget that are reserved for streaming. A step over the file uses what the budget leaves,
+            at most four times `bucket`, and moves state in pieces of at most half of it.
         device_reserve: bytes to leave free on a CUDA device where `device_budget` is None.
-        changed_params: go on also with parameters other than those that the last step in `directory` left; needs
-            `resume`. They are refused otherwise, where the directory tells of them.
-        checkpoint_copy: have note_checkpoint copy the state, so that a run that was killed later can return to it.
-            That takes as much room on the disk as the state, once. False: such a run starts anew from its checkpoint.
+        changed_params: accept parameters other than those that the last step in `directory` left; needs `resume`.
+            Otherwise the first step refuses them, where the directory has fingerprints of the right ones.
+        checkpoint_copy: note_checkpoint copies the state, so that a run that is killed later can return to the
+            checkpoint. The copy takes as much room on the disk as the state. False: such a run starts anew from its
+            checkpoint.
 
     Raises:
         ValueError, TypeError: an option cannot be honoured.
@@ -97,11 +96,11 @@ class Pager:
                 "Pager: changed_params=True is a word on the parameters of a resumed run. Pass resume=True too."
             )
         if self.directory is not None:
-            # Not when it is used: a program may go elsewhere until then, as those with a folder for each run do.
+            # Now and not at the first use: the program may change its working directory in between.
             object.__setattr__(self, "directory", Path(self.directory).absolute())
 
     def __repr__(self) -> str:
-        """What differs from the defaults, with sizes in words."""
+        """The options that differ from the defaults, with sizes as text."""
         given = {name: getattr(self, name) for name in _DEFAULTS if getattr(self, name) != _DEFAULTS[name]}
         words = {name: size_text(value) if name in _SIZES and value else value for name, value in given.items()}
         if self.directory is not None:
@@ -133,7 +132,7 @@ _DEFAULTS = {field.name: getattr(Pager(), field.name) for field in fields(Pager)
 
 
 def pager_of(owner: str, paged: bool | Pager | None, default: bool) -> Pager | None:
-    """What the argument `paged` of an optimizer asks for; `default`: whether its class is paged by name.
+    """The Pager that the argument `paged` of an optimizer stands for; `default`: whether its class is paged by name.
 
     Raises:
         ValueError, TypeError: it cannot be honoured.

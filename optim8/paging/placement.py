@@ -27,9 +27,9 @@ class Placement(Sequence[Place]):
     """One Place for each parameter, in the order of the groups; `print` shows a table.
 
     Attributes:
-        checkpoint: the checkpoint that was noted last and of which the disk has a copy of the state, as "'last.pt' of
-            step 12"; "" where there is none.
-        checkpoint_bytes: of that copy. They are not in `bytes_by_tier`.
+        checkpoint: the last noted checkpoint, where the disk has a copy of its state: such as "'last.pt' of step 12";
+            "" where there is no copy.
+        checkpoint_bytes: bytes of that copy. `bytes_by_tier` does not count them.
     """
 
     def __init__(self, places: Sequence[Place], checkpoint: str = "", checkpoint_bytes: int = 0) -> None:

@@ -14,7 +14,7 @@ import torch
 from optim8 import _native
 from optim8.paging import files, launches
 from optim8.paging.directory.journal import LOADING, RESETTING, STEPPING
-from optim8.paging.directory.state import Groups, Kept
+from optim8.paging.directory.state import Groups, StateDirectory
 from optim8.paging.files import Arena, Segment
 from optim8.paging.pager import Pager
 from optim8.paging.streaming import DIRECT, Stream
@@ -32,12 +32,12 @@ class Store:
         self.owner, self.rule, self.pager = owner, rule, pager
         self.directory = Path(pager.directory or tempfile.gettempdir()).absolute()
         self.segments: list[Segment] = []
-        self.kept: Kept | None = None
+        self.kept: StateDirectory | None = None
         self.groups: Groups = []  # of the optimizer
         self.state: dict[Any, Any] = {}  # of the optimizer
         self.local: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach  # the part of a parameter that is here
         if pager.keep:
-            self.kept = Kept(owner, rule, pager, params)
+            self.kept = StateDirectory(owner, rule, pager, params)
             self.segments += self.kept.reopened(self.limited)
         else:
             files.check_directory(self.directory)

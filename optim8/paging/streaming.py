@@ -1,4 +1,4 @@
-"""A step over state that is in files: where they are mapped, or in copies."""
+"""A step over state that is in files: in their mapping, or in copies of their parts."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from optim8.paging.files import Segment
 from optim8.paging.pager import Pager
 from optim8.paging.tiers import AHEAD, streaming_room
 
-# What a step over files does with the state: it uses the mapping, copies through the page cache to memory of its own
-# and back, or copies past the page cache.
+# The ways of a step over files: it works in the mapping, copies state through the page cache to memory of its own and
+# back, or copies past the page cache.
 MAPPED, CACHED, DIRECT = "mapped", "cached", "direct"
 
 # The share of the state that must be in the page cache for a step to be faster there. With less, going past it is.
 _ENOUGH = 2 / 3
-# Steps that go past the page cache before it is tried again whether state stays there: at first, and at last.
+# Steps that go past the page cache before one tries again whether state stays in it: at first, and at most.
 _FIRST_WAIT, _LAST_WAIT = 8, 64
-# Buckets that are in memory at a time where the step goes past the page cache: so many keep a disk busy.
+# Buckets in memory at a time where a step goes past the page cache: enough to keep a disk busy.
 _DIRECT_SLOTS = 8
-# Bytes of a bucket that is copied from the page cache: caches of the processor hold it until it is copied back.
+# Bytes of a bucket that is copied from the page cache: small enough that the processor's caches hold it meanwhile.
 _CACHED_BUCKET = 2**19
 
 
 class Stream:
     """The steps of one optimizer over its files.
 
-    State that the page cache holds is stepped where it is mapped; under a limit on what may be mapped, it is copied
-    from the page cache, stepped and copied back, which costs less than to map it anew in every step. What the page
+    A step works in the mapping where the page cache holds the state. Under a limit on mapped pages it copies state from
+    the page cache, steps it and copies it back, which costs less than to map it anew in every step. State that the page
     cache does not hold is read through it once, for it may stay there. Where it does not stay, steps go past the page
     cache: they read and write the disk directly, which is faster than through a cache that holds too little, and leaves
-    it to others. After some steps the page cache gets another chance.
+    the cache to others. After some steps one tries the page cache again.
     """
 
     def __init__(self, owner: str, pager: Pager) -> None:
@@ -44,24 +44,24 @@ class Stream:
         self._failed = ""
 
     def step(self, rows: Any, files: Sequence[Segment], host_taken: int) -> None:
-        """Step rows of the CPU, without counting the step.
+        """Step rows of parameters on the CPU. The step is not counted.
 
         Args:
-            rows: their state may be in `files`, of which none is empty.
+            rows: their state may be in `files`. No file is empty.
             host_taken: bytes of state in memory of the host.
 
         Raises:
-            OSError, MemoryError: the disk failed, or there was no memory, and the step has ended in the middle.
-            RuntimeError: that has happened before.
+            OSError, MemoryError: the disk failed or memory ran out, and the step has ended in the middle.
+            RuntimeError: an earlier step ended so.
         """
         if self._failed:
             raise RuntimeError(f"{self.owner}: an earlier step ended in the middle. {self._failed}")
         room = streaming_room(self.pager, host_taken)
         share = _native.cpu().share_in_memory([file.span for file in files])
         self.way = self._way(files, share)
-        copied = None if self.way == MAPPED else self._copied(rows, files, room, share)
+        step_in_copies = None if self.way == MAPPED else self._step_in_copies(rows, files, room, share)
         try:
-            if copied is None or not copied():
+            if step_in_copies is None or not step_in_copies():
                 self.way, self._memory = MAPPED, None
                 _native.cpu().Buckets(rows, [file.span for file in files], self.pager.bucket_bytes).run_mapped(
                     _native.threads(),
@@ -80,14 +80,16 @@ class Stream:
                 number, f"{self.owner}: the disk failed when state was {what}: {os.strerror(number)}. {self._failed}"
             ) from error
         if self.pager.host_bytes is not None:
-            _native.cpu().release_pages([file.span for file in files])  # what somebody has looked at
+            _native.cpu().release_pages([file.span for file in files])  # pages that somebody has read
 
     def free_memory(self) -> None:
-        """Let go of what a step keeps for the next one."""
+        """Free the memory that a step keeps for the next one."""
         self._memory = None
 
-    def _copied(self, rows: Any, files: Sequence[Segment], room: int, share: float) -> Callable[[], bool] | None:
-        """A step of copies of the state, which may find that it cannot be; None where there is no memory for it."""
+    def _step_in_copies(
+        self, rows: Any, files: Sequence[Segment], room: int, share: float
+    ) -> Callable[[], bool] | None:
+        """A step on copies of the state, False where it cannot run; None where there is no memory for copies."""
         direct, threads = self.way == DIRECT, _native.threads()
         size = min(self.pager.bucket_bytes // 2 if direct else _CACHED_BUCKET, room // (_DIRECT_SLOTS + 1))
         memory = self._memory = self._memory_of(room if direct else min(room, 2 * threads * _CACHED_BUCKET))
@@ -120,7 +122,7 @@ class Stream:
         return False
 
     def _memory_of(self, size: int) -> Any:
-        """None where there is no such room: the mapping needs none."""
+        """Memory for copies; None where there is none: the mapping needs no memory."""
         if self._memory is not None and self._memory.size == size:
             return self._memory
         self._memory = None

@@ -1,4 +1,5 @@
-"""Which tier state goes to: sizes and budgets in, tiers out. Nothing is allocated and no device is asked."""
+"""The tiers of memory, and which one each state goes to: a function of sizes and budgets, which allocates nothing and
+queries no device."""
 
 from __future__ import annotations
 
@@ -9,18 +10,18 @@ from optim8.paging.pager import Pager
 
 DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # fastest first
 PAGE = 4096  # bytes; memory and files are taken in whole pages
-# Times `bucket` that a step over the disk takes in memory where there is room, or has the system fetch ahead.
+# A step over the disk takes so many times `bucket` of memory where there is room, or has the system read so far ahead.
 # Once would do for a disk that never pauses.
 AHEAD = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The tier of each parameter's state, and what streaming it takes beside."""
+    """The tier of each parameter's state, and the memory that streaming needs in addition."""
 
     tiers: tuple[str, ...]  # "device", "host" or "disk", in the order of the sizes
     sizes: tuple[int, ...]  # bytes
-    streaming_bytes: int  # of host memory that a step over the disk uses beside; 0 without a limit
+    streaming_bytes: int  # host memory that a step over the disk needs in addition; 0 without a limit
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of state in each tier that gets any."""
@@ -40,19 +41,19 @@ def plan(
     host_taken: int = 0,
     owner: str = "optim8.paging.plan",
 ) -> Plan:
-    """Each state to the fastest tier that has room for it, in order; no state is split.
+    """Assign each state, in order, to the fastest tier that has room for it; no state is split.
 
     Args:
         pager: the budgets.
         sizes: bytes of each parameter's state.
         device_type: "cpu" or "cuda", of the parameters.
-        device_free: bytes that are free on a CUDA device; asked only where the pager states no device_budget.
-        device_taken, host_taken: bytes of the budgets that earlier state takes.
-        owner: who asks, for the errors.
+        device_free: bytes that are free on a CUDA device; it counts only where the pager has no device_budget.
+        device_taken, host_taken: bytes of the budgets that earlier state uses.
+        owner: the caller's name, for the errors.
 
     Raises:
-        ValueError: state of CUDA parameters finds no room but on the disk, which a GPU cannot reach; says which
-            host_budget has room for it.
+        ValueError: state of CUDA parameters has room on the disk only, which a GPU cannot reach; the message names a
+            host_budget that is large enough.
     """
     room: dict[str, int | None] = {
         DEVICE: _device_room(pager, device_type, device_free, device_taken),
@@ -73,8 +74,8 @@ def plan(
 
 
 def streaming_room(pager: Pager, host_taken: int) -> int:
-    """Bytes of memory that a step over the disk may use, in whole pages, when state in memory of the host takes
-    `host_taken`: what the budget leaves, and no more than is of use."""
+    """Bytes of memory, in whole pages, that a step over the disk may use when state takes `host_taken` bytes of host
+    memory: what the budget leaves, and no more than speeds the step up."""
     most = AHEAD * pager.bucket_bytes
     room = most if pager.host_bytes is None else max(pager.bucket_bytes, min(most, pager.host_bytes - host_taken))
     return room // PAGE * PAGE
@@ -105,7 +106,7 @@ def _device_room(pager: Pager, device_type: str, free: int, taken: int) -> int:
 
 
 def _host_room(pager: Pager, device_type: str, taken: int) -> int | None:
-    """Bytes that state may still take in memory of the host; None: any number."""
+    """Bytes of host memory that state may still take; None: any number."""
     if pager.keep or (pager.host_bytes is None and device_type == "cpu"):
         return 0
     if pager.host_bytes is None:

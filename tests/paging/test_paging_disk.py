@@ -286,7 +286,7 @@ def test_no_step_follows_one_that_memory_ended(monkeypatch: pytest.MonkeyPatch, 
     def no_memory() -> bool:
         raise MemoryError
 
-    monkeypatch.setattr(Stream, "_copied", lambda *_: no_memory)
+    monkeypatch.setattr(Stream, "_step_in_copies", lambda *_: no_memory)
     with pytest.raises(MemoryError, match=r"AdamW8bit: no memory in the middle of a step\. .*load a checkpoint"):
         optimizer.step()
     monkeypatch.undo()

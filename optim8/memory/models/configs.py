@@ -8,24 +8,25 @@ model's own config class. Sources: the models' papers (Radford et al. 2019, arXi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from optim8.memory.models.decoders import DECODERS
-from optim8.memory.models.entries import Reader, Shapes, Unwritten, head, size
+from optim8.memory.models.entries import Reader, Shapes, UnknownShapes, head, size
 
 
 def shapes(config: Mapping[str, Any]) -> tuple[str, Shapes]:
     """Title, and the shape of every parameter by name, tied ones once.
 
     Raises:
-        Unwritten: how such a model is built is not known here, or what one of its options does to its sizes.
+        UnknownShapes: how such a model is built is not known here, or what one of its options does to its sizes.
         ValueError: a size is missing or no positive whole number.
     """
     kind = config.get("model_type")
     if kind is None:
         return "explicit sizes", _explicit(config)
     if kind not in FAMILIES:
-        raise Unwritten(f"optim8.memory.plan: the shapes of a {kind!r} are not written down here")
+        raise UnknownShapes(f"optim8.memory.plan: the shapes of a {kind!r} are not written down here")
     read, architecture = FAMILIES[kind]
     named = config.get("architectures") or [architecture]
     reader = Reader(config)
@@ -91,7 +92,7 @@ def _norm(name: str, width: int) -> Shapes:
 def _bert(config: Mapping[str, Any], architecture: str) -> Shapes:
     positions = config.get("position_embedding_type") or "absolute"
     if positions != "absolute":
-        raise Unwritten(f"optim8.memory.plan: position_embedding_type={positions!r} is not written down here")
+        raise UnknownShapes(f"optim8.memory.plan: position_embedding_type={positions!r} is not written down here")
     width, inner = size(config, "hidden_size"), size(config, "intermediate_size")
     vocabulary = size(config, "vocab_size")
     found: Shapes = {
@@ -108,31 +109,40 @@ def _bert(config: Mapping[str, Any], architecture: str) -> Shapes:
         found |= _linear(f"{at}.intermediate.dense", inner, width) | _linear(f"{at}.output.dense", width, inner)
         found |= _norm(f"{at}.output.LayerNorm", width)
     if architecture not in _BERT_HEADS:
-        raise Unwritten(f"optim8.memory.plan: the shapes of a {architecture!r} are not written down here")
-    pooled, masked, pair, labels = _BERT_HEADS[architecture]
-    if pooled:
+        raise UnknownShapes(f"optim8.memory.plan: the shapes of a {architecture!r} are not written down here")
+    heads = _BERT_HEADS[architecture]
+    if heads.pooler:
         found |= _linear("bert.pooler.dense", width, width)
-    if masked:
+    if heads.masked_tokens:
         found |= _linear("cls.predictions.transform.dense", width, width)
         found |= _norm("cls.predictions.transform.LayerNorm", width)
         found["cls.predictions.bias"] = (vocabulary,)
         if not config.get("tie_word_embeddings", True):
             found |= _linear("cls.predictions.decoder", vocabulary, width)
-    if pair:
+    if heads.sentence_pairs:
         found |= _linear("cls.seq_relationship", 2, width)
-    if labels:
+    if heads.labels:
         count = len(config["id2label"]) if config.get("id2label") else size(config, "num_labels", 2)
         found |= _linear("classifier", count, width)
     return found
 
 
-# Whether a bert has a pooler, a head for masked tokens, one for pairs of sentences, and one over labels.
+@dataclass(frozen=True)
+class _BertHeads:
+    """What an architecture has above bert's layers."""
+
+    pooler: bool = False
+    masked_tokens: bool = False
+    sentence_pairs: bool = False
+    labels: bool = False
+
+
 _BERT_HEADS = {
-    "BertModel": (True, False, False, False),
-    "BertForMaskedLM": (False, True, False, False),
-    "BertForPreTraining": (True, True, True, False),
-    "BertForSequenceClassification": (True, False, False, True),
-    "BertForTokenClassification": (False, False, False, True),
+    "BertModel": _BertHeads(pooler=True),
+    "BertForMaskedLM": _BertHeads(masked_tokens=True),
+    "BertForPreTraining": _BertHeads(pooler=True, masked_tokens=True, sentence_pairs=True),
+    "BertForSequenceClassification": _BertHeads(pooler=True, labels=True),
+    "BertForTokenClassification": _BertHeads(labels=True),
 }
 
 # By model_type: how to read the config, and the architecture where it names none.

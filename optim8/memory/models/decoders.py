@@ -24,7 +24,7 @@ def _dense(config: Config, _layer: int) -> Shapes:
     return _gated("mlp", config, "intermediate_size")
 
 
-def _joined(config: Config, _layer: int) -> Shapes:
+def _gate_up(config: Config, _layer: int) -> Shapes:
     """Gate and input as one matrix."""
     hidden, inner = size(config, "hidden_size"), size(config, "intermediate_size")
     return {"mlp.gate_up_proj.weight": (2 * inner, hidden), "mlp.down_proj.weight": (hidden, inner)}
@@ -132,5 +132,5 @@ DECODERS: dict[str, tuple[Callable[[Config, str], Shapes], str]] = {
     "qwen3": (Decoder(_dense, key_heads=32, head_dim=128, head_norms=True), "Qwen3ForCausalLM"),
     "qwen3_moe": (Decoder(_qwen_moe, key_heads=4, head_norms=True), "Qwen3MoeForCausalLM"),
     "gemma2": (Decoder(_dense, key_heads=4, head_dim=256, norms=_GEMMA_NORMS, tied=True), "Gemma2ForCausalLM"),
-    "phi3": (Decoder(_joined, bias=(False, False), one_matrix=True), "Phi3ForCausalLM"),
+    "phi3": (Decoder(_gate_up, bias=(False, False), one_matrix=True), "Phi3ForCausalLM"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Unwritten(ValueError):
+class UnknownShapes(ValueError):
     """The shapes of this kind of model are not written down in this package."""
 
 
@@ -49,11 +49,11 @@ class Reader(dict[str, Any]):
         """That every option which by its name may change sizes was asked for, or has no effect.
 
         Raises:
-            Unwritten: one was not.
+            UnknownShapes: one was not.
         """
         for name, value in self.items():
             if value and name not in self._read | _NO_SIZE and _SIZE.search(name):
-                raise Unwritten(
+                raise UnknownShapes(
                     f"optim8.memory.plan: what {name}={value!r} does to a {kind!r} is not written down here"
                 )
 
@@ -72,4 +72,4 @@ def head(config: Mapping[str, Any], name: str, architecture: str, tied: bool, sh
         return {} if config.get("tie_word_embeddings", tied) else {name: shape}
     if architecture.endswith("Model") and not architecture.endswith("HeadsModel"):
         return {}
-    raise Unwritten(f"optim8.memory.plan: the shapes of a {architecture!r} are not written down here")
+    raise UnknownShapes(f"optim8.memory.plan: the shapes of a {architecture!r} are not written down here")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from optim8.memory.models import builder, configs
-from optim8.memory.models.entries import Unwritten
+from optim8.memory.models.entries import UnknownShapes
 from optim8.optim import sharded
 from optim8.text import size_cell
 
@@ -233,6 +233,6 @@ def _of_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:
     dtype = dtype or (dtype_of(stated) if isinstance(stated, (str, torch.dtype)) else torch.float32)
     try:
         title, shapes = configs.shapes(config)
-    except Unwritten as error:
+    except UnknownShapes as error:
         return _of_module(builder.build(config, str(error)), dtype)
     return Model(title, tuple(_parameter(name, shape, dtype) for name, shape in shapes.items()))

@@ -37,26 +37,26 @@ def options(planned: Plan, budget: int | str) -> list[Option]:
     """
     limit = budget_bytes(budget)
     single = [_option(planned, change, limit) for change in _changes(planned, limit)]
-    found = [_option(planned, {}, limit), *single]
-    if not any(option.fits for option in found):
-        found += [option for option in _pairs(planned, single, limit) if option.fits]
-    found += [option for option in [_sharded(planned, limit)] if option is not None]
-    return found
+    choices = [_option(planned, {}, limit), *single]
+    if not any(option.fits for option in choices):
+        choices += [option for option in _pairs(planned, single, limit) if option.fits]
+    choices += [option for option in [_with_shards(planned, limit)] if option is not None]
+    return choices
 
 
-def describe(found: Sequence[Option], budget: int | str) -> str:
-    """A table of the options that `options` found, with the memory that each leaves, and a sentence on what makes the
+def describe(choices: Sequence[Option], budget: int | str) -> str:
+    """A table of the options that `options` gave, with the memory that each leaves, and a sentence on what makes the
     plan fit."""
     limit = budget_bytes(budget)
     rows = []
-    for option in found:
+    for option in choices:
         need = option.plan.needed
         spare = size_cell(limit - need) if option.fits else f"does not fit: {size_cell(need - limit)} too much"
         elsewhere = [f"{size_cell(count)} {tier}" for tier, count in option.plan.elsewhere.items()]
         rows.append([option.name, size_cell(need), spare, " and ".join(elsewhere) or "-"])
-    fitting = [option.name for option in found if option.fits]
-    if found[0].fits:
-        left = size_cell(limit - found[0].plan.needed)
+    fitting = [option.name for option in choices if option.fits]
+    if choices[0].fits:
+        left = size_cell(limit - choices[0].plan.needed)
         verdict = f"It fits as planned, if activations, which are not planned, take at most the {left} that are left."
     elif fitting:
         verdict = f"What makes it fit, with the memory in the table left for activations: {'; or '.join(fitting)}."
@@ -98,7 +98,7 @@ def _changes(planned: Plan, limit: int) -> Iterator[dict[str, Any]]:
         yield {"paged": True, "budget": limit}
 
 
-def _sharded(planned: Plan, limit: int) -> Option | None:
+def _with_shards(planned: Plan, limit: int) -> Option | None:
     """The smallest power of two of devices over which it fits; None where no number does."""
     count = 2 * planned.world_size if planned.sharding == "fsdp" else max(2, planned.world_size)
     while count <= _MOST_DEVICES:

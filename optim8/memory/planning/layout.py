@@ -18,12 +18,12 @@ from optim8.paging.tiers import DEVICE, HOST, PAGE, TIERS
 from optim8.paging.tiers import plan as plan_tiers
 
 Bytes = dict[tuple[str, str], int]  # by kind and tier
-Wanted = list[tuple[torch.Tensor, bool]]  # a tensor on the meta device, and whether its state is 8-bit
+Requests = list[tuple[torch.Tensor, bool]]  # a tensor on the meta device, and whether its state is 8-bit
 
 
-def wanted(
-    made: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[int, tuple[int, ...]], frozen: set[int]
-) -> tuple[list[Wanted], list[int]]:
+def state_requests(
+    optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[int, tuple[int, ...]], frozen: set[int]
+) -> tuple[list[Requests], list[int]]:
     """What a device holds of the parameters of each group that have state, and in which precision; and the numbers of
     values of those tensors that would have 8-bit state if they were not under `min_8bit_size`.
 
@@ -36,28 +36,30 @@ def wanted(
         ValueError: a group has a parameter that is not in `parts`.
     """
     resolved = None if overrides.none_made() else overrides.resolve("optim8.memory.plan", groups)
-    found: list[Wanted] = []
+    requests: list[Requests] = []
     small: list[int] = []
     for index, group in enumerate(groups):
-        found.append([])
+        requests.append([])
         for position, param in enumerate(group["params"]):
             if id(param) not in parts:
                 raise ValueError(
                     f"optim8.memory.plan: parameter {position} of group {index} of the optimizer must be a "
                     "parameter of the model. Pass the module that the optimizer was made for."
                 )
-            entry = made.state.get(param)
+            entry = optimizer.state.get(param)
             if not entry and id(param) in frozen:
                 continue
             options = {**group, **({} if resolved is None else resolved.by_id.get(id(param), {}))}
-            in_8_bits = made.moments[0].absmax in entry if entry else wants_8bit(options, param)
-            found[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), in_8_bits))
+            in_8_bits = optimizer.moments[0].absmax in entry if entry else wants_8bit(options, param)
+            requests[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), in_8_bits))
             if not in_8_bits and wants_8bit({**options, "min_8bit_size": 0}, param):
                 small.append(param.numel())
-    return found, small
+    return requests, small
 
 
-def laid_out(moments: Sequence[Moment], groups: Sequence[Wanted], pager: Pager | None, device: str, free: int) -> Bytes:
+def state_bytes(
+    moments: Sequence[Moment], groups: Sequence[Requests], pager: Pager | None, device: str, free: int
+) -> Bytes:
     """Bytes by kind and tier of the state of all groups.
 
     Args:
@@ -65,7 +67,7 @@ def laid_out(moments: Sequence[Moment], groups: Sequence[Wanted], pager: Pager |
         free: bytes that paged state finds free on a CUDA device.
     """
     store = None if pager is None else _MetaStore(pager, device, free)
-    found: Bytes = {}
+    totals: Bytes = {}
     arenas: dict[int, tuple[str, int]] = {}
     entries = [entry for group in groups for entry in states.allocate(moments, group, store)]  # type: ignore[arg-type]
     for entry in entries:
@@ -73,14 +75,14 @@ def laid_out(moments: Sequence[Moment], groups: Sequence[Wanted], pager: Pager |
             kind, key = _kind(name, value), _key(value)
             tier = "device" if device == "cuda" and value.device.type == "meta" else "host"
             tier = tier if store is None else store.tiers.get(key, tier)
-            found[kind, tier] = found.get((kind, tier), 0) + value.nbytes
+            totals[kind, tier] = totals.get((kind, tier), 0) + value.nbytes
             arenas[key] = (tier, value.untyped_storage().nbytes())
     for tier in TIERS:
-        of_tensors = sum(count for (_, of_tier), count in found.items() if of_tier == tier)
-        found["alignment", tier] = sum(size for of_tier, size in arenas.values() if of_tier == tier) - of_tensors
+        of_tensors = sum(count for (_, of_tier), count in totals.items() if of_tier == tier)
+        totals["alignment", tier] = sum(size for of_tier, size in arenas.values() if of_tier == tier) - of_tensors
     if store is not None and store.streaming:
-        found["paging buffers", "host"] = store.streaming
-    return found
+        totals["paging buffers", "host"] = store.streaming
+    return totals
 
 
 class _MetaStore:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from optim8 import optim
-from optim8.memory.models import model as models
-from optim8.memory.models.model import Parameter
+from optim8.memory.models.model import Model, Parameter, dtype_of, read
 from optim8.memory.planning import layout
 from optim8.memory.planning.layout import Bytes
 from optim8.memory.planning.peers import PEERS
@@ -93,13 +92,13 @@ def plan(
         (131072, 2048, 2056)
     """
     request = {name: value for name, value in locals().items() if name != "beside"}
-    model = models.read(model_or_config, None if dtype is None else models.dtype_of(dtype))
+    model = read(model_or_config, None if dtype is None else dtype_of(dtype))
     device = device or model.device or "cuda"
     _check(model, world_size, sharding, device)
     held = [shard(parameter, world_size if sharding == "fsdp" else 1) for parameter in model.parameters]
     trained = [parameter for parameter in held if parameter.trainable]
     stepped = [torch.float32 if master_copies and p.dtype.itemsize < 4 else p.dtype for p in trained]
-    grads = None if grad_dtype is None else models.dtype_of(grad_dtype)
+    grads = None if grad_dtype is None else dtype_of(grad_dtype)
     tier = "device" if device == "cuda" else "host"
     rows = {
         ("parameters", tier): sum(p.nbytes for p in held),
@@ -112,11 +111,11 @@ def plan(
     options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
     given = {name: value for name, value in options.items() if value is not None}
     free = 0 if budget is None else max(0, budget_bytes(budget) - sum(rows.values()))
-    label, moments, state, small = _state(optimizer, held, trained, stepped, given, paged, device, free)
-    rows |= state
+    state = _state(optimizer, held, trained, stepped, given, paged, device, free)
+    rows |= state.bytes
     return Plan(
         model.title,
-        label,
+        state.label,
         tuple(Row(kind, tier, count) for (kind, tier), count in rows.items() if count),
         world_size,
         sharding,
@@ -125,9 +124,9 @@ def plan(
         sum(p.size for p in held),
         tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters})),
         device,
-        _beside({**request, **dict.fromkeys([*options, "paged"])}, label, moments, stepped) if beside else (),
+        _beside({**request, **dict.fromkeys([*options, "paged"])}, state, stepped) if beside else (),
         request,
-        (*model.notes, *_on_small(small, moments, state)),
+        (*model.notes, *_on_small(state)),
     )
 
 
@@ -139,7 +138,7 @@ def shard(parameter: Parameter, count: int) -> Parameter:
     return Parameter(parameter.name, parameter.whole, local, parameter.dtype, parameter.trainable)
 
 
-def _check(model: models.Model, world_size: Any, sharding: str, device: str) -> None:
+def _check(model: Model, world_size: Any, sharding: str, device: str) -> None:
     if sharding not in SHARDINGS:
         raise ValueError(f"optim8.memory.plan: sharding must be one of {', '.join(SHARDINGS)}, got {sharding!r}.")
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
@@ -153,9 +152,20 @@ def _check(model: models.Model, world_size: Any, sharding: str, device: str) -> 
         )
 
 
-def _on_small(small: Sequence[int], moments: int, state: Bytes) -> list[str]:
+@dataclass(frozen=True)
+class _State:
+    """The planned state of one optimizer."""
+
+    label: str
+    moments: int  # of the rule
+    bytes: Bytes
+    small: Sequence[int] = ()  # sizes of the tensors that are too small for 8-bit state
+
+
+def _on_small(state: _State) -> list[str]:
     """A sentence on tensors that are too small for 8-bit state, where their state is a good part of all."""
-    nbytes, total = moments * 4 * sum(small), sum(count for (kind, _), count in state.items() if kind in STATE)
+    small, total = state.small, sum(count for (kind, _), count in state.bytes.items() if kind in STATE)
+    nbytes = state.moments * 4 * sum(small)
     if nbytes <= _WORTH_A_NOTE * total:
         return []
     return [
@@ -164,15 +174,15 @@ def _on_small(small: Sequence[int], moments: int, state: Bytes) -> list[str]:
     ]
 
 
-def _beside(request: dict[str, Any], label: str, moments: int, stepped: Sequence[torch.dtype]) -> tuple[Plan, ...]:
+def _beside(request: dict[str, Any], state: _State, stepped: Sequence[torch.dtype]) -> tuple[Plan, ...]:
     """The same training with each optimizer that does the same, and with torch's."""
-    names = [] if label.startswith("optim8") else ["adamw8bit" if moments == 2 else "lion8bit"]
-    names += [name for name, peer in PEERS.items() if peer.moments == moments or name == "torch-adamw"]
+    names = [] if state.label.startswith("optim8") else ["adamw8bit" if state.moments == 2 else "lion8bit"]
+    names += [name for name, peer in PEERS.items() if peer.moments == state.moments or name == "torch-adamw"]
     plans = [plan(**{**request, "optimizer": name}, beside=False) for name in names]
     if any(dtype.itemsize < 4 for dtype in stepped):
         mixed = plan(**{**request, "optimizer": "torch-adamw", "master_copies": True}, beside=False)
         plans.insert(names.index("torch-adamw") + 1, replace(mixed, optimizer=f"{mixed.optimizer}, float32 master"))
-    return tuple(other for other in plans if other.optimizer != label)
+    return tuple(other for other in plans if other.optimizer != state.label)
 
 
 def _state(
@@ -184,9 +194,7 @@ def _state(
     paged: bool | Pager | None,
     device: str,
     free: int,
-) -> tuple[str, int, Bytes, list[int]]:
-    """The optimizer's label, its number of moments, bytes by kind and tier of what it will hold, and the sizes of
-    tensors that are too small for 8-bit state."""
+) -> _State:
     if isinstance(optimizer, str):
         optimizer = _ALIASES.get(optimizer.lower(), optimizer)
     if isinstance(optimizer, str) and optimizer.lower() in PEERS:
@@ -194,20 +202,20 @@ def _state(
             given = ", ".join([*options, *(["paged"] if paged else [])])
             raise ValueError(f"optim8.memory.plan: {given} belongs to optim8's optimizers, not to {optimizer}.")
         peer = PEERS[optimizer.lower()]
-        state = peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
-        return peer.label, peer.moments, {(kind, _tier(kind, device)): count for kind, count in state.items()}, []
+        by_kind = peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
+        return _State(peer.label, peer.moments, {(kind, _tier(kind, device)): n for kind, n in by_kind.items()})
     cls = OURS.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
     if isinstance(cls, BlockwiseOptimizer):
         if options or paged is not None:
             raise ValueError("optim8.memory.plan: options and paged are the optimizer's own already. Leave them out.")
-        made, groups, pager = cls, cls.param_groups, None if cls._store is None else cls._store.pager
+        ours, groups, pager = cls, cls.param_groups, None if cls._store is None else cls._store.pager
     elif isinstance(cls, type) and issubclass(cls, BlockwiseOptimizer):
         pager = pager_of("optim8.memory.plan", paged, cls.always_paged)
         pairs = zip(trained, stepped)
         meta = [torch.empty(p.whole.shape, dtype=dtype, device="meta", requires_grad=True) for p, dtype in pairs]
-        made = cls([{"params": meta}], **options)  # refuses what training would refuse
+        ours = cls([{"params": meta}], **options)  # refuses what training would refuse
         names = {"params": [p.whole for p in trained], "param_names": [p.name for p in trained]}
-        groups = [{**made.param_groups[0], **names}]
+        groups = [{**ours.param_groups[0], **names}]
     else:
         near = difflib.get_close_matches(str(optimizer).lower(), [*OURS, *PEERS], 1)
         raise ValueError(
@@ -215,9 +223,10 @@ def _state(
             f"its class, got {optimizer!r}.{f' Do you mean {near[0]!r}?' if near else ''}"
         )
     frozen = {id(p.whole) for p in held if not p.trainable}
-    wanted, small = layout.wanted(made, groups, {id(p.whole): p.local for p in held}, frozen)
-    label = f"optim8 {type(made).__name__}" + (" paged" if pager is not None and not made.always_paged else "")
-    return label, len(made.moments), layout.laid_out(made.moments, wanted, pager, device, free), small
+    requests, small = layout.state_requests(ours, groups, {id(p.whole): p.local for p in held}, frozen)
+    label = f"optim8 {type(ours).__name__}" + (" paged" if pager is not None and not ours.always_paged else "")
+    nbytes = layout.state_bytes(ours.moments, requests, pager, device, free)
+    return _State(label, len(ours.moments), nbytes, small)
 
 
 def _tier(kind: str, device: str) -> str:

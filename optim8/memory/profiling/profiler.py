@@ -89,7 +89,7 @@ class profile(Profile):
             self._model.register_forward_pre_hook(self._on_forward),
             self._model.register_forward_hook(self._on_output),
             self._optimizer.register_step_pre_hook(self._on_step),
-            self._optimizer.register_step_post_hook(self._on_stepped),
+            self._optimizer.register_step_post_hook(self._after_step),
         ]
         return self
 
@@ -112,9 +112,9 @@ class profile(Profile):
     def _on_gradient(self, _gradient: torch.Tensor) -> None:
         if self._running and self._phase == FORWARD:
             self._mark(BACKWARD)
-            torch.autograd.Variable._execution_engine.queue_callback(self._on_backward_done)
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
-    def _on_backward_done(self) -> None:
+    def _after_backward(self) -> None:
         if self._running and self._phase == BACKWARD:
             self._mark(STEP if self._in_step else BETWEEN)  # inside a step: of a closure
 
@@ -122,7 +122,7 @@ class profile(Profile):
         self._in_step = True
         self._mark(STEP)
 
-    def _on_stepped(self, *_: Any) -> None:
+    def _after_step(self, *_: Any) -> None:
         self._measure_state()
         self._mark(BETWEEN)
         self._in_step = False

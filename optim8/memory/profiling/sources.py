@@ -86,14 +86,14 @@ class AllocationSource:
             )
         self._level = known
         self._before = {gradient.data_ptr(): gradient.nbytes for gradient in gradients}
-        self._watches = [weakref.finalize(gradient, self._note_freed, gradient.data_ptr()) for gradient in gradients]
+        self._watches = [weakref.finalize(gradient, self._note_end, gradient.data_ptr()) for gradient in gradients]
         self._enable()
         self.mark()
 
     def mark(self) -> None:
         _note(self._MARK)
 
-    def _note_freed(self, address: int) -> None:
+    def _note_end(self, address: int) -> None:
         _note(f"{self._FREED}{address}")
 
     def readings(self, last: bool) -> Sequence[Reading]:
@@ -107,7 +107,7 @@ class AllocationSource:
         starts = [event.start_ns() for event in events]
         if any(map(operator.gt, starts, starts[1:])):
             events = [event for _, event in sorted(zip(starts, events), key=operator.itemgetter(0))]
-        reported: set[int] | None = None
+        from_before: set[int] | None = None
         found: list[Reading] = []
         level = most = self._level
         for event in events:
@@ -122,9 +122,9 @@ class AllocationSource:
                 found.append((level, most))
                 most = level
             elif name.startswith(self._FREED):
-                reported = _reported(result) if reported is None else reported
+                from_before = _addresses_from_before(result) if from_before is None else from_before
                 address = int(name[len(self._FREED) :])
-                level -= 0 if address in reported else self._before[address]
+                level -= 0 if address in from_before else self._before[address]
         self._level = level
         return found
 
@@ -143,7 +143,7 @@ def _note(name: str) -> None:
     _profiler._record_function_with_args_exit(_profiler._record_function_with_args_enter(name))
 
 
-def _reported(result: Any) -> set[int]:
+def _addresses_from_before(result: Any) -> set[int]:
     """Addresses of which the first that is told is the end: an earlier run of the profiler saw them begin."""
     first: dict[int, tuple[int, int]] = {}
     waiting = list(result.experimental_event_tree())

@@ -1,1 +1,1 @@
-"""A directory that keeps the state of one optimizer beyond its process."""
+"""A directory that keeps the state of one optimizer after its process has ended."""

@@ -1,4 +1,4 @@
-"""The checkpoint that was noted last in a kept directory, and the copy of the state at that step."""
+"""The last noted checkpoint of a directory of state, and the copy of the state at that step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DAMAGED = "Restore it, or remove it to resume without that checkpoint."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was noted; `layout` (layout.json of that step) and `params` (fingerprints) are empty without a copy."""
+    """A noted checkpoint. Without a copy `layout` (layout.json of that step) and `params` (fingerprints) are empty."""
 
     what: str
     step: int
@@ -45,7 +45,7 @@ def now(what: str, step: int) -> Checkpoint:
 
 
 def read(records: Records) -> Checkpoint | None:
-    """The checkpoint that was noted last.
+    """The last noted checkpoint.
 
     Raises:
         ValueError: the file that tells of it is damaged.
@@ -61,7 +61,7 @@ def read(records: Records) -> Checkpoint | None:
 
 
 def advice(records: Records) -> str:
-    """What to do where state cannot be used."""
+    """Advice for a user whose state cannot be used."""
     begin = "Start with another directory and load a checkpoint"
     try:
         last = read(records)
@@ -74,7 +74,7 @@ def advice(records: Records) -> str:
 
 
 def write(records: Records, checkpoint: Checkpoint) -> None:
-    """Make it the one that was noted last."""
+    """Make it the last noted checkpoint."""
     records.write_json(NAME, asdict(checkpoint))
 
 
@@ -84,10 +84,10 @@ def path_of_copy(records: Records, index: int) -> Path:
 
 
 def make_room(records: Records, files: Sequence[Segment]) -> None:
-    """Blocks on the disk for a copy of these files, over those of an earlier copy, which stays what it is.
+    """Reserve blocks on the disk for a copy of these files, beyond those of an earlier copy, whose content stays.
 
     Raises:
-        OSError: there is no room for it. Nothing has changed.
+        OSError: there is no room. Nothing has changed.
     """
     made = []
     try:
@@ -95,7 +95,7 @@ def make_room(records: Records, files: Sequence[Segment]) -> None:
             path = path_of_copy(records, index)
             if not path.exists():
                 made.append(path)
-            with _opened(path, os.O_RDWR | os.O_CREAT) as handle:
+            with _descriptor(path, os.O_RDWR | os.O_CREAT) as handle:
                 if os.fstat(handle).st_size < file.memory.numel():
                     reserve(handle, file.memory.numel(), records.directory, _NO_ROOM)
     except OSError:
@@ -111,17 +111,17 @@ _NO_ROOM = (
 
 
 def copy_state(records: Records, files: Sequence[Segment], past_cache: bool) -> None:
-    """Copy files of state, on the disk; remove what is left of earlier copies.
+    """Copy files of state, so that the copies are on the disk; remove what earlier copies leave over.
 
     Args:
         records: of the directory.
-        files: what make_room was called with.
-        past_cache: leave the page cache to others, where the file system has a way to.
+        files: those that make_room got.
+        past_cache: go past the page cache, where the file system can.
     """
     for index, file in enumerate(files):
         path, size = path_of_copy(records, index), file.memory.numel()
         direct = past_cache and file.direct is not None
-        with _opened(path, os.O_RDWR | (os.O_DIRECT if direct else 0)) as goal:
+        with _descriptor(path, os.O_RDWR | (os.O_DIRECT if direct else 0)) as goal:
             source = file.direct if direct else file.handle
             if source is not None:
                 _copy(source, goal, 0, size)
@@ -134,7 +134,7 @@ def copy_state(records: Records, files: Sequence[Segment], past_cache: bool) -> 
 
 
 def remove_copies(records: Records, first: int = 0) -> None:
-    """Remove the copies of files of state from an index on."""
+    """Remove the copies of files of state from index `first` on."""
     for path in records.directory.glob("checkpoint-*.bin"):
         index = path.stem.removeprefix("checkpoint-")
         if index.isdecimal() and int(index) >= first:
@@ -142,15 +142,15 @@ def remove_copies(records: Records, first: int = 0) -> None:
 
 
 def copy_back(source: Path, goal: Path, head: bytes, size: int) -> None:
-    """A new file of state from a copy, with another head.
+    """Make a new file of state, with another head, from a copy.
 
     Raises:
         OSError: there is no room for it. Nothing is left behind.
     """
     try:
         with (
-            _opened(goal, os.O_RDWR | os.O_CREAT | os.O_EXCL) as to,
-            _opened(source, os.O_RDONLY) as of,
+            _descriptor(goal, os.O_RDWR | os.O_CREAT | os.O_EXCL) as to,
+            _descriptor(source, os.O_RDONLY) as of,
         ):
             reserve(to, size, goal.parent, " to return to the checkpoint beside the state of the last step")
             os.pwrite(to, head, 0)
@@ -161,8 +161,8 @@ def copy_back(source: Path, goal: Path, head: bytes, size: int) -> None:
 
 
 def _copy(source: int, goal: int, begin: int, end: int) -> None:
-    """Through a buffer that begins and ends with pages, as I/O past the page cache needs it. A copy by the system could
-    share the blocks of both files, and then writing to one would need room that is not reserved."""
+    """Copy through a buffer of whole pages, which I/O past the page cache needs. The system's own copy could let both
+    files share blocks; whoever writes to one later would then need room that nobody has reserved."""
     with mmap.mmap(-1, _CHUNK) as buffer, memoryview(buffer) as memory:
         for at in range(begin, end, _CHUNK):
             size = min(_CHUNK, end - at)
@@ -178,7 +178,7 @@ def _copy(source: int, goal: int, begin: int, end: int) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
+def _descriptor(path: Path, flags: int) -> Iterator[int]:
     handle = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
         yield handle

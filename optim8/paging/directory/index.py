@@ -1,8 +1,8 @@
-"""Which tensor lies where in the files of a kept directory (layout.json)."""
+"""The index of a directory of state (layout.json): in which file each tensor lies, and where in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,42 @@ _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
 
 def header(run: str, name: str) -> bytes:
-    """What a file of state begins with."""
+    """The first page of a file of state."""
     return f"optim8 state {run} {name}\n".encode().ljust(PAGE, b"\0")
 
 
 def files(records: Records, layout: Mapping[str, Any], name: str, advice: str) -> list[tuple[str, int]]:
-    """Names and sizes of the files of state; `name`: of the file that has the layout."""
+    """Names and sizes of the files of state; `name`: the file that the layout comes from."""
     with records.parsing(name, f"Restore it. {advice}"):
         return [(str(segment["file"]), int(segment["size"])) for segment in layout["segments"]]
 
 
-def check_file(owner: str, path: Path, size: int, head: bytes, advice: str, may_be_longer: bool = False) -> None:
-    """Raise ValueError where a file of state is not of this size or does not begin with this head; a copy may be
-    longer, when room was made for the next one."""
+def check_files(
+    records: Records,
+    run: str,
+    layout: Mapping[str, Any],
+    name: str,
+    advice: str,
+    path_of_copy: Callable[[Records, int], Path] | None = None,
+) -> None:
+    """Raise ValueError where files of state are not those of a layout.
+
+    Args:
+        records: of the directory.
+        run: whose state it is.
+        layout: tells of the files.
+        name: of the file that has the layout.
+        advice: what to do where one is not.
+        path_of_copy: where the copy of each file is; None: the files themselves are checked.
+    """
+    for number, (file, size) in enumerate(files(records, layout, name, advice)):
+        path = records.directory / file if path_of_copy is None else path_of_copy(records, number)
+        _check_file(records.owner, path, size, header(run, file), advice, path_of_copy is not None)
+
+
+def _check_file(owner: str, path: Path, size: int, head: bytes, advice: str, may_be_longer: bool) -> None:
+    """Raise ValueError where a file of state has another size or another head. A copy may be longer: there is room for
+    the next one in it."""
     got = path.stat().st_size if path.exists() else 0
     if got < size or (got > size and not may_be_longer):
         raise ValueError(
@@ -39,7 +62,7 @@ def check_file(owner: str, path: Path, size: int, head: bytes, advice: str, may_
             raise ValueError(f"{owner}: {path} is a file of another run. Restore the right one. {advice}")
 
 
-def renamed(layout: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def with_file_names(layout: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """The layout with other names of files."""
     segments_now = [{**segment, "file": names[segment["file"]]} for segment in layout["segments"]]
     params = {
@@ -50,7 +73,7 @@ def renamed(layout: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 
 
 def tensor(at: Mapping[str, Any], mapped: Sequence[Segment]) -> tuple[tuple[int, ...], torch.Tensor]:
-    """The shape and the tensor that `describe` told of, in mapped files."""
+    """The shape and the tensor of an entry that `describe` wrote, in mapped files."""
     shape = tuple(map(int, at["shape"]))
     by_name = {file.path.name: file.memory for file in mapped if file.path is not None}
     flat = part(by_name[at["file"]], at["begin"], at["values"], _DTYPES[at["dtype"]])
@@ -60,7 +83,7 @@ def tensor(at: Mapping[str, Any], mapped: Sequence[Segment]) -> tuple[tuple[int,
 def describe(
     owner: str, directory: Path, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], mapped: Sequence[Segment]
 ) -> dict[str, Any]:
-    """The part of a layout that tells of files and of state, by position of the parameter.
+    """The part of a layout that lists files, and tensors of state by position of the parameter.
 
     Raises:
         RuntimeError: some state is not in these files.

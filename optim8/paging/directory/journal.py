@@ -1,5 +1,5 @@
-"""Whose a kept directory is, and whether its state is whole: a file that is locked by its owner and mapped, so that
-what it says survives a kill."""
+"""Who owns a directory of state, and whether the state is whole: in a file that its owner locks and maps, so that its
+content survives a kill."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _DOING = {
 }
 _MAGIC = b"optim8 1"
 _SIZE = 4096
-# After the magic: what is being done, whether all is on the disk, whether params.json tells of the parameters of this
-# state, process, count of steps, boot of the system, bytes of the witness and the witness: fingerprints, as JSON, of a
-# few of the parameters that the last step left.
+# After the magic: what is being done, whether all is on the disk, whether params.json has the parameters of this state,
+# process, count of steps, boot of the system, bytes of the witness, and the witness: fingerprints, as JSON, of a few of
+# the parameters that the last step left.
 _MARK, _SYNCED, _PARAMS, _PROCESS, _STEPS, _BOOT, _WITNESS = 8, 9, 10, 12, 16, 24, 64
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -37,7 +37,7 @@ def _boot() -> bytes:
 
 
 class Journal:
-    """The lock and the marks of a kept directory, which is made where it is not there.
+    """The lock and the marks of a directory of state, which is created where it does not exist.
 
     Args:
         records: of the directory.
@@ -51,7 +51,7 @@ class Journal:
     def __init__(self, records: Records, is_new: bool) -> None:
         self.records, self.owner, self.directory = records, records.owner, records.directory
         owner, directory = self.owner, self.directory
-        self.stepped = False  # the state is that of a step made here, and params.json does not tell of it yet
+        self.stepped = False  # the state is of a step of this optimizer, and params.json is older
         try:
             directory.mkdir(exist_ok=True)
             self._handle = os.open(directory / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -110,8 +110,8 @@ class Journal:
         return ""
 
     def claim(self) -> None:
-        """Have the journal speak of this process. State that cannot be used is marked as such, for what was to be seen
-        from the boot of the system goes."""
+        """Make this process the owner. Mark state that cannot be used, because the boot of the system, which showed it,
+        is overwritten."""
         if self.problem:
             self._map[_MARK] = RETURNING
         struct.pack_into("<i", self._map, _PROCESS, os.getpid())
@@ -125,7 +125,7 @@ class Journal:
 
     @property
     def steps(self) -> int:
-        """Steps that were made since the directory was made, or to the checkpoint that it has returned to."""
+        """Steps since the directory was created, or up to the checkpoint that it has returned to."""
         return int(struct.unpack_from("<q", self._map, _STEPS)[0])
 
     @steps.setter
@@ -133,7 +133,7 @@ class Journal:
         struct.pack_into("<q", self._map, _STEPS, count)
 
     def check_whole(self) -> None:
-        """Raise RuntimeError where the state is not whole since something was interrupted here."""
+        """Raise RuntimeError where an interruption in this process has left the state half changed."""
         if self._map[_MARK] not in (IDLE, RETURNING):
             raise RuntimeError(
                 f"{self.owner}: {_DOING[self._map[_MARK]]} was interrupted, so the state in {self.directory} is half "
@@ -156,7 +156,7 @@ class Journal:
         self._map[_MARK] = what
 
     def end(self, witness: dict[int, str] | None = None) -> None:
-        """The state is whole again; `witness`: fingerprints of some parameters, where a step has ended."""
+        """The state is whole again. `witness`: fingerprints of some parameters, after a step."""
         if witness is not None:
             self.steps += 1
             self.stepped = True
@@ -167,8 +167,8 @@ class Journal:
 
     @property
     def witness(self) -> dict[int, str]:
-        """Fingerprints of some of the parameters that the last change of the state left, by position; empty where it
-        was no step."""
+        """Fingerprints, by position, of some of the parameters that the last step left; empty where the last change was
+        no step."""
         size = struct.unpack_from("<q", self._map, _WITNESS)[0]
         try:
             content = json.loads(self._map[_WITNESS + 8 : _WITNESS + 8 + size]) if size else {}
@@ -181,11 +181,11 @@ class Journal:
 
     @property
     def has_params(self) -> bool:
-        """Whether params.json tells of the parameters of this state."""
+        """Whether params.json has the parameters of this state."""
         return bool(self._map[_PARAMS])
 
     def note_params(self) -> None:
-        """From here on params.json does."""
+        """From here on params.json has them."""
         self._map[_PARAMS] = 1
         self.stepped = False
 

@@ -1,4 +1,4 @@
-"""State in a kept directory: written so that a later optimizer finds it, and found again.
+"""A directory of state: one optimizer writes it, and a later one goes on with it.
 
 Files: `journal`, the lock and the marks; `layout.json`, where each tensor lies; `options.pt`, the options of the
 parameter groups; `state-<n>.bin`, the state; `params.json`, fingerprints of the parameters that the last step left;
@@ -19,26 +19,26 @@ from optim8.paging.directory import checkpoint, fingerprint, index, resumption
 from optim8.paging.directory.checkpoint import Checkpoint
 from optim8.paging.directory.journal import RETURNING, Journal
 from optim8.paging.directory.records import Records
-from optim8.paging.files import Arena, Segment, in_file, mapped
+from optim8.paging.files import Arena, Segment, in_file, map_file
 from optim8.paging.pager import Pager
 
 _LAYOUT = {"optimizer": str, "rule": str, "run": str, "count": int, "segments": list, "params": dict}
 Groups = Sequence[dict[str, Any]]
 
 
-class Kept:
-    """The kept directory of one optimizer: its journal, and the map between its tensors and its files.
+class StateDirectory:
+    """The directory of one optimizer's state: its journal, and the map between tensors and files.
 
     Args:
         owner: the optimizer's class.
         rule: its rule.
-        pager: says where the directory is, and what is to be resumed.
-        params: the parameters that the optimizer has now, local values, by position.
+        pager: says where the directory is, and which state to resume.
+        params: local values of the optimizer's present parameters, by position.
 
     Raises:
-        OSError: the directory cannot be used: another optimizer has it, it cannot be written to, it holds state though
-            nothing is to be resumed, or none though it is; or there is no room to return to a checkpoint.
-        RuntimeError: its state is not whole, or ahead of the checkpoint; the message names the checkpoint.
+        OSError: the directory cannot be used: another optimizer has it, it cannot be written to, it holds state and
+            `resume` is False, or it holds none and `resume` is not; or there is no room to return to a checkpoint.
+        RuntimeError: the state is not whole, or ahead of the checkpoint; the message names the checkpoint.
         ValueError: a file is damaged, or of another run, rule or version.
     """
 
@@ -47,13 +47,13 @@ class Kept:
         self.records = Records(owner, self.directory)
         is_new = not (self.directory / "layout.json").exists()
         self.journal = Journal(self.records, is_new)
-        self.pending: dict[int, dict[str, Any]] = {}  # tensors by position of the parameter, not yet taken
-        self.expected: dict[int, str] = {}  # fingerprints of the parameters, not yet compared
+        self.pending: dict[int, dict[str, Any]] = {}  # tensors that no parameter has yet, by its position
+        self.expected: dict[int, str] = {}  # fingerprints that no parameter was compared with yet
         self.checkpoint: Checkpoint | None = None
         self.returns = False  # the state is the checkpoint's, and the directory still holds that of the last step
         self._options: list[dict[str, Any]] = []
         self._known: list[tuple[torch.Tensor, str, Any]] = []  # what layout.json describes
-        self._witnesses: list[int] = []  # positions of the parameters that a step leaves fingerprints of
+        self._witnesses: list[int] = []  # positions of parameters whose fingerprints a step leaves
         self._layout: dict[str, Any] = {"segments": [], "params": {}}  # of the files that are mapped
         self._files: list[str] = []  # of state, in layout.json
         self.run = uuid.uuid4().hex
@@ -62,7 +62,7 @@ class Kept:
         try:
             self._open(is_new, params)
         except BaseException:
-            self.journal.close()  # the mapping has the lock too
+            self.journal.close()  # its mapping holds the lock too
             raise
 
     @property
@@ -94,13 +94,15 @@ class Kept:
         self.run, self._count = content["run"], content["count"]
         self.checkpoint = checkpoint.read(self.records)
         problem = self.journal.problem
-        live = {} if self.pager.changed_params else self._fingerprints()
-        self.returns = resumption.returns(self, problem, live, params)
+        live = {} if self.pager.changed_params else fingerprint.of_last_step(self.records, self.journal)
+        self.returns = resumption.returns_to_checkpoint(self, problem, live, params)
         last = self.checkpoint if self.returns else None
         if last is None:
-            self._check_files(content, "layout.json")
+            index.check_files(self.records, self.run, content, "layout.json", self.advice)
         else:
-            self._check_files(last.layout, checkpoint.NAME, of_copy=True)
+            index.check_files(
+                self.records, self.run, last.layout, checkpoint.NAME, self.advice, checkpoint.path_of_copy
+            )
         self.journal.claim()
         self._files = [] if problem else [file for file, _ in index.files(self.records, content, "layout.json", "")]
         self._tidy(self._files)
@@ -118,30 +120,13 @@ class Kept:
             last = checkpoint.read(self.records) if self.pager.resume == "checkpoint" else None
             if last is None or not last.layout:
                 raise
-            content = last.layout  # which is all that is needed then
+            content = last.layout  # nothing else is needed then
         if content is None:
             raise FileNotFoundError(f"{self.owner}: {self.directory / 'layout.json'} was removed while it was opened.")
         return content
 
-    def _fingerprints(self) -> dict[int, str]:
-        """Of parameters that the last step left: those that params.json tells of, or a few where there was no flush;
-        none where the state was loaded."""
-        advice = "Restore it, or resume with Pager(..., changed_params=True): then no parameters are compared."
-        content = self.records.read_json("params.json", {"steps": int, "params": dict}, advice)
-        # After a power cut the file may be an older one than the journal knows.
-        if content is None or not self.journal.has_params or content["steps"] != self.journal.steps:
-            return self.journal.witness
-        with self.records.parsing("params.json", advice):
-            return {int(place): str(text) for place, text in content["params"].items()}
-
-    def _check_files(self, content: dict[str, Any], name: str, of_copy: bool = False) -> None:
-        """Raise ValueError where files of state are not those of this layout, of the file `name`."""
-        for number, (file, size) in enumerate(index.files(self.records, content, name, self.advice)):
-            path = checkpoint.path_of_copy(self.records, number) if of_copy else self.directory / file
-            index.check_file(self.owner, path, size, index.header(self.run, file), self.advice, of_copy)
-
     def _layout_of_copy(self, last: Checkpoint) -> dict[str, Any]:
-        """Bring back the state of the checkpoint, in new files; those of the last step stay until it is stepped."""
+        """Copy the state of the checkpoint back, to new files; those of the last step stay until the first step."""
         files = index.files(self.records, last.layout, checkpoint.NAME, self.advice)
         with self.records.parsing(checkpoint.NAME, self.advice):
             self._count = max(self._count, int(last.layout["count"]))
@@ -152,14 +137,14 @@ class Kept:
                 checkpoint.path_of_copy(self.records, number), self.directory / names[file], head, size
             )
         with self.records.parsing(checkpoint.NAME, self.advice):
-            return index.renamed(last.layout, names)
+            return index.with_file_names(last.layout, names)
 
     def _new_name(self) -> str:
         self._count += 1
         return f"state-{self._count - 1}.bin"
 
     def _tidy(self, names: Sequence[str]) -> None:
-        """Remove files of state other than these."""
+        """Remove all files of state but these."""
         for path in self.directory.glob("state-*.bin"):
             if path.name not in names:
                 path.unlink()
@@ -174,14 +159,14 @@ class Kept:
     def reopened(self, limited: bool) -> list[Segment]:
         """The files of an earlier run, mapped."""
         return [
-            mapped(self.directory / segment["file"], segment["size"], limited) for segment in self._layout["segments"]
+            map_file(self.directory / segment["file"], segment["size"], limited) for segment in self._layout["segments"]
         ]
 
     def take(self, place: int, shape: Sequence[int], files: Sequence[Segment]) -> dict[str, torch.Tensor]:
-        """The state that an earlier run left of the parameter at `place`; empty where it left none.
+        """The state that an earlier run left for the parameter at `place`; empty where it left none.
 
         Raises:
-            ValueError: it is of another shape, or layout.json is damaged.
+            ValueError: its shape is another, or layout.json is damaged.
         """
         entry: dict[str, torch.Tensor] = {}
         for name, at in self.pending.get(place, {}).items():
@@ -200,7 +185,7 @@ class Kept:
         """Compare the parameters with those that the last step of the earlier run left.
 
         Raises:
-            ValueError: they are others.
+            ValueError: they differ.
         """
         if self.pending:
             return  # write refuses that
@@ -210,21 +195,21 @@ class Kept:
         }
 
     def note_params(self, params: Sequence[tuple[torch.Tensor, bool]]) -> None:
-        """Have the directory tell of the parameters (local values, whether they have state) that a step made here has
-        left, once for each such step: later ones may be others that were loaded."""
+        """Write fingerprints of the parameters (local values, whether they have state) that a step of this optimizer
+        left: once after each step, because later values may have been loaded."""
         if self.journal.stepped:
             content = {"steps": self.journal.steps, "params": fingerprint.of_all(params)}
             self.records.write_json("params.json", content)
             self.journal.note_params()
 
     def end_step(self, groups: Groups, local: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """A step has ended. A kill from here on finds fingerprints of a few parameters, which cost next to nothing."""
+        """A step has ended. Leave fingerprints of a few parameters, in case of a kill; they cost next to nothing."""
         params = [param for group in groups for param in group["params"]]
         texts = {place: fingerprint.of(local(params[place])) for place in self._witnesses}
         self.journal.end({place: text for place, text in texts.items() if text is not None})
 
     def note_state_dict(self) -> None:
-        """Remember that a state dict was taken, where no checkpoint was noted."""
+        """Note that the program took a state dict, unless it has noted a checkpoint."""
         if self.checkpoint is None or self.checkpoint.what == checkpoint.STATE_DICT:
             self.checkpoint = checkpoint.now(checkpoint.STATE_DICT, self.journal.steps)
             checkpoint.write(self.records, self.checkpoint)
@@ -232,8 +217,8 @@ class Kept:
     def note_checkpoint(
         self, what: str, params: Sequence[tuple[torch.Tensor, bool]], files: Sequence[Segment], past_cache: bool
     ) -> None:
-        """Remember the last checkpoint, and copy the state, all of which is on the disk: so that a kill or a power cut
-        at any time leaves the one or the other.
+        """Note the last checkpoint and copy the state, all of which is on the disk by now. A kill or a power cut at any
+        time leaves the state or its copy.
 
         Raises:
             OSError: there is no room for the copy; the last checkpoint is still the one before.
@@ -246,13 +231,15 @@ class Kept:
         checkpoint.copy_state(self.records, copied, past_cache)
         if self.pager.checkpoint_copy:
             self.records.write(checkpoint.OPTIONS, (self.directory / "options.pt").read_bytes())
-            # Where nothing has been stepped there is no state to go by.
-            known = self._fingerprints() or fingerprint.of_all([(param, True) for param, _ in params])
+            # Before the first step no parameter has state, so all of them count.
+            known = fingerprint.of_last_step(self.records, self.journal) or fingerprint.of_all(
+                [(param, True) for param, _ in params]
+            )
             self.checkpoint = Checkpoint(last.what, last.step, last.time, self._layout, known)
             checkpoint.write(self.records, self.checkpoint)
 
     def begin(self, what: int) -> None:
-        """From here on the state is not whole, until it is stepped or loaded."""
+        """From here on the state is not whole, until the step or the loading has ended."""
         if self.returns and self.checkpoint is not None:
             self.journal.begin(RETURNING)
             self.journal.steps = self.checkpoint.step
@@ -260,10 +247,10 @@ class Kept:
         self.journal.begin(what)
 
     def write(self, groups: Groups, state: dict[Any, Any], files: Sequence[Segment]) -> None:
-        """Bring layout and options up to date.
+        """Bring layout.json and the options up to date.
 
         Raises:
-            RuntimeError: state was moved out of the directory, or parameters are missing.
+            RuntimeError: some state is not in the directory any more, or parameters are missing.
         """
         if self.pending:
             raise RuntimeError(
@@ -296,7 +283,7 @@ class Kept:
         return self.records.read_options(name, f"Restore it. {self.advice}")
 
     def write_options(self, groups: Groups) -> None:
-        """The groups' options, where they have changed."""
+        """Write the options of the groups, where they have changed."""
         options = [{key: value for key, value in g.items() if key not in ("params", "param_names")} for g in groups]
         if options != self._options:
             self.records.write_options("options.pt", options)
@@ -304,6 +291,6 @@ class Kept:
 
     def close(self) -> None:
         """Give the directory back."""
-        if self.returns:  # the state of the last step is still what the directory holds
+        if self.returns:  # the directory still holds the state of the last step
             self._tidy(self._files)
         self.journal.close()
