@@ -1,5 +1,5 @@
-"""Stateless functions on quantized tensors, with the names, parameters and results of `bitsandbytes.functional`, on CPU
-and on CUDA. docs/functional.md lists them."""
+"""Functions on quantized tensors, without state: names, parameters and results are those of `bitsandbytes.functional`,
+on CPU and on CUDA. docs/functional.md lists them."""
 
 from optim8.functional import ops as _ops  # noqa: F401  registers torch.ops.optim8
 from optim8.functional import ops_matmul as _ops_matmul  # noqa: F401

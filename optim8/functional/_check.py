@@ -1,4 +1,5 @@
-"""Checks of arguments, before any memory is touched. Every message says who, what was needed, what came, what to do."""
+"""Checks of arguments, before any memory is read or written. Every message says who, what was needed, what came, what
+to do."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def _words(names: Sequence[str]) -> str:
 
 
 def tensor(who: str, name: str, value: Any, dtypes: Sequence[torch.dtype], advice: str = "") -> torch.Tensor:
-    """A dense tensor of one of the dtypes. TypeError where it is no such tensor, ValueError on another dtype."""
+    """Check that `value` is a dense tensor of one of the dtypes. TypeError where it is no dense tensor, ValueError for
+    another dtype."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{who}: {name} must be a torch.Tensor, got {type(value).__name__}.")
     if value.layout is not torch.strided:
@@ -62,7 +64,7 @@ def blocksize_4bit(who: str, value: Any) -> int:
 
 
 def blocksize_8bit(who: str, value: Any, device: torch.device) -> int:
-    """Any block size that the device's kernels for 8-bit codes take."""
+    """Check a block size against what the device's kernels for 8-bit codes take."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{who}: blocksize must be an int, got {type(value).__name__}. Use 256, for example.")
     if value < 1:
@@ -80,7 +82,7 @@ def blocks(size: int, blocksize: int) -> int:
 
 
 def product(extents: Iterable[int]) -> int:
-    """The number of values of a shape; of a symbolic one too, for which torch.compile lacks math.prod."""
+    """The number of values of a shape, also of a symbolic one: torch.compile does not take math.prod for it."""
     size = 1
     for extent in extents:
         size = size * extent
@@ -88,14 +90,14 @@ def product(extents: Iterable[int]) -> int:
 
 
 def is_extent(value: Any) -> bool:
-    """Whether a shape may have this entry: an int, or what tracers with sizes that vary have instead."""
+    """Whether a shape may have this entry: an int, or what tracers have instead for sizes that vary."""
     if torch._C._get_tracing_state() is not None and isinstance(value, torch.Tensor):
         return True
     return isinstance(value, (int, torch.SymInt)) and value >= 0
 
 
 def absmax(who: str, value: Any, size: int, blocksize: int, device: torch.device, fill: bool = False) -> torch.Tensor:
-    """One float32 for each block: to be read, or (`fill`) where the result goes; then None allocates it."""
+    """One float32 for each block, to read, or (`fill`) to write the result to; None then allocates it."""
     count = blocks(size, blocksize)
     if fill and value is None:
         return torch.empty(count, dtype=torch.float32, device=device)
@@ -117,7 +119,7 @@ def _writable(who: str, name: str, value: torch.Tensor, advice: str) -> torch.Te
 def buffer(
     who: str, name: str, value: Any, dtype: torch.dtype, shape: Sequence[int], device: torch.device, advice: str = ""
 ) -> torch.Tensor:
-    """`value` where it can take the result, a new tensor where it is None."""
+    """`value` where it can hold the result, a new tensor where it is None."""
     if value is None:
         return torch.empty(shape, dtype=dtype, device=device)
     advice = advice or f"Pass {name}=None to allocate it."
@@ -129,7 +131,7 @@ def buffer(
 
 
 def memory(who: str, name: str, value: torch.Tensor) -> None:
-    """Refuses a tensor whose storage was resized away, which torch's own operations would read all the same."""
+    """Refuse a tensor whose storage was resized to nothing: torch's own operations would read it all the same."""
     if value.numel() and value.data_ptr() == 0:
         raise ValueError(f"{who}: {name} must have memory, got {tuple(value.shape)} without any. Materialize it first.")
 
@@ -140,7 +142,7 @@ def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
 
 
 def plain(value: torch.Tensor) -> torch.Tensor:
-    """The values row after row in memory, detached from autograd; a copy where they are not so already."""
+    """The values row after row in memory, detached from autograd; a copy where their order is another."""
     return value.detach().contiguous().resolve_neg()
 
 
@@ -154,7 +156,7 @@ kernel = _Kernel()
 
 
 def is_traced(value: torch.Tensor) -> bool:
-    """Whether a tensor has a dispatch of its own, as those of tracers have, which lack memory."""
+    """Whether a tensor has a dispatch of its own, as a tracer's tensors do, which have no memory."""
     kind = type(value)
     return kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 

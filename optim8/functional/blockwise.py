@@ -75,11 +75,11 @@ def dequantize_blockwise(
     blocksize: int = 4096,
     nested: bool = False,
 ) -> torch.Tensor:
-    """The values that 8-bit codes stand for: table value times the block's absmax, in float32, rounded once.
+    """The values of 8-bit codes: table value times the block's absmax, in float32, rounded once.
 
     Args:
         A: uint8 codes, any shape and strides.
-        quant_state: as `quantize_blockwise` gave it; then absmax, code and blocksize are taken from it.
+        quant_state: as `quantize_blockwise` returns it; absmax, code and blocksize then come from it.
         absmax: float32 [ceil(n / blocksize)]; needed without quant_state, and ignored with it.
         code: float32 [256]; None is the signed dynamic code. Ignored with quant_state.
         out: of A's shape, to fill: of the state's dtype; without a state float32, bfloat16 or float16.
@@ -152,7 +152,7 @@ def _mean(absmax: torch.Tensor) -> torch.Tensor:
 
 
 def plain_absmax(who: str, state: QuantState) -> torch.Tensor:
-    """absmax as float32, out of its own codes where it is nested."""
+    """absmax as float32, decoded where it is nested."""
     if state.state2 is None:
         return state.absmax
     if need_state(who, "quant_state.state2", state.state2)[0].nested:
@@ -174,7 +174,7 @@ def need_state(who: str, name: str, state: object) -> tuple[QuantState, torch.dt
 
 
 def _read_state(who: str, quant_state: QuantState, nested: bool) -> tuple[torch.Tensor, torch.Tensor, int, torch.dtype]:
-    """absmax, table, block size and dtype of an 8-bit state that hangs together."""
+    """absmax, table, block size and dtype of an 8-bit state, after a check that they are there."""
     state, dtype = need_state(who, "quant_state", quant_state)
     if nested and not state.nested:
         raise ValueError(f"{who}: nested=True needs a nested quant_state, got one without state2. Pass nested=False.")
@@ -184,7 +184,7 @@ def _read_state(who: str, quant_state: QuantState, nested: bool) -> tuple[torch.
 
 
 def _native_block(blocksize: int, size: int) -> int:
-    """The same blocks by a number that native arithmetic can add to."""
+    """The same blocks, by a number with which native arithmetic does not overflow."""
     return min(blocksize, max(size, 1))
 
 

@@ -1,4 +1,4 @@
-"""Code tables: what an 8-bit or 4-bit code stands for, as sorted float32 values in [-1, 1] (FP4: by bit pattern)."""
+"""Code tables: the value of each 8-bit or 4-bit code, as sorted float32 values in [-1, 1] (FP4: by bit pattern)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from optim8.functional import _check
 
 _SIZE = 256
 
-# Yoshida 2023, arXiv 2306.06965: the 4-bit code for blocks of 64 values that are normalized by their absmax.
+# Yoshida 2023, arXiv 2306.06965: the 4-bit code for blocks of 64 values, divided by their absmax.
 _AF4 = (
     *(1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164),
     *(0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0),
 )
-# The integers of 4 bits that have a negative; 0 stands there twice.
+# The 4-bit integers whose negative is one too; 0 is there twice.
 _INT4 = tuple(i / 7 for i in (*range(7, -1, -1), *range(0, -8, -1)))
 
 _CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ _shared: dict[tuple[str, torch.device], torch.Tensor] = {}
 
 
 def _padded(values: Iterable[float]) -> torch.Tensor:
-    """The values sorted, with zeros beside their zero up to 256 entries."""
+    """The values, sorted, with more zeros up to 256 entries."""
     listed = list(values)
     return torch.tensor(sorted([*listed, *[0.0] * (_SIZE - len(listed))]), dtype=torch.float32, device="cpu")
 
@@ -36,8 +36,8 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
     Args:
         signed: with negative values, or without (and then twice as fine).
-        max_exponent_bits: number of decades, 1 to total_bits - 1; total_bits too with `signed`, where the lowest of so
-            many decades has no values.
+        max_exponent_bits: number of decades, 1 to total_bits - 1; with `signed` also total_bits, of which the lowest
+            decade then has no values.
         total_bits: 2 to 8. Fewer than 8 leave the rest of the 256 entries 0.
 
     Returns:
@@ -63,8 +63,8 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     Args:
         signed: from -1, or from 0.
         total_bits: 2 to 8. Fewer than 8 leave the rest of the 256 entries 0.
-        add_zero: with `signed`, an odd number of values, so that 0 is one of them; codes of fewer than 8 bits that are
-            signed have it anyway.
+        add_zero: with `signed`, take an odd number of values, so that 0 is one of them; signed codes of fewer than 8
+            bits always do.
 
     Returns:
         float32 [256], sorted, on the CPU.
@@ -108,7 +108,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     if not 0.5 < offset < 1:
         raise ValueError(f"create_normal_map: offset must be a quantile between 0.5 and 1, got {offset}.")
 
-    # In float32 as the published values of NF4 were made: grid, quantiles and quotients are each rounded.
+    # In float32, as for the published values of NF4: grid, quantiles and quotients are each rounded.
     def quantiles(count: int) -> list[float]:
         grid = torch.linspace(offset, 0.5, count + 1, dtype=torch.float32, device="cpu")
         return [NormalDist().inv_cdf(at) for at in grid[:-1].tolist()]
@@ -123,8 +123,8 @@ def create_fp8_map(
 ) -> torch.Tensor:
     """All values of a small floating-point format, divided by the largest.
 
-    A pattern with exponent field e > 0 and fraction f in [0, 1) is (1 + f) * 2^(e - 1); with e = 0 it is f / 4, as in
-    the tables of the field (IEEE 754 would have f).
+    A pattern with exponent field e > 0 and fraction f in [0, 1) has the value (1 + f) * 2^(e - 1); with e = 0 it has
+    f / 4, as in the tables of the field (in IEEE 754 it would have f).
 
     Args:
         signed: with a sign bit.
@@ -165,8 +165,8 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
 
     Args:
         typename: "nf4" (rising), "fp4" (by bit pattern), "int4" (7/7 to -7/7, falling, 0 twice) or "af4" (falling).
-        device: where the tensor is made; None is torch's default device.
-        blocksize: the block size a code is made for; "af4" has one for 64 only.
+        device: of the tensor; None is torch's default device.
+        blocksize: the block size that the code is for; "af4" exists for 64 only.
 
     Returns:
         float32 [16], from -1 to 1.
@@ -202,9 +202,9 @@ def _check_bits(who: str, total_bits: int) -> None:
 
 
 def shared_code(name: str, like: torch.Tensor) -> torch.Tensor:
-    """The table "dynamic" (signed), "nf4" or "fp4" on a tensor's device, made once. Not to be written to."""
+    """The table "dynamic" (signed), "nf4" or "fp4" on a tensor's device, made once. Nobody may write to it."""
     if not _shared:
-        _native.cpu()  # not built: raises, saying what to do
+        _native.cpu()  # raises where it was not built, and says what to do
     if _check.is_traced(like):  # a tracer's operators take tensors of its own kind only
         return torch.tensor(_shared[name, _CPU].tolist(), dtype=torch.float32, device=like.device)
     key = (name, like.device)
@@ -217,7 +217,7 @@ def shared_code(name: str, like: torch.Tensor) -> torch.Tensor:
 
 
 def _make_shared() -> None:
-    """Made at import, because torch.compile cannot look into native code."""
+    """Make the tables at import, because torch.compile cannot look into native code."""
     if _native.cpu_or_none() is not None:
         _shared["dynamic", _CPU] = codec.code_table(True, _CPU)
         _shared["nf4", _CPU] = get_4bit_type("nf4", _CPU)

@@ -41,15 +41,15 @@ def quantize_4bit(
     Args:
         A: float32, bfloat16 or float16, any shape and strides.
         absmax: float32 [ceil(n / blocksize)] to fill (also with `compress_statistics`); None allocates it.
-        out: like the packed result, to fill; None allocates it.
+        out: a tensor like the packed result, to fill; None allocates it.
         blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096; None is 64.
         compress_statistics: quantize absmax to 8 bits in blocks of 256, after its mean is subtracted.
         quant_type: "fp4" or "nf4".
-        quant_storage: the dtype as which the packed bytes are viewed.
+        quant_storage: the dtype of the packed tensor, which views the bytes.
 
     Returns:
-        the packed codes, ceil(n / 2) bytes, the first value in the high nibble, as `quant_storage` of shape [items, 1]
-        (zero bytes fill the last item), and the state that `dequantize_4bit` needs.
+        the packed codes and the state that `dequantize_4bit` needs. The codes are ceil(n / 2) bytes, with the first
+        value in the high nibble, as `quant_storage` of shape [items, 1]; zero bytes fill the last item.
 
     A value takes the code of the nearest table value; a quotient half-way between two takes the lower one. absmax is
     taken over the finite values of the block; NaN is stored as the code of 0, an infinity as the largest of its sign.
@@ -101,12 +101,12 @@ def dequantize_4bit(
     blocksize: int | None = 64,
     quant_type: str = "fp4",
 ) -> torch.Tensor:
-    """The values that packed 4-bit codes stand for: table value times absmax, in float32, rounded once.
+    """The values of packed 4-bit codes: table value times absmax, in float32, rounded once.
 
     Args:
-        A: the packed codes of `quantize_4bit`, of any storage dtype. Their transpose, [1, items], gives the
-            transpose of the values, as linear layers of the field expect.
-        quant_state: as `quantize_4bit` gave it; then absmax, blocksize and quant_type are taken from it.
+        A: the packed codes of `quantize_4bit`, of any storage dtype. From their transpose, [1, items], comes
+            the transpose of the values, as linear layers of the field expect.
+        quant_state: as `quantize_4bit` returns it; absmax, blocksize and quant_type then come from it.
         absmax: float32 [ceil(n / blocksize)]; needed without quant_state, and ignored with it.
         out: to fill: of the state's shape and dtype. Needed without quant_state: float32, bfloat16 or float16, of the
             shape of the values.
@@ -213,7 +213,7 @@ def gemv_4bit(
 
     Args:
         A: float32, bfloat16 or float16 of shape [..., K] with K values in all.
-        B: the packed codes of a weight [N, K], as `quantize_4bit` gives them (or their transpose), any storage dtype.
+        B: the packed codes of a weight [N, K], as `quantize_4bit` returns them, or their transpose; any storage dtype.
         out: A's dtype, of shape [..., N], to fill; None allocates it.
         transposed_A, transposed_B: only False; pass the row and the packed weight themselves.
         state: the state of the weight; required.

@@ -1,5 +1,5 @@
-"""LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): rows of a matrix as int8 with one absmax each, columns with
-outliers kept apart, and the exact integer product of two such matrices."""
+"""LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): rows of a matrix as int8 with one absmax each, apart from
+columns with outliers, and the exact integer product of two such matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from optim8 import _native
 from optim8.functional import _check
 
-# int8_scaled_mm works through rows of the product, with at most this many bytes of int32 at a time.
+# int8_scaled_mm computes some rows of the product at a time, with at most this many bytes of int32.
 _PANEL_BYTES = 1 << 20
 
 
@@ -23,15 +23,16 @@ def int8_vectorwise_quant(
 
     Args:
         A: float16, bfloat16 or float32 [..., columns]; not changed.
-        threshold: above 0, a column with any |x| >= threshold is an outlier column: those entries are left out of the
-            absmax of their row, and every entry of the column is stored as 0. 0.0: no outliers.
+        threshold: above 0, a column with any |x| >= threshold is an outlier column: the absmax of a row leaves those
+            entries out, and every entry of the column is stored as 0. 0.0: no outliers.
 
     Returns:
-        int8 of A's shape; row absmax, float32 [rows] (rows: the product of all leading extents); outlier columns,
-        int32, rising, or None where threshold is 0.
+        int8 of A's shape; absmax of the rows, float32 [rows] (rows: the product of all leading extents); indices of
+        outlier columns, int32, rising, or None where threshold is 0.
 
     absmax is taken over finite values; NaN is stored as 0, an infinity as 127 of its sign (an infinity reaches any
-    threshold). Gradients do not flow. With a threshold, the call waits for a CUDA device (how many columns is data).
+    threshold). Gradients do not flow. With a threshold, the call waits for a CUDA device, because the number of
+    outlier columns depends on the values.
 
     Raises:
         TypeError: A is no dense tensor.
@@ -104,8 +105,8 @@ def int8_double_quant(
         A: float16, bfloat16 or float32 [..., columns]; not changed.
         col_stats, row_stats: float32 [columns] and [rows] to fill; None allocates them.
         out_col, out_row: int8 of A's shape to fill; None allocates them.
-        threshold: as for `int8_vectorwise_quant`. In the column codes only the entries that reach it are 0, and
-            left out of the absmax.
+        threshold: as for `int8_vectorwise_quant`. In the column codes only the entries that reach it are 0,
+            and only they are left out of the absmax.
 
     Returns:
         row codes, column codes, row stats, column stats, outlier columns (int32, or None where threshold is 0).
@@ -190,7 +191,7 @@ def int8_mm_dequant(
     out: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`A * row_stats * col_stats / 127^2 + bias`: what the integer product of two quantized matrices stands for.
+    """`A * row_stats * col_stats / 127^2 + bias`: the values of the integer product of two quantized matrices.
 
     Args:
         A: int32 [..., N], from `int8_linear_matmul`.
@@ -309,10 +310,10 @@ def _product(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | None, shape: 
 
 @cache
 def _torch_is_exact(one_row: bool, one_inner: bool, one_column: bool) -> bool:
-    """Whether torch's int8 product is right on this processor for matrices of this layout; asked once for each.
+    """Whether torch's int8 product is right on this processor for matrices of this layout; tried once for each layout.
 
-    Where an extent is 1, strides do not tell a matrix from its transpose; torch 2.13 then writes nothing for some.
-    Without the instructions of VNNI it adds in 16 bits that saturate.
+    Where an extent is 1, a matrix has the strides of its transpose; torch 2.13 then writes nothing for some shapes.
+    Without VNNI instructions it adds in 16 bits, which saturate.
     """
     if not hasattr(torch, "_int_mm"):
         return False

@@ -1,4 +1,4 @@
-"""Products of any number of rows with a packed 4-bit weight, which is unpacked a tile at a time."""
+"""Products of any number of rows with a packed 4-bit weight, which they unpack a tile at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from optim8.functional.packed import (
 )
 from optim8.functional.quant_state import QuantState
 
-# Values of the weight that are unpacked at a time: on the CPU they stay in its caches until they are multiplied.
+# Values of the weight to unpack at a time: on the CPU few enough to stay in its caches until the product.
 _TILE_VALUES = {"cpu": 1 << 19, "cuda": 1 << 24}
 _NESTED_BLOCKSIZE = 256
 
@@ -39,19 +39,19 @@ def matmul_4bit(
 
     Args:
         A: float32, bfloat16 or float16 [..., K].
-        B: the packed codes of a weight [N, K], as `quantize_4bit` gives them (or their transpose), any storage dtype.
-            One of [K, N] that is not square is taken too, with a DeprecationWarning.
+        B: the packed codes of a weight [N, K], as `quantize_4bit` returns them, or their transpose; any storage dtype.
+            A weight [K, N] that is not square works too, with a DeprecationWarning.
         quant_state: the state of the weight, nested or not.
         out: A's dtype, [..., N], to fill, where no gradient is needed; None allocates it.
         bias: float32, bfloat16 or float16 [N]; None for none.
 
     Returns:
-        tensor [..., N] of A's dtype. One row is multiplied as by `gemv_4bit`. More are multiplied by torch, with the
-        weight rounded to A's dtype, so that the last bits depend on torch, the processor and the number of threads.
+        tensor [..., N] of A's dtype. A single row of A has the result of `gemv_4bit`. torch multiplies more rows, with
+        the weight rounded to A's dtype, so the last bits depend on torch, the processor and the number of threads.
 
-    At most 512 Ki values of the weight (on CUDA 16 Mi), or one row of it, and a block are unpacked at a time, in the
-    forward and in the backward pass; one row is multiplied without unpacking. The gradient of a 16-bit A is summed
-    over such tiles in float32.
+    The forward and the backward pass each unpack a tile at a time: at most 512 Ki values of the weight (on CUDA 16 Mi)
+    or one row of it, and one block more. The product with a single row of A unpacks nothing. The gradient of a 16-bit A
+    is summed over tiles in float32.
 
     Raises:
         TypeError: an argument is no dense tensor.
@@ -113,8 +113,8 @@ def gemm_4bit(
     absmax_code: torch.Tensor | None = None,
     absmax_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`matmul_4bit` by the parts of a state. Where scales are nested, `absmax_8bit` are their codes, `absmax` has one
-    float32 for 256 of them, `absmax_code` 256 values, and `absmax_offset` is added."""
+    """`matmul_4bit` with the parts of a state. For nested scales, `absmax_8bit` has their codes, `absmax` one float32
+    for 256 codes, `absmax_code` the 256 values of the table, and `absmax_offset` what is added to every scale."""
     who = "gemm_4bit"
     nested = (absmax_8bit, absmax_code, absmax_offset)
     weight = _Weight.checked(who, A, 1, B, shapeB, absmax, blocksize, quant_type, nested)
@@ -183,7 +183,7 @@ class _Weight:
         quant_type: str,
         nested: tuple[torch.Tensor | None, ...],
     ) -> _Weight:
-        """The weight for a product with A, that has as many columns as the weight's extent `side`."""
+        """The weight for a product with A, which must have as many columns as the weight's extent `side` says."""
         check_matrix(who, "shapeB", shape)
         _check_left(who, A, shape, side)
         size = _check.product(shape)
@@ -216,7 +216,7 @@ class _Weight:
         return decoded.add_(offset)[begin - at :]
 
     def times_row(self, row: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """One row times the weight, as `gemv_4bit` gives it; where a bias is added, that is rounded once too."""
+        """One row times the weight, the result of `gemv_4bit`; with a bias, the sum is rounded once."""
         absmax = self.scales(0, _check.blocks(self.rows * self.columns, self.blocksize))
         code = shared_code(self.quant_type, row)
         result = row.new_empty(1, self.rows, dtype=row.dtype if bias is None else torch.float32)
@@ -225,14 +225,14 @@ class _Weight:
         return result if bias is None else result.add_(bias).to(row.dtype)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some rows at a time, as values of `dtype`; one memory serves them all."""
+        """Tiles of rows, as values of `dtype`; all tiles use the same memory."""
         device = self.packed.device
         module = _native.module_for(device, self.who)
         together = max(1, _TILE_VALUES[device.type] // max(1, self.columns))
         values = torch.empty(min(self.rows, together) * self.columns + self.blocksize, dtype=dtype, device=device)
         for begin in range(0, self.rows, together):
             end = min(self.rows, begin + together)
-            # Blocks run on from row to row: a tile is unpacked from the start of the block that it begins in.
+            # Blocks run on from row to row, so unpacking starts at the start of the block in which the tile begins.
             block = begin * self.columns // self.blocksize
             at, stop = block * self.blocksize, end * self.columns
             absmax = self.scales(block, _check.blocks(stop, self.blocksize))

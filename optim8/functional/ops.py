@@ -1,6 +1,6 @@
 """The operators torch.ops.optim8: the functions of this package for torch.compile and torch.export.
 
-Each has a schema, a kernel (the function itself) and a fake kernel that gives shapes and dtypes without computing.
+Each has a schema, a kernel (the function itself) and a fake kernel, which gives shapes and dtypes without values.
 Eager code calls the functions directly: a call through an operator costs several times as much.
 """
 

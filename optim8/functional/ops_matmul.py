@@ -1,4 +1,4 @@
-"""The operators of products with a packed 4-bit weight, with their gradients; each is the other's."""
+"""The operators of products with a packed 4-bit weight. The gradient of each is the other."""
 
 from __future__ import annotations
 

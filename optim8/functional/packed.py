@@ -1,4 +1,4 @@
-"""What functions on packed 4-bit codes share: how the bytes lie, and the checks of packed tensors and their states."""
+"""Packed 4-bit codes: the order of their bytes, and checks of packed tensors and their states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def byte_count(size: int) -> int:
 
 
 def as_bytes(contiguous: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory. A single value may have any stride, which `view` would not take."""
+    """A tensor's memory as bytes. A single value may have any stride, which `view` refuses."""
     return contiguous.as_strided((contiguous.numel(),), (1,)).view(torch.uint8)
 
 
@@ -51,7 +51,7 @@ def check_packed(who: str, name: str, packed: torch.Tensor, size: int) -> None:
 
 
 def read_state(who: str, name: str, state: object) -> tuple[torch.Size, torch.dtype, int, str]:
-    """Shape, dtype, block size and type of a 4-bit state that hangs together."""
+    """Shape, dtype, block size and type of a 4-bit state, after a check that they fit together."""
     checked, dtype = need_state(who, name, state)
     shape, blocksize, quant_type = checked.shape, checked.blocksize, checked.quant_type
     if quant_type not in QUANT_TYPES or blocksize is None:

@@ -25,12 +25,12 @@ class QuantState:
 
     Attributes:
         absmax: float32 [blocks], or its uint8 codes when nested.
-        shape: of the values; None for 8-bit codes, which have it themselves.
+        shape: of the values; None for 8-bit codes, which have the same shape.
         code: the table, float32 [256] or [16].
         blocksize: values to a block.
         quant_type: "nf4", "fp4" or None (8-bit).
-        dtype: of the values, and of what dequantization gives.
-        offset: float32 scalar that was subtracted from absmax before it was quantized; None when not nested.
+        dtype: of the values, before quantization and after dequantization.
+        offset: float32 scalar that was subtracted from absmax before its quantization; None when not nested.
         state2: the QuantState of absmax itself; None when not nested.
 
     Example:
@@ -109,7 +109,7 @@ class QuantState:
         """The state as a dict.
 
         Args:
-            packed: tensors only, fit for safetensors: what is no tensor goes, as UTF-8 JSON in a uint8 tensor, under
+            packed: tensors only, for safetensors; all other entries are UTF-8 JSON in a uint8 tensor under
                 `quant_state.bitsandbytes__nf4` or `quant_state.bitsandbytes__fp4`. 4-bit states only.
 
         Returns:
@@ -147,7 +147,7 @@ class QuantState:
 
     @classmethod
     def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> QuantState:
-        """The state that `as_dict` described, on `device`.
+        """The state of a dict that `as_dict` made, on `device`.
 
         Args:
             qs_dict: either form of `as_dict`, with any prefix before each key (such as "model.weight."); entries that
@@ -220,7 +220,7 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse(key: str, value: Any) -> dict[str, Any]:
-    """The entries that a packed state keeps as JSON bytes."""
+    """The entries that a packed state has as JSON bytes."""
     value = _check.tensor(_WHO, key, value, (torch.uint8,))
     try:
         parsed = json.loads(bytes(value.flatten().tolist()).decode())

@@ -1,4 +1,4 @@
-"""Memory of a training: planned before it, and profiled in it."""
+"""The memory that a training takes: planned before it starts, and profiled while it runs."""
 
 from optim8.memory.planning.planner import plan
 from optim8.memory.planning.plans import Plan

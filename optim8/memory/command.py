@@ -1,4 +1,4 @@
-"""`python -m optim8 plan`: memory that a training needs, from a config, a safetensors file or a model's folder."""
+"""`python -m optim8 plan`: the memory that a training needs, from a config, a safetensors file or a model's folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SMALL = f"tensors of fewer values keep float32 state (default: {MIN_8BIT_SIZE})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the arguments of the command."""
     parser.add_argument("source", nargs="+", metavar="FILE", help=_SOURCE)
     names = ", ".join([*OURS, *PEERS])
     parser.add_argument("--optimizer", default="adamw8bit", help=f"one of {names} (default: %(default)s)")
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch and transformers warn and log of, which is their developers' matter: no model is run."""
+    """Silence the warnings and logs of torch and transformers: they concern running a model, and none runs."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

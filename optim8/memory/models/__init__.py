@@ -1,1 +1,1 @@
-"""The parameters of a model, read from its config, its files or the module itself."""
+"""Models: names, shapes and dtypes of parameters, read from a config, from files or from the module itself."""

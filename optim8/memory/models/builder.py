@@ -1,4 +1,4 @@
-"""Models of any architecture that transformers knows, built from their config on the meta device."""
+"""Models of any architecture that transformers knows, which builds them from their config on the meta device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ELSE = "pass the model itself, built under torch.device('meta'), a safetensors 
 
 
 def build(config: Mapping[str, Any], reason: str) -> torch.nn.Module:
-    """The module that a config describes. Nothing is allocated, downloaded, or run from a repository.
+    """The module that a config describes. Nothing is allocated or downloaded, and no code of a repository runs.
 
     Args:
-        reason: why the config is not read without transformers, for the error.
+        reason: why this package cannot read the config by itself, for the error.
 
     Raises:
         ValueError: transformers is not installed, does not know the model, or cannot build it from this config.
@@ -37,7 +37,7 @@ def build(config: Mapping[str, Any], reason: str) -> torch.nn.Module:
         made = library.AutoConfig.for_model(kind, **rest)
         with torch.device("meta"):
             return _class(library, made)(made)  # type: ignore[no-any-return]
-    except Exception as error:  # whatever a config of any kind makes transformers raise
+    except Exception as error:  # transformers may raise anything over a config
         raise ValueError(
             f"{reason}, and transformers {library.__version__} cannot build it: {type(error).__name__}: {error} Mend "
             f"the config, or {_ELSE}"
@@ -45,7 +45,7 @@ def build(config: Mapping[str, Any], reason: str) -> torch.nn.Module:
 
 
 def _class(library: Any, config: Any) -> Any:
-    """The class that the config names, or what transformers has for its model type."""
+    """The class that the config names, or the one that transformers has for its model type."""
     if config.architectures:
         name = config.architectures[0]
         found = getattr(library, name, None)

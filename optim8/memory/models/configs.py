@@ -1,8 +1,8 @@
-"""Shapes of the parameters that a config describes: Hugging Face's decoders (decoders.py), gpt2 and bert, or shapes
-written out.
+"""Shapes of the parameters that a config describes: of Hugging Face's decoders (decoders.py), gpt2 and bert, or a list
+of shapes.
 
-Sizes must be in the config. What says how parts are joined (tied embeddings, biases, heads) has the default of the
-model's own config class. Sources: the models' papers (Radford et al. 2019, arXiv 1810.04805).
+Sizes must be in the config. Options of structure (tied embeddings, biases, heads) have the default of the model's own
+config class. Sources: the models' papers (Radford et al. 2019, arXiv 1810.04805).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from optim8.memory.models.entries import Reader, Shapes, UnknownShapes, head, si
 
 
 def shapes(config: Mapping[str, Any]) -> tuple[str, Shapes]:
-    """Title, and the shape of every parameter by name, tied ones once.
+    """Title, and the shape of every parameter by name; parameters that are tied count once.
 
     Raises:
-        UnknownShapes: how such a model is built is not known here, or what one of its options does to its sizes.
+        UnknownShapes: this package does not know such a model, or what one of its options does to sizes.
         ValueError: a size is missing or no positive whole number.
     """
     kind = config.get("model_type")
@@ -145,7 +145,7 @@ _BERT_HEADS = {
     "BertForTokenClassification": _BertHeads(labels=True),
 }
 
-# By model_type: how to read the config, and the architecture where it names none.
+# By model_type: the function that reads the config, and the architecture of a config that names none.
 FAMILIES: dict[str, tuple[Callable[[Mapping[str, Any], str], Shapes], str]] = {
     **DECODERS,
     "gpt2": (_gpt2, "GPT2LMHeadModel"),

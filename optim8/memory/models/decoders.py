@@ -1,7 +1,7 @@
-"""Shapes of the parameters of decoders in the manner of llama, as Hugging Face's transformers holds them.
+"""Shapes of the parameters of decoders like llama, as Hugging Face's transformers holds them.
 
-Attention with rotary positions, gated feed-forward layers, norms without bias; some have experts in place of the
-feed-forward layer, whose matrices are stacked into one tensor, as transformers 5 does. Sources: the models' papers
+They have attention with rotary positions, gated feed-forward layers and norms without bias. Some have experts in place
+of the feed-forward layer, whose matrices are stacked into one tensor, as in transformers 5. Sources: the models' papers
 (arXiv 2302.13971, 2310.06825, 2401.04088, 2407.10671, 2505.09388, 2404.14219, 2408.00118).
 """
 
@@ -68,7 +68,7 @@ def _qwen2_moe(config: Config, layer: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What tells the families apart; the defaults are llama's."""
+    """The options by which the families differ; the defaults are llama's."""
 
     forward: Callable[[Config, int], Shapes] = _llama
     key_heads: int | None = None  # where the config names none; None: as many as there are heads
@@ -122,7 +122,7 @@ _GEMMA_NORMS = (
     "post_feedforward_layernorm",
 )
 
-# By model_type: what reads the config, and the architecture where it names none.
+# By model_type: the function that reads the config, and the architecture of a config that names none.
 DECODERS: dict[str, tuple[Callable[[Config, str], Shapes], str]] = {
     "llama": (Decoder(), "LlamaForCausalLM"),
     "mistral": (Decoder(_dense, key_heads=8, bias=(False, False)), "MistralForCausalLM"),

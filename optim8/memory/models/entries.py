@@ -1,4 +1,4 @@
-"""What reading a config of any family needs."""
+"""Entries of a config, read alike for all families."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class UnknownShapes(ValueError):
-    """The shapes of this kind of model are not written down in this package."""
+    """This package does not know the shapes of such a model."""
 
 
 def size(config: Mapping[str, Any], name: str, default: int | None = None, other: str | None = None) -> int:
@@ -20,7 +20,7 @@ def size(config: Mapping[str, Any], name: str, default: int | None = None, other
         other: a second name of the same option.
 
     Raises:
-        ValueError: it is something else, or missing without a default; or the two names have two values.
+        ValueError: the entry is something else, or missing without a default; or the two names have different values.
     """
     value, same = config.get(name), config.get(other) if other else None
     if value is not None and same is not None and value != same:
@@ -35,7 +35,7 @@ def size(config: Mapping[str, Any], name: str, default: int | None = None, other
 
 
 class Reader(dict[str, Any]):
-    """A config that remembers which of its options were asked for."""
+    """A config that remembers which of its options a reader used."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -46,10 +46,10 @@ class Reader(dict[str, Any]):
         return super().get(name, default)
 
     def check(self, kind: str) -> None:
-        """That every option which by its name may change sizes was asked for, or has no effect.
+        """Check that the reader used every option whose name suggests an effect on sizes.
 
         Raises:
-            UnknownShapes: one was not.
+            UnknownShapes: it ignored one.
         """
         for name, value in self.items():
             if value and name not in self._read | _NO_SIZE and _SIZE.search(name):
@@ -59,7 +59,8 @@ class Reader(dict[str, Any]):
 
 
 _SIZE = re.compile(r"^(n|num|tie|add)_|(^|_)(size|sizes|dim|dims|layers|heads|experts|rank|bias)$")
-# Of attention patterns, experts in use, heads that share a width, labels of another head, and of generation.
+# Options without effect on sizes: attention patterns, experts in use, heads that share a width, labels of another head,
+# generation.
 _NO_SIZE = {
     *("max_window_layers", "num_experts_per_tok", "num_attention_heads", "n_head", "n_ctx", "num_labels"),
     *("tie_word_embeddings", "intermediate_size", "num_beams", "num_beam_groups", "num_return_sequences"),
@@ -67,7 +68,7 @@ _NO_SIZE = {
 
 
 def head(config: Mapping[str, Any], name: str, architecture: str, tied: bool, shape: tuple[int, ...]) -> Shapes:
-    """The output layer of a language model; nothing where it is the embedding."""
+    """The output layer of a language model; nothing where it shares the embedding's weight."""
     if architecture.endswith(("LMHeadModel", "ForCausalLM")):
         return {} if config.get("tie_word_embeddings", tied) else {name: shape}
     if architecture.endswith("Model") and not architecture.endswith("HeadsModel"):

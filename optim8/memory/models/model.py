@@ -1,4 +1,4 @@
-"""What is planned: names, shapes and dtypes of a model's parameters, from a module, a config or a file's header."""
+"""A model as names, shapes and dtypes of its parameters, from a module, a config or the header of a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from optim8.memory.models.entries import UnknownShapes
 from optim8.optim import sharded
 from optim8.text import size_cell
 
-# safetensors' names of dtypes. What is not a float of at least 16 bits takes memory, but is not trained.
+# Names of dtypes in safetensors. A tensor that is no float of at least 16 bits takes memory, but is not trained.
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LONGEST_HEADER = 100_000_000  # bytes; what the format allows
 
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """One parameter: its name, its whole size, and the part of it that one device holds."""
+    """One parameter: its name, the whole of it, and the shape of the part that one device holds."""
 
     name: str
     whole: torch.Tensor  # of a module: the parameter itself; else a tensor on the meta device
@@ -48,14 +48,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Model:
-    """All parameters of a model, each once however often it is used, and the bytes of its other tensors."""
+    """All parameters of a model, each once however often the model uses it, and the bytes of its other tensors."""
 
     title: str
     parameters: tuple[Parameter, ...]
     buffer_bytes: int = 0
     device: str | None = None  # "cpu" or "cuda"; None where the source does not say
     sharded: bool = False  # its parameters are DTensors
-    notes: tuple[str, ...] = ()  # what is worth knowing about it, a sentence each
+    notes: tuple[str, ...] = ()  # remarks, a sentence each
 
 
 def read(source: Any, dtype: torch.dtype | None) -> Model:
@@ -65,10 +65,11 @@ def read(source: Any, dtype: torch.dtype | None) -> Model:
         source: a module; a config, as a dict or an object with `to_dict`; the path of a JSON config or of a safetensors
             file (or a list of such files, or the index of one in parts), or of a folder with them; a name on the
             Hugging Face hub whose config is in the local cache; or a mapping of names to shapes.
-        dtype: of every parameter; None for what the source says, float32 where it says nothing.
+        dtype: of every parameter; None for the dtype that the source states, else float32.
 
     Raises:
-        TypeError, ValueError: the source is nothing of that, or its content makes no sense; names what is wrong.
+        TypeError, ValueError: the source is nothing of that, or its content makes no sense; the message says what is
+            wrong.
     """
     if isinstance(source, torch.nn.Module):
         return _of_module(source, dtype)
@@ -142,7 +143,7 @@ def _of_path(given: str | Path, dtype: torch.dtype | None) -> Model:
     )
 
 
-# What transformers writes to the folder of a model, what tells most of the training first.
+# Files that transformers writes to the folder of a model; the one that says most about a training comes first.
 _IN_FOLDER = ("config.json", "model.safetensors.index.json", "*.safetensors")
 _SUFFIXES = (".json", ".safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -162,7 +163,7 @@ def _of_folder(folder: Path, dtype: torch.dtype | None) -> Model:
 
 
 def _in_hub_cache(name: str) -> Path:
-    """The config of a model on the Hugging Face hub, where an earlier download has left it."""
+    """The config of a model of the Hugging Face hub that an earlier download has left in the cache."""
     try:
         found = importlib.import_module("huggingface_hub").try_to_load_from_cache(name, "config.json")
     except (ImportError, ValueError):  # not installed; no name of a model
@@ -191,7 +192,7 @@ def _of_file(path: Path, dtype: torch.dtype | None) -> Model:
 
 
 def _of_safetensors(path: Path, dtype: torch.dtype | None) -> Model:
-    """The header alone is read: 8 bytes with its length, then JSON."""
+    """Read the header alone: 8 bytes with its length, then JSON."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length) if length <= _LONGEST_HEADER else b""

@@ -1,1 +1,1 @@
-"""The bytes that a training will take, by kind and tier."""
+"""Planning: the bytes that a training will take, by kind and tier."""

@@ -1,4 +1,4 @@
-"""What fits a budget, and which change of the plan makes it fit."""
+"""Whether a plan fits a budget, and which changes make it fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_DEVICES = 4096
 
 @dataclass(frozen=True)
 class Option:
-    """A way to plan the training: the arguments that change, what then is planned, and whether its device part fits."""
+    """A way to plan the training: the arguments that change, the plan with them, and whether its device part fits."""
 
     change: dict[str, Any]
     plan: Plan
@@ -28,11 +28,11 @@ class Option:
 
 
 def options(planned: Plan, budget: int | str) -> list[Option]:
-    """The plan itself, then ways to need less of the device: each change alone; where none of them fits, each two of
-    them that do; then the smallest number of devices over which shards fit.
+    """The plan itself, then ways to need less memory of the device: each change alone; where no single change fits,
+    each pair that does; then the smallest number of devices over which shards fit.
 
     Args:
-        planned: what `plan` gave.
+        planned: a plan, as `plan` returns it.
         budget: of one device: bytes, or a text with a unit such as "24GiB".
     """
     limit = budget_bytes(budget)
@@ -45,8 +45,8 @@ def options(planned: Plan, budget: int | str) -> list[Option]:
 
 
 def describe(choices: Sequence[Option], budget: int | str) -> str:
-    """A table of the options that `options` gave, with the memory that each leaves, and a sentence on what makes the
-    plan fit."""
+    """A table of options, as `options` returns them, with the memory that each leaves, and a sentence that says what
+    makes the plan fit."""
     limit = budget_bytes(budget)
     rows = []
     for option in choices:
@@ -72,7 +72,7 @@ def _option(planned: Plan, change: dict[str, Any], limit: int) -> Option:
 
 
 def _pairs(planned: Plan, single: Sequence[Option], limit: int) -> Iterator[Option]:
-    """Two changes at once, each two in one order only."""
+    """Two changes at once, each pair in one order only."""
     seen: list[dict[str, Any]] = []
     for option in single:
         for second in _changes(option.plan, limit):
@@ -99,7 +99,7 @@ def _changes(planned: Plan, limit: int) -> Iterator[dict[str, Any]]:
 
 
 def _with_shards(planned: Plan, limit: int) -> Option | None:
-    """The smallest power of two of devices over which it fits; None where no number does."""
+    """The smallest power of two of devices over which the plan fits; None where no number does."""
     count = 2 * planned.world_size if planned.sharding == "fsdp" else max(2, planned.world_size)
     while count <= _MOST_DEVICES:
         option = _option(planned, {"sharding": "fsdp", "world_size": count}, limit)

@@ -1,5 +1,5 @@
-"""The state of optim8's optimizers, laid out on the meta device by the code that lays it out in training: so sizes,
-tiers and alignment are those of the training."""
+"""The state of optim8's optimizers on the meta device. The code that lays it out in training lays it out here, so
+sizes, tiers and alignment are those of the training."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ Requests = list[tuple[torch.Tensor, bool]]  # a tensor on the meta device, and w
 def state_requests(
     optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]], parts: dict[int, tuple[int, ...]], frozen: set[int]
 ) -> tuple[list[Requests], list[int]]:
-    """What a device holds of the parameters of each group that have state, and in which precision; and the numbers of
-    values of those tensors that would have 8-bit state if they were not under `min_8bit_size`.
+    """For each group, the parts of parameters for which one device has state, with their precision; and the numbers of
+    values of the tensors that would have 8-bit state if they were not smaller than `min_8bit_size`.
 
     Args:
-        parts: the shapes that are held, by identity of the parameter.
-        frozen: identities of those that no step changes. Without a gradient they have no state, unless they have it
-            from before.
+        optimizer: whose state it is; what it has already keeps its precision.
+        groups: its parameter groups, or groups that stand for them.
+        parts: the shapes that the device holds, by identity of the parameter.
+        frozen: identities of parameters without gradients. They have no state, except what they have already.
 
     Raises:
         ValueError: a group has a parameter that is not in `parts`.
@@ -64,7 +65,7 @@ def state_bytes(
 
     Args:
         device: "cuda" or "cpu", where the parameters are.
-        free: bytes that paged state finds free on a CUDA device.
+        free: bytes of a CUDA device that are free for paged state.
     """
     store = None if pager is None else _MetaStore(pager, device, free)
     totals: Bytes = {}
@@ -86,7 +87,7 @@ def state_bytes(
 
 
 class _MetaStore:
-    """Stands for the store of a paged optimizer: the same tiers and segments, without memory."""
+    """Stands for the store of a paged optimizer: it has the same tiers and segments, and no memory."""
 
     def __init__(self, pager: Pager, device: str, free: int) -> None:
         self._pager, self._device, self._free = pager, device, free

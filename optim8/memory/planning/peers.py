@@ -1,9 +1,10 @@
-"""What other libraries' optimizers keep for a parameter, in bytes. The tests hold it against the libraries themselves.
+"""Bytes of state that other libraries' optimizers hold for a parameter. The tests compare them with the libraries.
 
 torch.optim.AdamW keeps two moments in the parameter's dtype, so of float32 in mixed precision with float32 parameters,
-and of bfloat16 where the model is cast to it. bitsandbytes (0.50.2) keeps codes and a scale for each 256
-values from 4096 values on, and float32 below; its two tables are shared. torchao (0.18.0) keeps codes and scales where
-the number of values is a multiple of 256 as well, else the parameter's dtype, and a table with every 8-bit tensor.
+and of bfloat16 where the model is cast to it. bitsandbytes (0.50.2) keeps codes and a scale for each 256 values, of
+tensors of 4096 values or more, and float32 for smaller ones; all tensors share its two tables. torchao (0.18.0) keeps
+codes and scales where the number of values is a multiple of 256 as well, and the parameter's dtype elsewhere; every
+8-bit tensor has a table.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def _torchao(size: int, dtype: torch.dtype, moments: int) -> Bytes:
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer of another library: how it is called, and what it keeps."""
+    """An optimizer of another library: its label, and the bytes of its state."""
 
     label: str
     moments: int
     of_parameter: Callable[[int, torch.dtype, int], Bytes]
-    shared: int = 0  # bytes kept once, as soon as one parameter has codes
+    shared: int = 0  # bytes that all parameters share, as soon as one has codes
 
     def state(self, parameters: Sequence[tuple[int, torch.dtype]]) -> Bytes:
         """Bytes by kind for parameters of these sizes and dtypes."""

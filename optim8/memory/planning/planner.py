@@ -1,4 +1,4 @@
-"""How much memory a training needs for parameters, gradients and optimizer state, told before anything is allocated."""
+"""The memory that a training needs for parameters, gradients and optimizer state, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -49,41 +49,45 @@ def plan(
 ) -> Plan:
     """Bytes for parameters, gradients and optimizer state of a training, from sizes alone.
 
-    Nothing is allocated: state is laid out on the meta device by the code that lays it out in training, so the bytes
-    are those of the training. Activations and buffers for communication are not in it.
+    Nothing is allocated. The code that lays state out in training lays it out on the meta device here, so the bytes are
+    those of the training. A plan leaves out activations and buffers for communication.
 
     Args:
-        model_or_config: a module, on any device; a Hugging Face style config, as a dict, an object with `to_dict` or
-            the path of its JSON, of a model of configs.FAMILIES, or of any that transformers, if it is installed, can
-            build on the meta device; `{"parameters": {name: shape}}`; the path (or paths) of a safetensors file, whose
-            header is read; the folder of a model, of which config.json is read, or without one its safetensors files;
-            or a name on the Hugging Face hub whose config.json is in the local cache (nothing is downloaded).
-            Parameters that are used twice count once, frozen ones have neither gradient nor state.
+        model_or_config: one of these. A parameter that is used twice counts once; a frozen one has neither gradient nor
+            state.
+            - a module, on any device;
+            - a Hugging Face style config, as a dict, an object with `to_dict` or the path of its JSON: of a model of
+              configs.FAMILIES, or of any model that transformers, if it is installed, can build on the meta device;
+            - `{"parameters": {name: shape}}`;
+            - the path (or paths) of a safetensors file, of which plan reads the header;
+            - the folder of a model, of which plan reads config.json, or without one the safetensors files;
+            - a name on the Hugging Face hub whose config.json is in the local cache (plan downloads nothing).
         optimizer: "adam8bit", "adamw8bit", "lion8bit", "pagedadam8bit", "pagedadamw8bit", "pagedlion8bit", or a class
-            of optim8; an optimizer of optim8 that holds the
-            module's parameters, whose groups and options then count; or another library's: "torch-adamw" (or "adamw"),
-            "bitsandbytes-adamw8bit", "bitsandbytes-lion8bit", "torchao-adamw8bit".
-        dtype: of the parameters; None for what the model, config or file says, float32 where it says nothing.
-        grad_dtype: of the gradients; None for the parameters'.
-        master_copies: count a float32 copy of every narrower parameter, which the optimizer then steps.
+            of optim8; an optimizer of optim8 that holds the module's parameters, whose groups and options then count;
+            or another library's: "torch-adamw" (or "adamw"), "bitsandbytes-adamw8bit", "bitsandbytes-lion8bit",
+            "torchao-adamw8bit".
+        dtype: of the parameters; None for the dtype that the model, config or file states, else float32.
+        grad_dtype: of the gradients; None for the dtype of the parameters.
+        master_copies: count a float32 copy of every narrower parameter; the optimizer then steps the copies.
         world_size: number of devices.
         sharding: "ddp", each device holds everything; "fsdp", each holds a part of every parameter, cut along the
             first dimension as `torch.distributed.fsdp.fully_shard` does. What is 8-bit depends on the whole parameter.
-        min_8bit_size, optim_bits: as for the optimizer; None for its defaults, by which tensors of fewer than 4096
-            values, as adapters of LoRA often are, keep float32 state; the plan notes it where that is a good part.
+        min_8bit_size, optim_bits: as for the optimizer; None for its defaults. By these, tensors of fewer than 4096
+            values, as adapters of LoRA often are, have float32 state; the plan notes it where that is a good part.
         paged: True, or an optim8.paging.Pager with budgets, as for the optimizer.
-        device: "cuda" or "cpu", where the parameters are; None for where the module is, "cuda" for sizes alone.
-        budget: memory of a device, bytes or a text such as "24GiB": what parameters, gradients and buffers leave of it
-            is what paged state finds free there. Without it, paged state of CUDA parameters is planned in host memory,
-            unless the pager has a device_budget.
-        beside: plan torch's, bitsandbytes' and torchao's optimizer as well, for the printed table; and torch's with
-            float32 master copies, the 16 bytes a parameter of mixed precision, where parameters are narrower.
+        device: "cuda" or "cpu", where the parameters are; None for the device of the module, "cuda" for sizes alone.
+        budget: memory of a device, bytes or a text such as "24GiB". Paged state has there what parameters, gradients
+            and buffers leave of it. Without a budget, paged state of CUDA parameters is planned in host memory, unless
+            the pager has a device_budget.
+        beside: plan the optimizers of torch, bitsandbytes and torchao as well, for the printed table; and, where
+            parameters are narrower than float32, torch's with float32 master copies: the 16 bytes a parameter of mixed
+            precision.
 
     Returns:
         The plan of one device; of the fullest one where they differ.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: an argument cannot be honoured; names it.
+        TypeError, ValueError, FileNotFoundError: an argument cannot be honoured; the message names it.
 
     Example:
         >>> import torch, optim8
@@ -163,7 +167,7 @@ class _State:
 
 
 def _on_small(state: _State) -> list[str]:
-    """A sentence on tensors that are too small for 8-bit state, where their state is a good part of all."""
+    """A note on tensors that are too small for 8-bit state, where their state is a good part of all state."""
     small, total = state.small, sum(count for (kind, _), count in state.bytes.items() if kind in STATE)
     nbytes = state.moments * 4 * sum(small)
     if nbytes <= _WORTH_A_NOTE * total:

@@ -1,4 +1,4 @@
-"""What a plan is: bytes by kind and tier, what fits a budget, and the printed table."""
+"""Plans: bytes by kind and tier, whether they fit a budget, and the printed table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from optim8.paging.tiers import TIERS
 from optim8.text import parse_bytes, size_cell, table
 
-# What a row of a plan is about, in the order of the printed table, and the entry of `Plan.bytes` that it counts in.
+# The kinds of rows of a plan, in the order of the printed table, and the entry of `Plan.bytes` that each counts in.
 KINDS = {
     "parameters": "parameters",
     "float32 master copies": "parameters",
@@ -50,19 +50,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one device holds, the fullest where they differ. `print(plan)` shows it beside other optimizers.
+    """The memory of one device, the fullest where devices differ. `print(plan)` shows it beside other optimizers.
 
     Attributes:
         title, optimizer: the names of the model and of the optimizer.
         rows: bytes by kind and tier.
-        world_size, sharding: over how many devices, and how.
+        world_size, sharding: the number of devices, and how they share the work.
         size, tensors: numbers of values and of tensors of the whole model.
         held: number of values that this device holds.
         dtypes: of the parameters.
         device: where they are, "cuda" or "cpu".
         beside: plans of the same training with other libraries' optimizers.
-        request: the arguments that it was planned with.
-        notes: what is worth knowing about it, a sentence each.
+        request: the arguments of `plan`.
+        notes: remarks on the plan, a sentence each.
     """
 
     title: str
@@ -83,8 +83,8 @@ class Plan:
     def bytes(self) -> dict[str, int]:
         """Bytes on one device, in all tiers, by kind: `parameters` (with master copies), `gradients`, `codes`,
         `absmax`, `state32` (float32 state and counts of steps) and `buffers` (for paging, the model's own, tables of
-        codes, and alignment between tensors of state). Where another library keeps moments in 16 or 64 bits, they are
-        `state16` or `state64`."""
+        codes, and alignment between tensors of state). `state16` and `state64` are moments that another library keeps
+        in 16 or 64 bits."""
         found = dict.fromkeys(("parameters", "gradients", "codes", "absmax", "state32", "buffers"), 0)
         for row in self.rows:
             found[KINDS[row.kind]] = found.get(KINDS[row.kind], 0) + row.nbytes
@@ -107,12 +107,12 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes of the tier where the parameters are: of the GPU, or of RAM."""
+        """Bytes in the tier of the parameters: the GPU, or RAM."""
         return self.tiers["device" if self.device == "cuda" else "host"]
 
     @property
     def elsewhere(self) -> dict[str, int]:
-        """Bytes by tier of what is not where the parameters are."""
+        """Bytes by tier, without the tier of the parameters."""
         own = "device" if self.device == "cuda" else "host"
         return {tier: count for tier, count in self.tiers.items() if count and tier != own}
 
@@ -121,7 +121,7 @@ class Plan:
         return self.needed <= budget_bytes(budget)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan in plain numbers and texts, as JSON can hold it."""
+        """The plan as plain numbers and texts, for JSON."""
         return {
             "model": self.title,
             "optimizer": self.optimizer,

@@ -1,1 +1,1 @@
-"""The bytes that a training takes, measured while it runs."""
+"""Profiling: the bytes that a training takes, measured while it runs."""

@@ -1,4 +1,4 @@
-"""How a memory profile is drawn: bars for some steps, areas over the steps for many."""
+"""Pictures of memory profiles: bars for few steps, areas over the steps for many."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from optim8.memory.profiling.profiles import Profile, Record
 
-# Colour and hatch of each kind; neighbours in a bar differ in lightness, so that they are told apart in greyscale too.
+# Colour and hatch of each kind; neighbours in a bar differ in lightness, so that they differ in greyscale too.
 LOOKS = {
     "parameters": ("#1b1b1b", ""),
     "gradients": ("#d9d9d9", ""),
@@ -29,8 +29,8 @@ _MOST_BARS = 24
 def draw(profile: Profile, records: Sequence[Record]) -> Figure:
     """The picture of these records.
 
-    What a process has of Python, libraries and others' tensors in its resident set says nothing of the training and
-    hides it, so `source="rss"` is drawn without the least of it, which is told below.
+    Python, libraries and tensors of others in the resident set hide the training. With `source="rss"` the picture
+    leaves out their smallest amount, and says so below.
     """
     from matplotlib.figure import Figure
 
@@ -39,14 +39,14 @@ def draw(profile: Profile, records: Sequence[Record]) -> Figure:
     kinds = _order(profile, records, before)
     phases = [record for record in records if record.phase != "between"]
     most = max((record.peak for record in phases), default=-1)
-    higher = [record for record in records if record.peak > most]  # between phases, which is told where it is more
+    higher = [record for record in records if record.peak > most]  # between phases, where the peak is higher
     if len(phases) + len(higher) <= _MOST_BARS:
         _draw_bars(figure, [record for record in records if record in phases or record in higher], kinds, before)
     else:
         _draw_areas(figure, records if higher else phases, kinds, before)
     first = figure.axes[0]
     first.set_ylabel("memory (MiB)", fontsize=13)
-    first.set_ylim(bottom=0)  # when all is drawn: from then on the panels, which share it, do not grow
+    first.set_ylim(bottom=0)  # at the end: panels share the axis, and do not grow after this
     title = "kinds at the end of each phase, and its peak"
     figure.suptitle(f"{profile.model}, {profile.optimizer}: {title}", fontsize=13)
     without = f"; drawn without the {size_cell(before)} of other things that are there all the time" if before else ""
@@ -57,7 +57,7 @@ def draw(profile: Profile, records: Sequence[Record]) -> Figure:
 
 
 def _order(profile: Profile, records: Sequence[Record], before: int) -> dict[str, str]:
-    """The kinds to draw from below, and how each is called; at the top those that the peak does not count."""
+    """The kinds to draw, from below, with their labels; at the top those that the peak does not count."""
     elsewhere = {"state (disk)", *(["state (host)"] if profile.source == "cuda" else [])}
     present = [kind for kind in LOOKS if any(_mib(record, kind, before) > 0 for record in records)]
     ordered = sorted(present, key=lambda kind: kind in elsewhere)
@@ -91,12 +91,12 @@ def _draw_bars(figure: Figure, records: Sequence[Record], kinds: dict[str, str],
 
 
 def _draw_areas(figure: Figure, records: Sequence[Record], kinds: dict[str, str], before: int) -> None:
-    """A panel for every phase, over the steps: a bar for each would be a comb, as every phase ends at another level."""
+    """A panel for every phase, over the steps. Bars would look like a comb, because phases end at different levels."""
     present = {record.phase for record in records}
     phases = [phase for phase in ("forward", "backward", "step", "between") if phase in present]
     panels = figure.subplots(1, len(phases), sharex=True, sharey=True, squeeze=False)[0]
     for axes, phase in zip(panels, phases):
-        by_step: dict[int, Record] = {}  # of a phase that comes more than once in a step, the highest
+        by_step: dict[int, Record] = {}  # where a phase comes more than once in a step, the highest
         for record in records:
             if record.phase == phase and (record.step not in by_step or record.peak > by_step[record.step].peak):
                 by_step[record.step] = record
@@ -115,7 +115,7 @@ def _draw_areas(figure: Figure, records: Sequence[Record], kinds: dict[str, str]
 
 
 def _around() -> list[Any]:
-    """A white edge, with which black is seen on black too."""
+    """A white edge, which makes black visible on black."""
     from matplotlib import patheffects
 
     return [patheffects.withStroke(linewidth=5, foreground="white")]

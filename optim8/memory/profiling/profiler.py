@@ -1,4 +1,4 @@
-"""Memory of a training by step, phase and kind, measured while it runs."""
+"""Records the memory of a running training by step, phase and kind."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from optim8.optim import sharded
 from optim8.paging.store import placed
 from optim8.paging.tiers import DEVICE, DISK, HOST
 
-_FLUSH = 500  # marks after which a source's readings are taken, so that it keeps no more
+_FLUSH = 500  # marks after which the profiler reads the source, so that the source need not hold more
 FORWARD, BACKWARD, STEP, BETWEEN = "forward", "backward", "step", "between"
 
 
 class profile(Profile):
     """Records the memory of a training, for each optimizer step and phase.
 
-    Forward begins when the model is called, and ends where the gradient reaches what the model returned; so a loss
-    that is computed outside counts as forward. Backward ends with the backward pass. Step is the optimizer's. What is
-    none of these is "between". Micro-batches before one step are phases of that step.
+    Forward begins with the call of the model, and ends when the gradient reaches the model's output; so a loss that is
+    computed outside the model counts as forward. Backward ends with the backward pass. Step is the optimizer's step.
+    All other time is "between". Micro-batches before a step are phases of that step.
 
-    Kinds: parameters; gradients; optimizer state by tier; activations, everything else that was not there when forward
-    began; other, what was. They are measured at the end of each phase; the peak is the most in use at any moment of it.
+    Kinds: parameters; gradients; optimizer state by tier; activations: all else that has come since forward began;
+    other: all else that was there before. The profiler measures them at the end of each phase. The peak is the most in
+    use at any moment of the phase.
 
     Args:
         model: the module that is called.
         optimizer: its optimizer, of optim8 or any other.
-        source: "cuda", torch's allocator on the model's GPU, whose counter of the peak
-            (`torch.cuda.max_memory_allocated`) is set back at every phase; "allocations", of torch's CPU allocator, for
-            which torch's profiler runs; or "rss", the resident set of the process. None for "cuda" or "allocations".
+        source: "cuda": torch's allocator on the model's GPU; the profiler resets its peak
+            (`torch.cuda.max_memory_allocated`) at every phase. "allocations": torch's CPU allocator, through torch's
+            profiler. "rss": the resident set of the process. None: "cuda" or "allocations", by the model's device.
 
     Raises:
         ValueError, TypeError: an argument cannot be honoured.
-        RuntimeError: on entering: the source cannot be used.
+        RuntimeError: the source cannot be used; raised at the start of the block.
 
     Example:
         >>> import torch, optim8
@@ -65,7 +66,7 @@ class profile(Profile):
         super().__init__(self._source.name, self._source.meaning, type(model).__name__, type(optimizer).__name__)
         self._hooks: list[Any] = []
         self._output_hooks: list[Any] = []
-        self._open: list[_Mark] = []  # of which the source was not asked yet
+        self._open: list[_Mark] = []  # whose readings the source still has
         self._step, self._phase, self._in_step, self._running = 0, BETWEEN, False, False
         self._walk = _Walk(model)
         self._known: list[torch.nn.Parameter] = []
@@ -144,7 +145,7 @@ class profile(Profile):
         return {**self._parameters, "gradients": gradients, **self._state}
 
     def _measure_state(self) -> None:
-        """What only a step changes: the parameters, and bytes of them and of optimizer state by tier."""
+        """Measure what only a step changes: the parameters, and bytes of them and of optimizer state by tier."""
         self._known = self._walk.parameters()
         self._parameters = {"parameters": _nbytes(self._known)}
         self._state = {f"state ({tier})": count for tier, count in _tiers(self._optimizer).items()}
@@ -153,13 +154,13 @@ class profile(Profile):
         self._mapped = sum(segment.memory.numel() for segment in segments if segment.tier == DISK)
 
     def _is_counted(self, kind: str) -> bool:
-        """Whether the source counts this kind: state in a file, or in RAM beside a GPU, it does not."""
+        """Whether the source counts this kind: it does not count state in a file, or in RAM beside a GPU."""
         return kind != "state (disk)" and (kind != "state (host)" or self._device.type == "cpu")
 
     def _read(self, last: bool) -> None:
         """Make records of the marks since the last call."""
         for (level, peak), mark in zip(self._source.readings(last), self._open, strict=True):
-            if self.source == "allocations":  # counts a file that is mapped as memory
+            if self.source == "allocations":  # it counts a mapped file as memory
                 level -= mark.mapped - self._mapped_before
                 peak = max(level, peak - mark.mapped + self._mapped_before)
             rest = level - sum(count for kind, count in mark.kinds.items() if self._is_counted(kind))
@@ -184,8 +185,8 @@ class _Mark:
 
 
 class _Walk:
-    """The parameters of a model, asked for in every step: modules are walked again only where one has other children,
-    which takes a fraction of the time."""
+    """The parameters of a model. It walks the modules again only when one has other children, which takes a fraction of
+    the time; the profiler asks in every step."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -193,7 +194,7 @@ class _Walk:
         self._children: list[torch.nn.Module | None] | None = None
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What `list(model.parameters())` gives."""
+        """The same list as `list(model.parameters())`."""
         if self._children is None or self._present() != self._children:
             self._modules = list(self._model.modules())
             self._children = self._present()
@@ -216,8 +217,8 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 
 def _nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes that this process has of these tensors. It is asked several times a step, and so spares plain tensors the
-    question whether they are shards."""
+    """Bytes of these tensors in this process. It runs several times a step, so plain tensors skip the question whether
+    they are shards."""
     return sum(
         tensor.nbytes if type(tensor) in _PLAIN else sharded.local(tensor).nbytes
         for tensor in tensors

@@ -1,4 +1,4 @@
-"""What a memory profile has recorded, as table, picture, TensorBoard log and JSON."""
+"""Records of a memory profile, as table, picture, TensorBoard log and JSON."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Record:
     """One phase of one step.
 
     Attributes:
-        step: which optimizer step of the block it belongs to, from 0.
+        step: the optimizer step of the block that it belongs to, from 0.
         phase: "forward", "backward", "step" or "between".
-        peak: the most bytes in use at any moment of it.
+        peak: the most bytes in use at any moment of the phase.
         end: bytes in use at its end.
         kinds: bytes at its end by kind: parameters, gradients, state by tier, activations, other.
     """
@@ -34,11 +34,11 @@ class Record:
 
 
 class Profile:
-    """The records of a block, complete when it has ended.
+    """The records of a block, complete when the block has ended.
 
     Attributes:
-        records: by time.
-        source, meaning: where the bytes come from, and what they count.
+        records: in order of time.
+        source, meaning: where the numbers come from, and what they count.
         model, optimizer: names of the classes.
     """
 
@@ -59,7 +59,7 @@ class Profile:
         return max((record.peak for record in self._complete()), default=0)
 
     def table(self) -> str:
-        """For each phase, the step in which its peak was highest: peak, and bytes by kind at the end of the phase."""
+        """For each phase, the step with the highest peak: the peak, and bytes by kind at the end of the phase."""
         highest = list(self._highest(self._complete()).values())
         kinds = _kinds(highest)
         rows = [
@@ -76,7 +76,7 @@ class Profile:
         return f"{head}\n\n{table(['phase', 'step', 'peak', *(f'{kind} at end' for kind in kinds)], rows)}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything in plain numbers (bytes) and texts."""
+        """All records as plain numbers (bytes) and texts."""
         return {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -97,7 +97,7 @@ class Profile:
             temporary.unlink(missing_ok=True)
 
     def to_tensorboard(self, directory: str | Path) -> None:
-        """Write for every step and phase the peak and the bytes by kind, in MiB. Needs tensorboard."""
+        """Write the peak and the bytes by kind of every step and phase, in MiB. Needs tensorboard."""
         from torch.utils.tensorboard import SummaryWriter
 
         records = self._complete()
@@ -110,8 +110,8 @@ class Profile:
     def plot(self, path: str | Path) -> None:
         """Draw bytes by kind at the end of every phase, and the peaks, to an image file. Needs matplotlib.
 
-        State that lies elsewhere than the memory that is measured is drawn on top of it, and called so. What a process
-        had in its resident set (`source="rss"`) all the time beside the training is left out, and told.
+        State outside the measured memory is on top, with a label that says so. With `source="rss"` the picture leaves
+        out the memory that the process has all the time beside the training, and says how much.
         """
         draw(self, self._complete()).savefig(path)
 

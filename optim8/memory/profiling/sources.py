@@ -1,6 +1,6 @@
-"""Where the profiler reads memory: the CUDA allocator, torch's CPU allocations, or the resident set of the process.
+"""Sources of the profiler: the CUDA allocator, torch's CPU allocations, or the resident set of the process.
 
-A source is told of marks in time. For each it gives the bytes in use there, and the most in use since the mark before.
+The profiler marks moments. For each mark a source gives the bytes in use, and the most in use since the mark before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-# torch.profiler always records operators as well, which costs many times what memory alone does.
+# torch.profiler always records operators as well, which costs many times as much as memory alone.
 _profiler: Any = torch._C._autograd
 
 _LONGEST_STATUS = 2**16  # bytes; it lists the groups of the user before the memory
@@ -24,24 +24,24 @@ Reading = tuple[int, int]  # bytes in use at a mark, most bytes in use since the
 
 
 class Source(Protocol):
-    """How a profile reads memory."""
+    """Reads memory for a profile."""
 
     name: str
     meaning: str
 
     def start(self, known: int, gradients: Sequence[torch.Tensor]) -> None:
-        """Begin, with mark 0. `known` bytes of tensors that the profile knows are in use; `gradients` are among them,
-        and may be freed."""
+        """Begin, with mark 0. The profile knows tensors of `known` bytes that are in use now; `gradients` are those of
+        them that may be freed."""
 
     def mark(self) -> None:
-        """A moment to tell about."""
+        """Mark this moment."""
 
     def readings(self, last: bool) -> Sequence[Reading]:
-        """What is known of the marks since the last call. `last`: stop, and leave nothing behind."""
+        """The readings of the marks since the last call. `last`: stop, and leave nothing behind."""
 
 
 class CudaSource:
-    """torch's caching allocator on one device. Its counter of the peak is set back at every mark."""
+    """torch's caching allocator on one device. Every mark resets its peak."""
 
     name, meaning = "cuda", "bytes of tensors on the GPU, by torch's allocator"
 
@@ -53,7 +53,7 @@ class CudaSource:
         self.mark()
 
     def mark(self) -> None:
-        # What memory_allocated and max_memory_allocated each sort out of all the counters, asked once.
+        # One call for what memory_allocated and max_memory_allocated each look up among all counters.
         counters = torch.cuda.memory_stats_as_nested_dict(self._device)["allocated_bytes"]["all"]
         self._readings.append((counters["current"], counters["peak"]))
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -66,8 +66,8 @@ class CudaSource:
 class AllocationSource:
     """Every allocation of the CPU allocator by this thread and its backward passes, as torch's profiler reports them.
 
-    The profiler runs without recording operators. It does not report the end of what was allocated before it began, so
-    gradients from before are watched. Other tensors from before count where the profile knows them.
+    torch's profiler runs without recording operators. It does not report the end of allocations from before its start,
+    so this source watches gradients from before. Other tensors from before count where the profile knows them.
     """
 
     name, meaning = "allocations", "bytes of tensors in RAM, by torch's CPU allocator"
@@ -103,7 +103,7 @@ class AllocationSource:
                 watch.detach()
         else:
             self._enable()
-        events = result.events()  # hundreds for each step: an allocation costs no more than two calls here
+        events = result.events()  # hundreds for each step, so an allocation may cost no more than two calls here
         starts = [event.start_ns() for event in events]
         if any(map(operator.gt, starts, starts[1:])):
             events = [event for _, event in sorted(zip(starts, events), key=operator.itemgetter(0))]
@@ -139,12 +139,12 @@ class AllocationSource:
 
 
 def _note(name: str) -> None:
-    """An event of this name. `torch.profiler.record_function` makes the same one in several times the time."""
+    """Record an event of this name. `torch.profiler.record_function` takes several times as long for the same."""
     _profiler._record_function_with_args_exit(_profiler._record_function_with_args_enter(name))
 
 
 def _addresses_from_before(result: Any) -> set[int]:
-    """Addresses of which the first that is told is the end: an earlier run of the profiler saw them begin."""
+    """Addresses whose first event is a deallocation: an earlier run of torch's profiler saw the allocation."""
     first: dict[int, tuple[int, int]] = {}
     waiting = list(result.experimental_event_tree())
     while waiting:
@@ -157,10 +157,11 @@ def _addresses_from_before(result: Any) -> set[int]:
 
 
 class ResidentSource:
-    """The resident set of the process as Linux counts it: Python, libraries, and what the allocator keeps for reuse.
+    """The resident set of the process as Linux counts it: with Python, libraries, and memory that the allocator holds
+    for reuse.
 
-    Its peak, which the kernel keeps for the process, is set back at every mark. The files stay open between marks:
-    opening one takes longer than reading it.
+    Every mark resets its peak, which the kernel counts. The files stay open between marks, because opening one takes
+    longer than reading it.
     """
 
     name, meaning = "rss", "resident set of the process, Python and libraries included"
@@ -196,7 +197,7 @@ class ResidentSource:
 
 
 def source_for(name: str | None, device: torch.device) -> Source:
-    """The source of this name; None for what fits the device."""
+    """The source of this name; None for the one that fits the device."""
     name = name or ("cuda" if device.type == "cuda" else "allocations")
     if name == "cuda" and device.type == "cuda":
         return CudaSource(device)

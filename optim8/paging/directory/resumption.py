@@ -51,8 +51,8 @@ def returns_to_checkpoint(
     if copy is None and last.step != steps:
         raise RuntimeError(
             f"{state.owner}: the state in {state.directory} is of step {steps}, the last checkpoint of step "
-            f"{last.step} ({last.what}), and a kill has left no word of the parameters of step {steps}. {state.advice} If you "
-            f"have the parameters of step {steps}, resume with Pager(..., changed_params=True)."
+            f"{last.step} ({last.what}), and a kill has left no word of the parameters of step {steps}. {state.advice} "
+            f"If you have the parameters of step {steps}, resume with Pager(..., changed_params=True)."
         )
     return copy is not None
 
