@@ -1,6 +1,7 @@
 // Arguments of the functional API, checked and made into the jobs of core/jobs.h; for CPU and CUDA the same.
 #pragma once
 
+#include "core/codec.h"
 #include "core/jobs.h"
 #include "core/scalar.h"
 #include "tensors/arguments.h"
@@ -8,6 +9,43 @@
 #include <string>
 
 namespace optim8 {
+
+inline int64_t bytes_of(int64_t values, Storage storage) { return values * (storage == Storage::Float32 ? 4 : 2); }
+
+// Without midpoints, and with a code of any kind: CPU and CUDA find these in different places. `blocksize` is positive.
+inline QuantizeJob quantize_blockwise_job(const Arguments& check, py::handle A, py::handle code, int64_t blocksize,
+                                          py::handle out, py::handle absmax) {
+    const View values = check.floats("A", A);
+    const View table = check.float32("code", code, code_size);
+    const View codes = check.uint8("out", out, values.size);
+    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
+    return {values.data,
+            static_cast<uint8_t*>(codes.data),
+            static_cast<float*>(scales.data),
+            static_cast<const float*>(table.data),
+            nullptr,
+            values.size,
+            blocksize,
+            values.storage(),
+            CodeKind::Any};
+}
+
+// With a code of any kind. `blocksize` is positive.
+inline DequantizeJob dequantize_blockwise_job(const Arguments& check, py::handle A, py::handle absmax, py::handle code,
+                                              int64_t blocksize, py::handle out) {
+    const View values = check.floats("out", out);
+    const View codes = check.uint8("A", A, values.size);
+    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
+    const View table = check.float32("code", code, code_size);
+    return {static_cast<const uint8_t*>(codes.data),
+            static_cast<const float*>(scales.data),
+            static_cast<const float*>(table.data),
+            values.data,
+            values.size,
+            blocksize,
+            values.storage(),
+            CodeKind::Any};
+}
 
 inline Fourbit read_type(const Arguments& check, const std::string& quant_type) {
     if (quant_type == "nf4") return Fourbit::NF4;

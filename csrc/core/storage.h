@@ -77,4 +77,21 @@ OPTIM8_HD float16 from_float<float16>(float x) {
 #endif
 }
 
+template <class T>
+struct TypeOf {
+    using type = T;
+};
+// work(TypeOf<T>) with the type that is stored so. `Kind` is Storage of core/row.h.
+template <class Kind, class Work>
+void with_storage(Kind storage, const Work& work) {
+    switch (storage) {
+        case Kind::Float32:
+            return work(TypeOf<float>{});
+        case Kind::BFloat16:
+            return work(TypeOf<bfloat16>{});
+        case Kind::Float16:
+            return work(TypeOf<float16>{});
+    }
+}
+
 OPTIM8_END

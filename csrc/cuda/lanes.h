@@ -196,21 +196,4 @@ struct BlockLength {
     OPTIM8_HD bool divides_tiles() const { return shift >= 0 && values <= tile && values >= per_lane; }
 };
 
-template <class T>
-struct TypeOf {
-    using type = T;
-};
-// work(TypeOf<T>) with the type that is stored so.
-template <class Work>
-void with_storage(Storage storage, const Work& work) {
-    switch (storage) {
-        case Storage::Float32:
-            return work(TypeOf<float>{});
-        case Storage::BFloat16:
-            return work(TypeOf<bfloat16>{});
-        case Storage::Float16:
-            return work(TypeOf<float16>{});
-    }
-}
-
 OPTIM8_END

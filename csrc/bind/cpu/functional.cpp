@@ -34,8 +34,6 @@ void run(void (*Kernels::*kernel)(const Job&, int64_t, int64_t), const Job& job,
     parallel_for(items, chunk, threads, [&](int64_t begin, int64_t end) { function(job, begin, end); });
 }
 
-int64_t bytes_of(int64_t values, Storage storage) { return values * (storage == Storage::Float32 ? 4 : 2); }
-
 void quantize_4bit(py::handle A, const std::string& quant_type, int64_t blocksize, py::handle out, py::handle absmax,
                    int threads) {
     const Quantize4Job job = quantize_4bit_job(Arguments{"quantize_4bit"}, A, quant_type, blocksize, out, absmax);
@@ -55,19 +53,10 @@ void dequantize_4bit(py::handle A, py::handle absmax, const std::string& quant_t
 
 std::vector<float> widened(const View& values) {
     std::vector<float> wide(static_cast<size_t>(values.size));
-    for (size_t i = 0; i < wide.size(); ++i) {
-        switch (values.storage()) {
-            case Storage::Float32:
-                wide[i] = static_cast<const float*>(values.data)[i];
-                break;
-            case Storage::BFloat16:
-                wide[i] = to_float(static_cast<const bfloat16*>(values.data)[i]);
-                break;
-            case Storage::Float16:
-                wide[i] = to_float(static_cast<const float16*>(values.data)[i]);
-                break;
-        }
-    }
+    with_storage(values.storage(), [&](auto stored) {
+        const auto* from = static_cast<const typename decltype(stored)::type*>(values.data);
+        for (size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(from[i]);
+    });
     return wide;
 }
 

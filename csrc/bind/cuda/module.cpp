@@ -55,20 +55,9 @@ void quantize_blockwise(py::handle A, py::handle code, int64_t blocksize, py::ha
                         bool keep_positive) {
     const Arguments check{"quantize_blockwise", device_type};
     check_blocksize(check, blocksize);
-    const View values = check.floats("A", A);
-    const View table = check.float32("code", code, code_size);
-    const View codes = check.uint8("out", out, values.size);
-    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
+    QuantizeJob job = quantize_blockwise_job(check, A, code, blocksize, out, absmax);
+    if (keep_positive) job.kind = CodeKind::Positive;
     const py::object info = float_scratch(code, code_info_size);
-    const QuantizeJob job{values.data,
-                          static_cast<uint8_t*>(codes.data),
-                          static_cast<float*>(scales.data),
-                          static_cast<const float*>(table.data),
-                          nullptr,
-                          values.size,
-                          blocksize,
-                          values.storage(),
-                          keep_positive ? CodeKind::Positive : CodeKind::Any};
     const Device device(check.who, check.device);
     cuda_quantize(job, static_cast<float*>(check.float32("scratch", info, code_info_size).data), device.stream);
 }
@@ -76,18 +65,7 @@ void quantize_blockwise(py::handle A, py::handle code, int64_t blocksize, py::ha
 void dequantize_blockwise(py::handle A, py::handle absmax, py::handle code, int64_t blocksize, py::handle out, int) {
     const Arguments check{"dequantize_blockwise", device_type};
     check_blocksize(check, blocksize);
-    const View values = check.floats("out", out);
-    const View codes = check.uint8("A", A, values.size);
-    const View scales = check.float32("absmax", absmax, blocks_of(values.size, blocksize));
-    const View table = check.float32("code", code, code_size);
-    const DequantizeJob job{static_cast<const uint8_t*>(codes.data),
-                            static_cast<const float*>(scales.data),
-                            static_cast<const float*>(table.data),
-                            values.data,
-                            values.size,
-                            blocksize,
-                            values.storage(),
-                            CodeKind::Any};
+    const DequantizeJob job = dequantize_blockwise_job(check, A, absmax, code, blocksize, out);
     const Device device(check.who, check.device);
     cuda_dequantize(job, device.stream);
 }

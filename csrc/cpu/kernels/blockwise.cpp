@@ -136,25 +136,11 @@ void dequantize_storage(const DequantizeJob& job, int64_t begin, int64_t end) {
 }  // namespace
 
 void quantize_blocks(const QuantizeJob& job, int64_t begin, int64_t end) {
-    switch (job.storage) {
-        case Storage::Float32:
-            return quantize_storage<float>(job, begin, end);
-        case Storage::BFloat16:
-            return quantize_storage<bfloat16>(job, begin, end);
-        case Storage::Float16:
-            return quantize_storage<float16>(job, begin, end);
-    }
+    with_storage(job.storage, [&](auto stored) { quantize_storage<typename decltype(stored)::type>(job, begin, end); });
 }
 
 void dequantize_blocks(const DequantizeJob& job, int64_t begin, int64_t end) {
-    switch (job.storage) {
-        case Storage::Float32:
-            return dequantize_storage<float>(job, begin, end);
-        case Storage::BFloat16:
-            return dequantize_storage<bfloat16>(job, begin, end);
-        case Storage::Float16:
-            return dequantize_storage<float16>(job, begin, end);
-    }
+    with_storage(job.storage, [&](auto stored) { dequantize_storage<typename decltype(stored)::type>(job, begin, end); });
 }
 
 void encode_blocks(const EncodeJob& job, int64_t begin, int64_t end) {

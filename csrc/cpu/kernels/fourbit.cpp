@@ -44,14 +44,7 @@ void quantize_span(const Quantize4Job& job, int64_t begin, int64_t end) {
 
 template <Fourbit type>
 void quantize_storage(const Quantize4Job& job, int64_t begin, int64_t end) {
-    switch (job.storage) {
-        case Storage::Float32:
-            return quantize_span<type, float>(job, begin, end);
-        case Storage::BFloat16:
-            return quantize_span<type, bfloat16>(job, begin, end);
-        case Storage::Float16:
-            return quantize_span<type, float16>(job, begin, end);
-    }
+    with_storage(job.storage, [&](auto stored) { quantize_span<type, typename decltype(stored)::type>(job, begin, end); });
 }
 
 template <class T>
@@ -178,25 +171,11 @@ void quantize_4bit(const Quantize4Job& job, int64_t begin, int64_t end) {
 
 void dequantize_4bit(const Dequantize4Job& job, int64_t begin, int64_t end) {
     const int64_t from = begin * fourbit_span, to = std::min(job.size, end * fourbit_span);
-    switch (job.storage) {
-        case Storage::Float32:
-            return dequantize_span<float>(job, from, to);
-        case Storage::BFloat16:
-            return dequantize_span<bfloat16>(job, from, to);
-        case Storage::Float16:
-            return dequantize_span<float16>(job, from, to);
-    }
+    with_storage(job.storage, [&](auto stored) { dequantize_span<typename decltype(stored)::type>(job, from, to); });
 }
 
 void gemv_4bit(const Gemv4Job& job, int64_t begin, int64_t end) {
-    switch (job.storage) {
-        case Storage::Float32:
-            return gemv_storage<float>(job, begin, end);
-        case Storage::BFloat16:
-            return gemv_storage<bfloat16>(job, begin, end);
-        case Storage::Float16:
-            return gemv_storage<float16>(job, begin, end);
-    }
+    with_storage(job.storage, [&](auto stored) { gemv_storage<typename decltype(stored)::type>(job, begin, end); });
 }
 
 OPTIM8_END

@@ -111,38 +111,23 @@ void scale_row(const Int8ScaleJob& job, int64_t row) {
     }
 }
 
-// Calls work with a null pointer of the storage type, which names the type.
-template <class Work>
-void with_storage(Storage storage, const Work& work) {
-    switch (storage) {
-        case Storage::Float32:
-            return work(static_cast<float*>(nullptr));
-        case Storage::BFloat16:
-            return work(static_cast<bfloat16*>(nullptr));
-        case Storage::Float16:
-            return work(static_cast<float16*>(nullptr));
-    }
-}
-template <class Pointer>
-using Pointee = std::remove_pointer_t<Pointer>;
-
 }  // namespace
 
 void int8_outliers(const Int8QuantizeJob& job, int64_t begin, int64_t end) {
-    with_storage(job.storage, [&](auto type) {
-        for (int64_t row = begin; row < end; ++row) mark_outliers<Pointee<decltype(type)>>(job, row);
+    with_storage(job.storage, [&](auto stored) {
+        for (int64_t row = begin; row < end; ++row) mark_outliers<typename decltype(stored)::type>(job, row);
     });
 }
 
 void int8_rows(const Int8QuantizeJob& job, int64_t begin, int64_t end) {
-    with_storage(job.storage, [&](auto type) {
-        for (int64_t row = begin; row < end; ++row) quantize_row<Pointee<decltype(type)>>(job, row);
+    with_storage(job.storage, [&](auto stored) {
+        for (int64_t row = begin; row < end; ++row) quantize_row<typename decltype(stored)::type>(job, row);
     });
 }
 
 void int8_columns(const Int8ColumnsJob& job, int64_t begin, int64_t end) {
-    with_storage(job.storage, [&](auto type) {
-        for (int64_t g = begin; g < end; ++g) quantize_columns<Pointee<decltype(type)>>(job, g * group);
+    with_storage(job.storage, [&](auto stored) {
+        for (int64_t g = begin; g < end; ++g) quantize_columns<typename decltype(stored)::type>(job, g * group);
     });
 }
 
@@ -154,8 +139,8 @@ void int8_dequantize(const Int8DequantizeJob& job, int64_t begin, int64_t end) {
 }
 
 void int8_scale(const Int8ScaleJob& job, int64_t begin, int64_t end) {
-    with_storage(job.storage, [&](auto type) {
-        for (int64_t row = begin; row < end; ++row) scale_row<Pointee<decltype(type)>>(job, row);
+    with_storage(job.storage, [&](auto stored) {
+        for (int64_t row = begin; row < end; ++row) scale_row<typename decltype(stored)::type>(job, row);
     });
 }
 
