@@ -63,6 +63,9 @@ def test_the_map(signed: bool) -> None:
     assert table.dtype == torch.float32
     digest = hashlib.sha256(table.cpu().numpy().astype("<f4").tobytes()).hexdigest()
     assert digest == reference.MAP_SHA256[signed]
+    zero = _native.cpu().zero_code(signed)
+    assert zero == reference.zero_code(signed)
+    assert table[zero] == 0
 
 
 @pytest.mark.parametrize("absmax", [1.0, 2.0**-149, 2.0**-140, 1e-30, 0.3, 3e38])

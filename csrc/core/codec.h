@@ -33,6 +33,9 @@ constexpr double decade_inverse[decades] = {1e6, 1e5, 1e4, 1e3, 1e2, 1e1, 1e0};
 // exp_avg_sq, which would otherwise restart from nothing (an update up to 1/sqrt(1 - beta2) times too large).
 enum class Code { Signed, Unsigned, Positive };
 
+OPTIM8_HD constexpr bool is_signed(Code code) { return code == Code::Signed; }
+OPTIM8_HD constexpr uint8_t zero_code_of(Code code) { return is_signed(code) ? 127 : 0; }
+
 // The line of one decade: nearest index = min(trunc(slope * y + offset), last).
 struct Line {
     float slope, offset;
@@ -66,9 +69,9 @@ constexpr uint32_t mantissa_field(float y) {
 
 constexpr CodeTables make_tables(Code code) {
     CodeTables t{};
-    const bool with_sign = code == Code::Signed;
+    const bool with_sign = is_signed(code);
     const int first = with_sign ? 1 : 2;
-    const int zero = with_sign ? 127 : 0;
+    const int zero = zero_code_of(code);
     const int top = with_sign ? 128 : 255;  // the magnitude index of exactly 1
     const int shift = with_sign ? 0 : 1;    // cells are numbered from n, indices from n - shift
 
@@ -148,13 +151,15 @@ OPTIM8_HD float on_line(float y, const T& t) {
 template <Code code, class T>
 OPTIM8_HD uint8_t encode(float x, float reciprocal, const T& t) {
     const float y = x * reciprocal;
-    if (code == Code::Signed) {
+    constexpr int32_t zero = zero_code_of(code);
+    if constexpr (is_signed(code)) {
         const int32_t a = truncate(on_line(float_of(magnitude_bits(y)), t));
-        const int32_t index = bits_of(y) >> 31 ? 127 - a : 127 + a;
+        const int32_t index = bits_of(y) >> 31 ? zero - a : zero + a;
         return static_cast<uint8_t>(index < 0 ? 0 : index);  // there is no -1: the most negative value is index 0
+    } else {
+        const int32_t index = truncate(on_line(y, t));
+        return static_cast<uint8_t>(code == Code::Positive && !(x > 0.0f) ? zero : index);
     }
-    const int32_t index = truncate(on_line(y, t));
-    return static_cast<uint8_t>(code == Code::Positive && !(x > 0.0f) ? 0 : index);
 }
 
 // The nearest entry of any table of 256 sorted values: the number of midpoints below y. The readable reference of all

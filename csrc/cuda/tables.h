@@ -23,7 +23,7 @@ OPTIM8_DEVICE const CodeTables& device_tables() {
 }
 
 template <Code code>
-constexpr uint8_t zero_code = code == Code::Signed ? 127 : 0;
+constexpr uint8_t zero_code = zero_code_of(code);
 
 template <Code code>
 OPTIM8_DEVICE float decode(uint32_t index) {
@@ -53,7 +53,7 @@ template <Code code>
 OPTIM8_DEVICE uint32_t encode_lane(float x, float reciprocal, const LaneCode<code>& t) {
     constexpr float unit = 0x1p23f;
     const float y = x * reciprocal;
-    if constexpr (code == Code::Signed) {
+    if constexpr (is_signed(code)) {
         // 127 + a rounded down, or -(127 - a) rounded down. There is no -1: -(127 - 128) would be index 0.
         const float signed_index = __fadd_rd(on_line(fabsf(y), t), copysignf(unit + 127.0f, y));
         return bits_of(maximum(fabsf(signed_index), unit));

@@ -57,6 +57,8 @@ def test_the_functional_api_gives_what_it_gives_on_the_cpu(
 def test_the_maps_are_those_of_the_cpu(module: ModuleType) -> None:
     for signed in (True, False):
         assert module.dynamic_map(signed) == _native.cpu().dynamic_map(signed)
+        assert module.zero_code(signed) == _native.cpu().zero_code(signed)
+    assert module.step_block == _native.cpu().step_block
 
 
 @pytest.mark.parametrize(

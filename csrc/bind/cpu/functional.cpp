@@ -132,30 +132,6 @@ std::vector<float> fourbit_map(const std::string& quant_type) {
     return std::vector<float>(values, values + fourbit_size);
 }
 
-// The dynamic code with other numbers of bits: as core/codec.h has it, decades of 10, each split evenly into twice as
-// many cells as the one below. Bits that the exponent does not need refine the top decade by a grid of its own.
-std::vector<float> dynamic_map(bool with_sign, int max_exponent_bits, int total_bits) {
-    const Arguments check{"create_dynamic_map"};
-    if (total_bits < 2 || total_bits > 8 || max_exponent_bits < 1 || max_exponent_bits >= total_bits)
-        check.fail("needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits < total_bits, got total_bits=" +
-                   std::to_string(total_bits) + ", max_exponent_bits=" + std::to_string(max_exponent_bits) + ".");
-    const int first = 1 << (total_bits - max_exponent_bits - (with_sign ? 1 : 0));
-    std::vector<float> map = {0.0f, 1.0f};
-    const auto add_grid = [&](int cells, float scale) {
-        for (int j = 0; j < cells; ++j) {
-            const float value = scale * cell_centre(j, cells);
-            map.push_back(value);
-            if (with_sign) map.push_back(-value);
-        }
-    };
-    for (int i = 0; i < max_exponent_bits; ++i)
-        add_grid(first << i, static_cast<float>(decade_scale[decades - max_exponent_bits + i]));
-    add_grid(first - (with_sign ? 1 : 2), static_cast<float>(decade_scale[decades - 1]));
-    map.resize(code_size, 0.0f);
-    std::sort(map.begin(), map.end());
-    return map;
-}
-
 }  // namespace
 
 void bind_functional(py::module_& m) {
@@ -175,8 +151,6 @@ void bind_functional(py::module_& m) {
           arg("threads"));
     m.def("int8_linear_matmul", &int8_linear_matmul, arg("A"), arg("B"), arg("out"), arg("threads"));
     m.def("fourbit_map", &fourbit_map, arg("quant_type"), "The 16 values of a 4-bit code.");
-    m.def("dynamic_map", &dynamic_map, arg("signed"), arg("max_exponent_bits"), arg("total_bits"),
-          "The dynamic code with other numbers of bits, padded with zeros to 256 values.");
 }
 
 }  // namespace optim8

@@ -1,4 +1,5 @@
 // The module optim8._cpu.
+#include "bind/codec.h"
 #include "bind/jobs.h"
 #include "core/codec.h"
 #include "cpu/dispatch.h"
@@ -96,11 +97,6 @@ void encode_quotients(py::handle quotients, py::handle out, bool with_sign, int 
                  [&](int64_t b, int64_t e) { use.encode_blocks(job, b, e); });
 }
 
-std::vector<float> dynamic_map(bool with_sign) {
-    const CodeTables& t = with_sign ? Tables<Code::Signed>::all : Tables<Code::Unsigned>::all;
-    return std::vector<float>(t.value, t.value + code_size);
-}
-
 py::dict isa_info() {
     py::dict info;
     info["compiled"] = compiled_isas();
@@ -116,10 +112,9 @@ PYBIND11_MODULE(_cpu, m) {
     using namespace optim8;
     m.doc() = "CPU kernels of optim8. Internal: use optim8 and optim8.functional.";
     m.attr("version") = OPTIM8_VERSION;
-    m.attr("step_block") = step_block;
+    bind_codec(m);
     kernels();  // an OPTIM8_CPU_ISA that cannot be had is an error now, not at the first step
     m.def("isa_info", &isa_info, "Instruction sets: compiled, available on this machine, used.");
-    m.def("dynamic_map", &dynamic_map, py::arg("signed"), "The 256 values of the dynamic code.");
     m.def("quantize_blockwise", &quantize_blockwise, py::arg("A"), py::arg("code"), py::arg("blocksize"),
           py::arg("out"), py::arg("absmax"), py::arg("threads"), py::arg("keep_positive") = false);
     m.def("dequantize_blockwise", &dequantize_blockwise, py::arg("A"), py::arg("absmax"), py::arg("code"),

@@ -1,5 +1,6 @@
 // The module optim8._cuda: the functions of optim8._cpu for tensors on CUDA devices, and the step over gathered rows.
 // Work goes to torch's current stream of the tensors' device; nothing here waits for it.
+#include "bind/codec.h"
 #include "bind/jobs.h"
 #include "core/codec.h"
 #include "cuda/kernels.h"
@@ -159,11 +160,6 @@ void step(uintptr_t rows, int64_t count, int device_index, py::handle scalars, p
     cuda_step(reinterpret_cast<const Row*>(rows), count, inputs, device.stream);
 }
 
-std::vector<float> dynamic_map(bool with_sign) {
-    const CodeTables& t = with_sign ? Tables<Code::Signed>::all : Tables<Code::Unsigned>::all;
-    return std::vector<float>(t.value, t.value + code_size);
-}
-
 }  // namespace
 }  // namespace optim8
 
@@ -174,10 +170,9 @@ PYBIND11_MODULE(_cuda, m) {
         "CUDA kernels of optim8. Internal: use optim8 and optim8.functional. `threads` is there for the likeness "
         "with optim8._cpu.";
     m.attr("version") = OPTIM8_VERSION;
-    m.attr("step_block") = step_block;
+    bind_codec(m);
     m.attr("row_size") = sizeof(Row);
     m.attr("scalars_size") = scalars_size;
-    m.def("dynamic_map", &dynamic_map, arg("signed"), "The 256 values of the dynamic code.");
     m.def("quantize_blockwise", &quantize_blockwise, arg("A"), arg("code"), arg("blocksize"), arg("out"), arg("absmax"),
           arg("threads"), arg("keep_positive") = false);
     m.def("dequantize_blockwise", &dequantize_blockwise, arg("A"), arg("absmax"), arg("code"), arg("blocksize"),

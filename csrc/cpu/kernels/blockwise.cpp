@@ -140,7 +140,8 @@ void quantize_blocks(const QuantizeJob& job, int64_t begin, int64_t end) {
 }
 
 void dequantize_blocks(const DequantizeJob& job, int64_t begin, int64_t end) {
-    with_storage(job.storage, [&](auto stored) { dequantize_storage<typename decltype(stored)::type>(job, begin, end); });
+    with_storage(job.storage,
+                 [&](auto stored) { dequantize_storage<typename decltype(stored)::type>(job, begin, end); });
 }
 
 void encode_blocks(const EncodeJob& job, int64_t begin, int64_t end) {

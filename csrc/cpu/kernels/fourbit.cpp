@@ -44,7 +44,8 @@ void quantize_span(const Quantize4Job& job, int64_t begin, int64_t end) {
 
 template <Fourbit type>
 void quantize_storage(const Quantize4Job& job, int64_t begin, int64_t end) {
-    with_storage(job.storage, [&](auto stored) { quantize_span<type, typename decltype(stored)::type>(job, begin, end); });
+    with_storage(job.storage,
+                 [&](auto stored) { quantize_span<type, typename decltype(stored)::type>(job, begin, end); });
 }
 
 template <class T>

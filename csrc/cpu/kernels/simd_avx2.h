@@ -176,7 +176,7 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
     __m256i zone[n];
     I index[n];
     for (int j = 0; j < n; ++j) y[j] = x[j] * with;
-    if (code == Code::Signed)
+    if (is_signed(code))
         for (int j = 0; j < n; ++j) y[j] = _mm256_and_ps(y[j].v, magnitude_mask);
     // The maximum gives the other operand for a NaN.
     for (int j = 0; j < n; ++j) y[j] = maximum(y[j], lowest);
@@ -192,15 +192,15 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
     for (int j = 0; j < n; ++j) {
         const __m256i bits = _mm256_castps_si256(x[j].v);
         // The quotient has the sign of x.
-        if (code == Code::Signed) index[j].v = _mm256_sign_epi32(index[j].v, bits);
+        if (is_signed(code)) index[j].v = _mm256_sign_epi32(index[j].v, bits);
         // 0 where x is not positive. The bits of a positive x, as an integer, are no less than its index: if few, x is
         // subnormal, at most bits * 2^-23 of absmax. Negative ones are made 0 by the packing below.
         if (code == Code::Positive) index[j] = minimum(index[j], I{bits});
     }
     __m256i low = _mm256_packs_epi32(index[0].v, index[1].v), high = _mm256_packs_epi32(index[2].v, index[3].v);
-    if (code == Code::Signed) {
-        low = _mm256_add_epi16(low, _mm256_set1_epi16(127));
-        high = _mm256_add_epi16(high, _mm256_set1_epi16(127));
+    if (is_signed(code)) {
+        low = _mm256_add_epi16(low, _mm256_set1_epi16(zero_code_of(code)));
+        high = _mm256_add_epi16(high, _mm256_set1_epi16(zero_code_of(code)));
     }
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);

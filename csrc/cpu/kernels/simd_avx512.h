@@ -154,7 +154,7 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
         const __m512 y = _mm512_mul_ps(x[j].v, _mm512_set1_ps(reciprocal));
         quotient[j] = _mm512_castps_si512(y);
         // Larger magnitude of the two, sign cleared; the other operand for a NaN.
-        const __m512 clamped = code == Code::Signed ? _mm512_range_ps(y, tiny, 0x0b) : _mm512_max_ps(y, tiny);
+        const __m512 clamped = is_signed(code) ? _mm512_range_ps(y, tiny, 0x0b) : _mm512_max_ps(y, tiny);
         const __m512i bits = _mm512_castps_si512(clamped);
         const __m512i carry = pick(t.carry, _mm512_srli_epi32(bits, 23));
         const __m512i zone = _mm512_srli_epi32(_mm512_add_epi32(bits, carry), 23);
@@ -166,9 +166,9 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
         magnitude[j] = a.v;
     }
     __m512i index = gather_bytes<0>(magnitude[0], magnitude[1], magnitude[2], magnitude[3]);
-    if (code == Code::Signed) {
+    if (is_signed(code)) {
         const __m512i signs = gather_bytes<3>(quotient[0], quotient[1], quotient[2], quotient[3]);
-        const __m512i middle = _mm512_set1_epi8(127);
+        const __m512i middle = _mm512_set1_epi8(zero_code_of(code));
         const __m512i above = _mm512_add_epi8(middle, index);
         index = _mm512_mask_subs_epu8(above, _mm512_movepi8_mask(signs), middle, index);
     }
