@@ -117,7 +117,7 @@ def gemm_4bit(
     for 256 codes, `absmax_code` the 256 values of the table, and `absmax_offset` what is added to every scale."""
     who = "gemm_4bit"
     nested = (absmax_8bit, absmax_code, absmax_offset)
-    weight = _Weight.checked(who, A, 1, B, shapeB, absmax, blocksize, quant_type, nested)
+    weight = _Weight.of_parts(who, A, 1, B, shapeB, absmax, blocksize, quant_type, nested)
     if bias is not None:
         bias = _check.plain(_check.floats(who, "bias", bias)).view(-1)
         _check.on_device(who, "bias", bias, A.device)
@@ -146,7 +146,7 @@ def gemm_4bit_transposed(
 ) -> torch.Tensor:
     """`A @ weight` for A [..., N]: the gradient of the left side of `gemm_4bit`."""
     nested = (absmax_8bit, absmax_code, absmax_offset)
-    weight = _Weight.checked("gemm_4bit_transposed", A, 0, B, shapeB, absmax, blocksize, quant_type, nested)
+    weight = _Weight.of_parts("gemm_4bit_transposed", A, 0, B, shapeB, absmax, blocksize, quant_type, nested)
     left = _check.plain(A).view(_check.product(A.shape[:-1]), shapeB[0])
     sums = torch.zeros(left.shape[0], shapeB[1], dtype=torch.float32, device=A.device)
     for rows, tile in weight.tiles(A.dtype):
@@ -171,7 +171,7 @@ class _Weight:
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # codes of the scales, their table, their offset
 
     @classmethod
-    def checked(
+    def of_parts(
         cls,
         who: str,
         A: torch.Tensor,

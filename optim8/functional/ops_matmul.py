@@ -32,14 +32,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.options = shape, blocksize, quant_type
 
 
-def _saved(ctx: Any) -> tuple[list[Any], list[Any]]:
+def _weight_of(ctx: Any) -> tuple[list[Any], list[Any]]:
     B, absmax, *nested = ctx.saved_tensors
     shape, blocksize, quant_type = ctx.options
     return [B, shape, absmax, blocksize, quant_type], nested
 
 
 def _gemm_4bit_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    weight, nested = _saved(ctx)
+    weight, nested = _weight_of(ctx)
     of_left = torch.ops.optim8.gemm_4bit_transposed(grad, *weight, *nested) if ctx.needs_input_grad[0] else None
     of_bias = None
     if any(ctx.needs_input_grad[6:7]):  # shorter where arguments have their defaults
@@ -49,7 +49,7 @@ def _gemm_4bit_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | No
 
 
 def _transposed_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    weight, nested = _saved(ctx)
+    weight, nested = _weight_of(ctx)
     return (torch.ops.optim8.gemm_4bit(grad, *weight, None, *nested), *[None] * 8)
 
 
