@@ -135,6 +135,15 @@ OPTIM8_HD T of_binade(const T (&table)[32], uint32_t exponent) {
     return table[exponent & 31];
 }
 
+// The smaller of two numbers that are neither NaN nor both zeros.
+OPTIM8_HD float smaller(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return fminf(a, b);
+#else
+    return minimum(a, b);
+#endif
+}
+
 // The index of the magnitude of a quotient y = x / absmax, |y| <= 1 up to rounding, before it is truncated. NaN gives
 // that of 0. `T` is CodeTables, or what stands for it where the lanes of a warp hold the tables; so every look-up is
 // made by every lane.
@@ -143,7 +152,7 @@ OPTIM8_HD float on_line(float y, const T& t) {
     const float clamped = maximum(y, smallest_quotient);
     const uint32_t bits = bits_of(clamped);
     const uint32_t zone = (bits + of_binade(t.carry, bits >> 23)) >> 23;
-    return minimum(fma(clamped, of_binade(t.slope, zone), of_binade(t.offset, zone)),
+    return smaller(fma(clamped, of_binade(t.slope, zone), of_binade(t.offset, zone)),
                    static_cast<float>(of_binade(t.last, zone)));
 }
 

@@ -1,5 +1,5 @@
-// The number type `float` with the operations that rules and codecs are written in. The SIMD types of csrc/cpu/simd
-// offer the same names with the same results in every lane, so one formula serves all of them.
+// The number type `float` with the operations that rules and codecs are written in; core/number.h says what those of
+// rules mean.
 #pragma once
 
 #include "core/platform.h"
@@ -45,7 +45,6 @@ OPTIM8_HD float square_root(float x) {
 #endif
 }
 
-// x is at least smallest_normal.
 OPTIM8_HD float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
     return __frcp_rn(x);
@@ -54,24 +53,15 @@ OPTIM8_HD float reciprocal(float x) {
 #endif
 }
 
-// a if a > b, else b: also b when either is NaN.
 OPTIM8_HD float maximum(float a, float b) { return a > b ? a : b; }
+OPTIM8_HD float minimum(float a, float b) { return a < b ? a : b; }
+OPTIM8_HD float select(bool condition, float a, float b) { return condition ? a : b; }
 
 OPTIM8_HD uint32_t maximum(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
-// Neither is a NaN.
-OPTIM8_HD float minimum(float a, float b) {
-#if defined(__CUDA_ARCH__)
-    return fminf(a, b);
-#else
-    return a < b ? a : b;
-#endif
-}
 
 OPTIM8_HD int32_t truncate(float x) { return static_cast<int32_t>(x); }
 OPTIM8_HD int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }
 
-// -1, 0 or 1; 0 for NaN, as torch.sign.
 OPTIM8_HD float sign(float x) { return static_cast<float>(static_cast<int>(x > 0.0f) - static_cast<int>(x < 0.0f)); }
 
 constexpr uint32_t abs_mask = 0x7fffffffu;
@@ -81,6 +71,7 @@ constexpr float smallest_normal = 1.17549435e-38f;
 // |x| as an integer. It orders like |x|, with infinity and NaN above every finite value, so that one integer maximum
 // gives a block's largest magnitude and says whether the block holds anything that is not finite.
 OPTIM8_HD uint32_t magnitude_bits(float x) { return bits_of(x) & abs_mask; }
+OPTIM8_HD float absolute(float x) { return float_of(magnitude_bits(x)); }
 OPTIM8_HD bool is_finite(float x) { return magnitude_bits(x) < inf_bits; }
 
 OPTIM8_END

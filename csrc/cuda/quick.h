@@ -3,7 +3,7 @@
 // and __frcp_rn, without a branch for each value. Where it is false the value must be computed anew as a float.
 #pragma once
 
-#include "core/scalar.h"
+#include "core/number.h"
 #include "cuda/launch.h"
 
 OPTIM8_BEGIN
@@ -30,11 +30,27 @@ struct Quick {
     OPTIM8_DEVICE explicit Quick(float x, bool in_range = true) : x(x), in_range(in_range) {}
 };
 
+// Whether a comparison holds, and whether that is so for floats.
+struct QuickCondition {
+    bool holds, in_range;
+};
+
+OPTIM8_DEVICE Quick operator+(Quick a, Quick b) { return Quick(a.x + b.x, a.in_range && b.in_range); }
+OPTIM8_DEVICE Quick operator-(Quick a, Quick b) { return Quick(a.x - b.x, a.in_range && b.in_range); }
+OPTIM8_DEVICE Quick operator-(Quick a) { return Quick(-a.x, a.in_range); }
 OPTIM8_DEVICE Quick operator*(Quick a, Quick b) { return Quick(a.x * b.x, a.in_range && b.in_range); }
 OPTIM8_DEVICE Quick fma(Quick a, Quick b, Quick c) {
     return Quick(fma(a.x, b.x, c.x), a.in_range && b.in_range && c.in_range);
 }
 OPTIM8_DEVICE Quick maximum(Quick a, Quick b) { return Quick(maximum(a.x, b.x), a.in_range && b.in_range); }
+OPTIM8_DEVICE Quick minimum(Quick a, Quick b) { return Quick(minimum(a.x, b.x), a.in_range && b.in_range); }
+OPTIM8_DEVICE Quick absolute(Quick a) { return Quick(absolute(a.x), a.in_range); }
+OPTIM8_DEVICE QuickCondition operator<(Quick a, Quick b) { return {a.x < b.x, a.in_range && b.in_range}; }
+OPTIM8_DEVICE QuickCondition operator>(Quick a, Quick b) { return {a.x > b.x, a.in_range && b.in_range}; }
+// What is left out may be out of range.
+OPTIM8_DEVICE Quick select(QuickCondition condition, Quick a, Quick b) {
+    return Quick(condition.holds ? a.x : b.x, condition.in_range && (condition.holds ? a.in_range : b.in_range));
+}
 OPTIM8_DEVICE Quick sign(Quick a) { return Quick(sign(a.x), a.in_range); }
 
 // From an inverse root by one step of Newton's iteration. At 2^64 times its size no operand below 2^63 under- or
@@ -55,5 +71,7 @@ OPTIM8_DEVICE Quick reciprocal(Quick a) {
     const float rest = fma(-a.x, inverse, 1.0f);
     return Quick(fma(inverse, rest, inverse), a.in_range && a.x < 0x1p126f);  // its reciprocal is normal
 }
+
+static_assert(Vocabulary<Quick>::complete);
 
 OPTIM8_END

@@ -36,7 +36,7 @@ def test_kernels_equal_those_of_the_cpu(kernels: str, order: str, sanitizer: str
     assert int(compared[1]) > 1_000_000
 
 
-def test_the_short_root_and_reciprocal_are_exact_for_every_mantissa() -> None:
+def test_quick_numbers_are_exact_where_they_say_so() -> None:
     result = run(build.program("compare", "plain"), "quick", "forward")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 

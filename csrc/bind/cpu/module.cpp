@@ -8,8 +8,11 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace optim8 {
@@ -97,6 +100,32 @@ void encode_quotients(py::handle quotients, py::handle out, bool with_sign, int 
                  [&](int64_t b, int64_t e) { use.encode_blocks(job, b, e); });
 }
 
+std::vector<std::string> number_operations() {
+    return {std::begin(number_operation_names), std::end(number_operation_names)};
+}
+
+void apply_number_operation(const std::string& name, py::handle a, py::handle b, py::handle c, py::handle out) {
+    const Arguments check{"apply_number_operation"};
+    const auto* const known =
+        std::find(std::begin(number_operation_names), std::end(number_operation_names), std::string_view(name));
+    if (known == std::end(number_operation_names))
+        check.fail("name must be one of number_operations, got '" + name + "'.");
+    const int64_t size = check.tensor("a", a).size;
+    const auto values = [&](const char* argument, py::handle object) {
+        return static_cast<float*>(check.float32(argument, object, size).data);
+    };
+    const NumberJob job{static_cast<NumberOperation>(known - std::begin(number_operation_names)),
+                        values("a", a),
+                        values("b", b),
+                        values("c", c),
+                        values("out", out),
+                        size};
+    const Kernels& use = kernels();
+    const py::gil_scoped_release release;
+    parallel_for(blocks_of(size, step_block), 256, 1,
+                 [&](int64_t begin, int64_t end) { use.number_blocks(job, begin, end); });
+}
+
 py::dict isa_info() {
     py::dict info;
     info["compiled"] = compiled_isas();
@@ -121,6 +150,9 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("blocksize"), py::arg("out"), py::arg("threads"));
     m.def("encode_quotients", &encode_quotients, py::arg("quotients"), py::arg("out"), py::arg("signed"),
           py::arg("threads"), "Codes of float32 quotients in [-1, 1], for checking the codec.");
+    m.attr("number_operations") = number_operations();
+    m.def("apply_number_operation", &apply_number_operation, py::arg("name"), py::arg("a"), py::arg("b"), py::arg("c"),
+          py::arg("out"), "An operation of rules over float32 arrays, for checking that every instruction set agrees.");
     bind_step(m);
     bind_functional(m);
     bind_paging(m);

@@ -2,6 +2,7 @@
 // functions, its declaration for each set and the dispatch expand it.
 #pragma once
 
+#include "core/number.h"
 #include "core/row.h"
 #include "cpu/kernels/kernels_functional.h"
 
@@ -15,13 +16,23 @@ struct EncodeJob {
     CodeKind kind;
 };
 
+// An operation of core/number.h over arrays, for checking that every instruction set gives the same.
+struct NumberJob {
+    NumberOperation operation;
+    const float *a, *b, *c;
+    float* out;
+    int64_t size;
+};
+
 }  // namespace optim8
 
 // X(name, job type): void name(const job&, first item, one past the last item).
-//   step_blocks, quantize_blocks, dequantize_blocks: items are blocks.   encode_blocks: items are runs of 256 values.
+//   step_blocks, quantize_blocks, dequantize_blocks: items are blocks.
+//   encode_blocks, number_blocks: items are runs of 256 values.
 #define OPTIM8_KERNELS(X) \
     X(step_blocks, Row) \
     X(quantize_blocks, QuantizeJob) \
     X(dequantize_blocks, DequantizeJob) \
     X(encode_blocks, EncodeJob) \
+    X(number_blocks, NumberJob) \
     OPTIM8_FUNCTIONAL_KERNELS(X)

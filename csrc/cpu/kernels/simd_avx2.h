@@ -15,6 +15,9 @@ struct F {
     OPTIM8_HD F(__m256 x) : v(x) {}
     OPTIM8_HD explicit F(float x) : v(_mm256_set1_ps(x)) {}
 };
+struct Condition {
+    __m256 v;  // all bits of a lane, or none
+};
 struct I {
     __m256i v;
 };
@@ -28,10 +31,16 @@ struct U {
 OPTIM8_HD F operator*(F a, F b) { return _mm256_mul_ps(a.v, b.v); }
 OPTIM8_HD F operator+(F a, F b) { return _mm256_add_ps(a.v, b.v); }
 OPTIM8_HD F operator-(F a, F b) { return _mm256_sub_ps(a.v, b.v); }
+OPTIM8_HD F operator-(F x) { return _mm256_xor_ps(x.v, _mm256_set1_ps(-0.0f)); }
 OPTIM8_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 OPTIM8_HD F square_root(F x) { return _mm256_sqrt_ps(x.v); }
 OPTIM8_HD F reciprocal(F x) { return _mm256_div_ps(_mm256_set1_ps(1.0f), x.v); }
 OPTIM8_HD F maximum(F a, F b) { return _mm256_max_ps(a.v, b.v); }
+OPTIM8_HD F minimum(F a, F b) { return _mm256_min_ps(a.v, b.v); }
+OPTIM8_HD F absolute(F x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v); }
+OPTIM8_HD Condition operator<(F a, F b) { return Condition{_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+OPTIM8_HD Condition operator>(F a, F b) { return Condition{_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+OPTIM8_HD F select(Condition condition, F a, F b) { return _mm256_blendv_ps(b.v, a.v, condition.v); }
 OPTIM8_HD F sign(F x) {
     const __m256 moves = _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NEQ_OQ);
     const __m256 with_sign = _mm256_or_ps(_mm256_and_ps(x.v, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));

@@ -20,6 +20,9 @@ struct F {
     OPTIM8_HD F(__m512 x) : v(x) {}
     OPTIM8_HD explicit F(float x) : v(_mm512_set1_ps(x)) {}
 };
+struct Condition {
+    __mmask16 v;
+};
 struct I {
     __m512i v;
 };
@@ -33,10 +36,16 @@ struct U {
 OPTIM8_HD F operator*(F a, F b) { return _mm512_mul_ps(a.v, b.v); }
 OPTIM8_HD F operator+(F a, F b) { return _mm512_add_ps(a.v, b.v); }
 OPTIM8_HD F operator-(F a, F b) { return _mm512_sub_ps(a.v, b.v); }
+OPTIM8_HD F operator-(F x) { return _mm512_xor_ps(x.v, _mm512_set1_ps(-0.0f)); }
 OPTIM8_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 OPTIM8_HD F square_root(F x) { return _mm512_sqrt_ps(x.v); }
 OPTIM8_HD F reciprocal(F x) { return _mm512_div_ps(_mm512_set1_ps(1.0f), x.v); }
 OPTIM8_HD F maximum(F a, F b) { return _mm512_max_ps(a.v, b.v); }
+OPTIM8_HD F minimum(F a, F b) { return _mm512_min_ps(a.v, b.v); }
+OPTIM8_HD F absolute(F x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x.v); }
+OPTIM8_HD Condition operator<(F a, F b) { return Condition{_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+OPTIM8_HD Condition operator>(F a, F b) { return Condition{_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+OPTIM8_HD F select(Condition condition, F a, F b) { return _mm512_mask_blend_ps(condition.v, b.v, a.v); }
 OPTIM8_HD F sign(F x) {
     const __mmask16 moves = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
     const __m512 with_sign = _mm512_or_ps(_mm512_and_ps(x.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));

@@ -1,7 +1,11 @@
-// The short square root and reciprocal of csrc/cuda/quick.h beside those of float: every mantissa, and the ends of the
-// range. What depends on the hardware's own approximations is compared on a GPU, by experiments/gpu/check.py.
+// Quick of csrc/cuda/quick.h beside float: its short square root and reciprocal for every mantissa and at the ends of
+// the range, and every operation of csrc/core/number.h on hostile numbers, there beside the CPU's kernel too. What
+// depends on the hardware's own approximations is compared on a GPU, by experiments/gpu/check.py.
 #include "compare.h"
+#include "core/number.h"
 #include "cuda/quick.h"
+
+#include <iterator>
 
 namespace optim8 {
 namespace {
@@ -24,9 +28,59 @@ void check_reciprocal(uint32_t bits, bool in_range) {
     expect("reciprocal", x, reciprocal(Quick(x)), 1.0f / x, in_range);
 }
 
+// Whether Quick promises the operation for this operand at all, and whether it must hold it to be in range.
+bool is_promised(NumberOperation operation, float a) {
+    return operation != NumberOperation::reciprocal || !(a < smallest_normal);
+}
+bool may_leave_range(NumberOperation operation) {
+    return operation == NumberOperation::square_root || operation == NumberOperation::reciprocal;
+}
+
+void check_operations() {
+    const float magnitudes[] = {0.0f,
+                                0x1p-149f,
+                                0x1p-127f,
+                                0x1p-126f,
+                                3e-30f,
+                                1e-8f,
+                                1.0f / 3,
+                                1.0f,
+                                1.0f + 0x1p-23f,
+                                3.0f,
+                                0x1p126f,
+                                0x1.fffffep127f,
+                                float_of(inf_bits),
+                                float_of(inf_bits + 1)};
+    std::vector<float> numbers;
+    for (const float magnitude : magnitudes)
+        for (const float number : {magnitude, -magnitude}) numbers.push_back(number);
+    std::vector<float> a, b, c;
+    for (const float x : numbers)
+        for (const float y : numbers)
+            for (const float z : numbers) a.push_back(x), b.push_back(y), c.push_back(z);
+    for (int i = 0; i < 100003; ++i)
+        for (std::vector<float>* operand : {&a, &b, &c})
+            operand->push_back(float_of(static_cast<uint32_t>(generator())));
+    std::vector<float> kernel(a.size());
+    const int64_t size = static_cast<int64_t>(a.size());
+    for (size_t o = 0; o < std::size(number_operation_names); ++o) {
+        const auto operation = static_cast<NumberOperation>(o);
+        const NumberJob job{operation, a.data(), b.data(), c.data(), kernel.data(), size};
+        scalar::number_blocks(job, 0, blocks_of(size, step_block));
+        for (size_t i = 0; i < a.size(); ++i) {
+            const float exact = apply(operation, a[i], b[i], c[i]);
+            expect(number_operation_names[o], a[i], Quick(exact), kernel[i], true);
+            if (!is_promised(operation, a[i])) continue;
+            const Quick quick = apply(operation, Quick(a[i]), Quick(b[i]), Quick(c[i]));
+            expect(number_operation_names[o], a[i], quick, exact, quick.in_range || !may_leave_range(operation));
+        }
+    }
+}
+
 }  // namespace
 
 void compare_quick() {
+    check_operations();
     constexpr uint32_t one = 0x3f800000u, binade = 1u << 23, sign_bit = 0x80000000u;
     for (uint32_t i = 0; i < 2 * binade; ++i) check_root(one + i, true);  // an even and an odd exponent
     for (uint32_t i = 0; i < binade; ++i) check_reciprocal(one + i, true);
@@ -51,8 +105,11 @@ void compare_quick() {
     // What was out of range once stays so.
     const Quick out = square_root(Quick(float_of(inf_bits))), in(1.0f);
     for (Quick q : {out * in, in * out, fma(in, in, out), maximum(out, in), sign(out), square_root(out * Quick(0.0f)),
-                    reciprocal(maximum(in, out))})
+                    reciprocal(maximum(in, out)), out + in, in - out, -out, minimum(in, out), absolute(out),
+                    select(in < out, in, in), select(in > out, in, in), select(in < in, in, out),
+                    select(in > in * Quick(0.0f), out, in)})
         expect("what follows", 0.0f, q, 0.0f, false);
+    expect("what is left out", 0.0f, select(in < in, out, in), 1.0f, true);
 }
 
 }  // namespace optim8
