@@ -1,50 +1,12 @@
 // Gathering the tensors of a step from Python objects.
 #include "bind/step_table.h"
 #include "core/codec.h"
-#include "core/rules/all.h"
+#include "core/rule_table.h"
 
 #include <algorithm>
 #include <iterator>
 
 namespace optim8 {
-namespace {
-
-struct RuleInfo {
-    const char* name;
-    RuleId id;
-    int states;
-};
-constexpr RuleInfo rule_infos[] = {
-#define OPTIM8_RULE_INFO(name, type) {#name, RuleId::name, type::states},
-    OPTIM8_RULES(OPTIM8_RULE_INFO)
-#undef OPTIM8_RULE_INFO
-};
-
-// The names of the states, in the order of every rule: of float32 values, of codes and of their scales.
-constexpr const char* state_names[max_states] = {"exp_avg", "exp_avg_sq"};
-constexpr const char* codes_names[max_states] = {"exp_avg_codes", "exp_avg_sq_codes"};
-constexpr const char* absmax_names[max_states] = {"exp_avg_absmax", "exp_avg_sq_absmax"};
-constexpr const char* step_name = "step";
-
-struct Names {
-    PyObject *grad, *is_neg, *is_zero, *step, *state[max_states], *codes[max_states], *absmax[max_states];
-    Names() {
-        grad = PyUnicode_InternFromString("grad");
-        is_neg = PyUnicode_InternFromString("is_neg");
-        is_zero = PyUnicode_InternFromString("_is_zerotensor");
-        step = PyUnicode_InternFromString(step_name);
-        for (int s = 0; s < max_states; ++s) {
-            state[s] = PyUnicode_InternFromString(state_names[s]);
-            codes[s] = PyUnicode_InternFromString(codes_names[s]);
-            absmax[s] = PyUnicode_InternFromString(absmax_names[s]);
-        }
-    }
-};
-
-const Names& names() {
-    static const Names* made = new Names;
-    return *made;
-}
 
 // One parameter's place, for messages. `names`: those of the group's parameters, or None.
 struct Place {
@@ -60,6 +22,46 @@ struct Place {
                               std::to_string(group) + " " + what);
     }
 };
+
+namespace {
+
+constexpr const char* step_name = "step";
+
+PyObject* interned(const std::string& name) { return PyUnicode_InternFromString(name.c_str()); }
+
+// A key of a parameter's state, as C++ and as Python have it.
+struct Key {
+    std::string text;
+    PyObject* object;
+    explicit Key(const std::string& name) : text(name), object(interned(name)) {}
+};
+
+// The keys of the states of a rule, in its order: of float32 values, of codes and of their scales.
+struct StateKeys {
+    std::vector<Key> values, codes, absmax;
+    explicit StateKeys(const RuleInfo& rule) {
+        for (int s = 0; s < rule.states; ++s) {
+            const std::string name = rule.state[s].name;
+            values.emplace_back(name);
+            codes.emplace_back(name + "_codes");
+            absmax.emplace_back(name + "_absmax");
+        }
+    }
+};
+
+struct Names {
+    PyObject *grad = interned("grad"), *is_neg = interned("is_neg"), *is_zero = interned("_is_zerotensor");
+    Key step{step_name};
+    std::vector<StateKeys> of_rule;
+    Names() {
+        for (const RuleInfo& rule : rule_table) of_rule.emplace_back(rule);
+    }
+};
+
+const Names& names() {
+    static const Names* all = new Names;
+    return *all;
+}
 
 // What a tensor without memory is, for messages: "a FakeTensor (torch.strided, on cpu)".
 std::string kind_of(py::handle tensor) {
@@ -134,33 +136,34 @@ void check_grad(const View& p, const View& g, const Place& place) {
                    g.describe() + ". Cast the gradient.");
 }
 
-std::string quoted(const char* name) { return "state['" + std::string(name) + "']"; }
+std::string quoted(const Key& key) { return "state['" + key.text + "']"; }
 
 // These two run for every tensor of every step: no text is made unless they fail.
-PyObject* entry_of(InOrder& entries, PyObject* key, const char* name, const Place& place) {
-    PyObject* value = entries.find(key);
+PyObject* entry_of(InOrder& entries, const Key& key, const Place& place) {
+    PyObject* value = entries.find(key.object);
     if (value == nullptr)
-        place.fail("lacks " + quoted(name) +
+        place.fail("lacks " + quoted(key) +
                    ". Load a state dict that this optimizer wrote, or clear optimizer.state to start anew.");
     return value;
 }
 
 // Code that knows torch's names puts values beside codes, to reset state for one; they would be ignored.
-void check_one_kind(PyObject* entry, const RuleInfo& info, Precision precision, const Place& place) {
+void check_one_kind(PyObject* entry, const StateKeys& keys, Precision precision, const Place& place) {
     const bool codes = precision == Precision::Bits8;
-    if (PyDict_Size(entry) <= 1 + info.states * (codes ? 2 : 1)) return;
-    for (int s = 0; s < info.states; ++s)
-        if (PyDict_Contains(entry, codes ? names().state[s] : names().codes[s]) == 1)
-            place.fail("has both " + quoted(state_names[s]) + " and " + quoted(codes_names[s]) +
+    const auto states = static_cast<Py_ssize_t>(keys.values.size());
+    if (PyDict_Size(entry) <= 1 + states * (codes ? 2 : 1)) return;
+    for (size_t s = 0; s < keys.values.size(); ++s)
+        if (PyDict_Contains(entry, (codes ? keys.values : keys.codes)[s].object) == 1)
+            place.fail("has both " + quoted(keys.values[s]) + " and " + quoted(keys.codes[s]) +
                        ", of which one would be ignored. Delete one; to begin anew, call "
                        "optimizer.reset_state(parameter) instead of replacing state.");
 }
 
-View state_view(PyObject* value, const char* name, const Place& place, Hint& hint) {
+View state_view(PyObject* value, const Key& key, const Place& place, Hint& hint) {
     View view;
-    if (!read_view(value, view)) place.fail("has a " + quoted(name) + " that is no dense tensor.");
+    if (!read_view(value, view)) place.fail("has a " + quoted(key) + " that is no dense tensor.");
     if (view.data == nullptr && view.size != 0)
-        check_memory(value, view, place, ("has a " + quoted(name) + " that").c_str());
+        check_memory(value, view, place, ("has a " + quoted(key) + " that").c_str());
     hint.add(value, view);
     return view;
 }
@@ -228,7 +231,8 @@ void StepTable::clear() {
         known.steps.clear();
         known.next_steps.clear();
     }
-    hypers_.clear();
+    options_.clear();
+    scalars_.clear();
     host_.clear();
     params_ = py::list();
     memory_.clear();
@@ -256,18 +260,57 @@ bool Asked::is_lazy(PyObject* tensor, const View& view) {
     return is_neg.of(tensor) || (view.data == nullptr && is_zero.of(tensor));
 }
 
-Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, const Hyper& hyper,
-                      const std::string& owner, int64_t group, py::dict relaid, const py::object& names_of) {
-    const auto* const info = std::find_if(std::begin(rule_infos), std::end(rule_infos),
-                                          [&](const RuleInfo& known) { return rule == known.name; });
-    if (info == std::end(rule_infos))
-        throw py::value_error("StepTable.add: rule must be one of those in csrc/core/rules/all.h, got '" + rule + "'.");
-    const Names& key = names();
-    Wanted wanted;
-    hypers_.push_back(hyper);
-    Scalars scalars{};
+const RuleInfo& rule_of(const std::string& name) {
+    for (const RuleInfo& rule : rule_table)
+        if (name == rule.name) return rule;
+    throw py::value_error("rule must be one of those in csrc/core/rules/all.h, got '" + name + "'.");
+}
+
+void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p, const Place& place, Hint& hint,
+                           Row& row, bool& moved, View& step) {
+    const StateKeys& keys = names().of_rule[static_cast<size_t>(rule.id)];
+    const int64_t blocks = blocks_of(p.size, step_block);
+    InOrder values_of(entry);
+    PyObject* count = entry_of(values_of, names().step, place);
+    for (size_t s = 0; s < keys.values.size(); ++s) {
+        PyObject* tensor = nullptr;
+        if (s == 0) {  // what the first state is, all are
+            tensor = values_of.is_next(keys.values[s].object) ? nullptr : values_of.find(keys.codes[s].object);
+            row.precision = tensor != nullptr ? Precision::Bits8 : Precision::Bits32;
+        }
+        const bool codes = row.precision == Precision::Bits8;
+        const Key& key = (codes ? keys.codes : keys.values)[s];
+        if (tensor == nullptr) tensor = entry_of(values_of, key, place);
+        const View values = state_view(tensor, key, place, hint);
+        if (!(codes ? values.is_uint8() : values.is_float32()) || !values.same_shape(p) || !reaches(p, values))
+            place.fail("needs a " + quoted(key) + " of " + (codes ? "uint8 codes" : "float32") +
+                       ", like the parameter " + p.describe() + " in shape and device, got " + values.describe() +
+                       ". Load the checkpoint with load_state_dict.");
+        moved = moved || !values.same_layout(p);
+        row.state[s] = values.data;
+        if (!codes) continue;
+        const View absmax = state_view(entry_of(values_of, keys.absmax[s], place), keys.absmax[s], place, hint);
+        if (!absmax.is_float32() || absmax.size != blocks || !absmax.contiguous() || !reaches(p, absmax))
+            place.fail("needs a " + quoted(keys.absmax[s]) + " of float32 [" + std::to_string(blocks) +
+                       "] beside the parameter, got " + absmax.describe() +
+                       ". Load the checkpoint with load_state_dict.");
+        row.absmax[s] = static_cast<float*>(absmax.data);
+    }
+    check_one_kind(entry, keys, row.precision, place);
+    step = state_view(count, names().step, place, hint);
+    if (!step.is_float32() || step.size != 1 || !(step.on_cpu() || step.same_device(p)))
+        place.fail("needs a " + quoted(names().step) + " of float32 () on cpu or beside the parameter, got " +
+                   step.describe() + ".");
+}
+
+Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, const StepOptions& options,
+                     const std::string& owner, int64_t group, py::dict grads, const py::object& names_of) {
+    const RuleInfo& info = rule_of(rule);
+    Lacks lacks;
+    options_.push_back(options);
     float scalars_step = -1;
     InOrder entries(state.ptr(), next_entry_);
+    const bool any_grads = grads.size() != 0;
     for (int64_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
         constexpr size_t ahead = 6;
         const Place place{owner, group, i, names_of};
@@ -276,16 +319,18 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         Hint& hint = hints_[asked_++];
         hint.forget();
         PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-        py::object held = ask_.grad.of(param);
+        py::object held;
+        if (any_grads) {
+            PyObject* given = PyDict_GetItemWithError(grads.ptr(), py::int_(i).ptr());
+            if (given == nullptr && PyErr_Occurred()) throw py::error_already_set();
+            held = py::reinterpret_borrow<py::object>(given);
+        }
+        if (!held) held = ask_.grad.of(param);
         if (held.is_none()) {
             entries.pass(param);
             continue;
         }
         PyObject* grad = held.ptr();
-        if (relaid.size() != 0) {
-            const py::int_ at(i);
-            if (relaid.contains(at)) grad = PyDict_GetItem(relaid.ptr(), at.ptr());
-        }
         PyObject* entry = entries.find(param);
 
         const View p = view_of(param, place, "itself", "Only dense parameters can be stepped.");
@@ -300,17 +345,20 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
             hint.add_own(grad, g);
             check_grad(p, g, place);
         }
+        // All that is missing is noted at once, so that what is gathered next lacks nothing.
+        bool complete = true;
+        const auto lack = [&](std::vector<int64_t>& what) {
+            what.push_back(i);
+            complete = false;
+        };
         if (!p.dense()) {
             check_apart(p, place);
-            wanted.gaps.push_back(i);
-            continue;
-        }
-        if (lazy || !g.same_layout(p)) {
-            wanted.layout.push_back(i);
-            continue;
+            lack(lacks.gaps);  // its dense copy gets a gradient in the copy's layout
+        } else if (lazy || !g.same_layout(p)) {
+            lack(lacks.layout);
         }
         if (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0) {
-            wanted.state.push_back(i);
+            lack(lacks.state);
             continue;
         }
 
@@ -319,61 +367,26 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         row.param = p.data;
         row.grad = g.data;
         row.size = p.size;
-        row.rule = info->id;
+        row.rule = info.id;
         row.param_storage = p.storage();
         row.grad_storage = g.storage();
-        const int64_t blocks = blocks_of(p.size, step_block);
+        row.options = &options_.back();
         bool moved = false;
-        InOrder values_of(entry);
-        PyObject* count = entry_of(values_of, key.step, step_name, place);
-        for (int s = 0; s < info->states; ++s) {
-            PyObject* tensor = nullptr;
-            if (s == 0) {  // what the first state is, all are
-                tensor = values_of.is_next(key.state[s]) ? nullptr : values_of.find(key.codes[s]);
-                row.precision = tensor != nullptr ? Precision::Bits8 : Precision::Bits32;
-            }
-            const bool codes = row.precision == Precision::Bits8;
-            const char* const name = (codes ? codes_names : state_names)[s];
-            if (tensor == nullptr) tensor = entry_of(values_of, (codes ? key.codes : key.state)[s], name, place);
-            const View values = state_view(tensor, name, place, hint);
-            if (!(codes ? values.is_uint8() : values.is_float32()) || !values.same_shape(p) || !reaches(p, values))
-                place.fail("needs a " + quoted(name) + " of " + (codes ? "uint8 codes" : "float32") +
-                           ", like the parameter " + p.describe() + " in shape and device, got " + values.describe() +
-                           ". Load the checkpoint with load_state_dict.");
-            moved = moved || !values.same_layout(p);
-            row.state[s] = values.data;
-            if (!codes) continue;
-            const View absmax =
-                state_view(entry_of(values_of, key.absmax[s], absmax_names[s], place), absmax_names[s], place, hint);
-            if (!absmax.is_float32() || absmax.size != blocks || !absmax.contiguous() || !reaches(p, absmax))
-                place.fail("needs a " + quoted(absmax_names[s]) + " of float32 [" + std::to_string(blocks) +
-                           "] beside the parameter, got " + absmax.describe() +
-                           ". Load the checkpoint with load_state_dict.");
-            row.absmax[s] = static_cast<float*>(absmax.data);
-        }
-        check_one_kind(entry, *info, row.precision, place);
-        if (moved) {
-            wanted.moved.push_back(i);
-            continue;
-        }
-        const View step = state_view(count, step_name, place, hint);
-        if (!step.is_float32() || step.size != 1 || !(step.on_cpu() || step.same_device(p)))
-            place.fail("needs a " + quoted(step_name) + " of float32 () on cpu or beside the parameter, got " +
-                       step.describe() + ".");
-        row.hyper = &hypers_.back();
+        View step;
+        read_state(entry, info, p, place, hint, row, moved, step);
+        if (moved && p.dense()) lack(lacks.moved);
+        if (step.on_cpu() && options.count_on_device && !p.on_cpu()) lack(lacks.step);
+        if (!complete) continue;
         DeviceRows& rows = rows_on(p, !step.on_cpu());
         if (!step.on_cpu()) {
             row.device_step = static_cast<float*>(step.data);
-        } else if (hyper.count_on_device && !p.on_cpu()) {
-            wanted.step.push_back(i);
-            continue;
         } else {
             const float next = *static_cast<float*>(step.data) + 1;
             if (next != scalars_step) {
-                scalars = derive(hyper, next);
+                scalars_.push_back(info.derive(options, next));
                 scalars_step = next;
             }
-            row.scalars = scalars;
+            row.scalars = &scalars_.back();
             rows.steps.push_back(static_cast<float*>(step.data));
             rows.next_steps.push_back(next);
         }
@@ -383,7 +396,7 @@ Wanted StepTable::add(py::list params, py::dict state, const std::string& rule, 
         grads_.push_back(std::move(held));
     }
     next_entry_ = entries.at();
-    return wanted;
+    return lacks;
 }
 
 }  // namespace optim8

@@ -7,6 +7,7 @@
 // ahead. A prefetch of a stale address is harmless, so this needs no check.
 #pragma once
 
+#include "core/rule_table.h"
 #include "core/span.h"
 #include "tensors/attributes.h"
 #include "tensors/view.h"
@@ -21,13 +22,13 @@
 
 namespace optim8 {
 
-// What a step needs from Python before a row can be made.
-struct Wanted {
-    std::vector<int64_t> gaps;    // indices of parameters with gaps between their elements
-    std::vector<int64_t> state;   // indices of parameters that have a gradient but no state yet
-    std::vector<int64_t> layout;  // indices of parameters whose gradient has other strides than they have
-    std::vector<int64_t> moved;   // indices of parameters whose state has other strides than they have now
-    std::vector<int64_t> step;    // indices of parameters whose count of steps must move to their device
+// What a step lacks before it can run: indices of parameters. Of one parameter everything is said at once.
+struct Lacks {
+    std::vector<int64_t> gaps;    // the parameter has gaps between its elements
+    std::vector<int64_t> state;   // there is a gradient but no state yet
+    std::vector<int64_t> layout;  // the gradient has other strides than the parameter
+    std::vector<int64_t> moved;   // the state has other strides than the parameter has now
+    std::vector<int64_t> step;    // the count of steps must move to the parameter's device
 };
 
 // Where the objects of one parameter lay when they were last asked. Never read through.
@@ -75,6 +76,11 @@ struct Asked {
     bool is_lazy(PyObject* tensor, const View& view);
 };
 
+struct Place;
+
+// The rule of this name. Throws ValueError where there is none.
+const RuleInfo& rule_of(const std::string& name);
+
 class StepTable {
   public:
     // Starts another step: no rows, no tensors held, no host memory, but the hints of the last one.
@@ -84,11 +90,11 @@ class StepTable {
     // CUDA gives pinned memory one address for the host and all devices.
     void allow_host(std::vector<Span> spans) { host_ = std::move(spans); }
 
-    // Gathers one parameter group. `params` is a list of tensors, `state` the optimizer's state dict, `relaid` maps
-    // indices to gradients copied into the parameter's layout, `names_of` is the list of the parameters' names or None.
-    // Throws ValueError that names `owner`, group, index and name.
-    Wanted add(py::list params, py::dict state, const std::string& rule, const Hyper& hyper, const std::string& owner,
-               int64_t group, py::dict relaid, const py::object& names_of);
+    // Gathers one parameter group. `params` is a list of tensors, `state` maps them to their states, `grads` maps
+    // indices to gradients that are taken instead of what a tensor has as `.grad`, `names_of` is the list of the
+    // parameters' names or None. Throws ValueError that names `owner`, group, index and name.
+    Lacks add(py::list params, py::dict state, const std::string& rule, const StepOptions& options,
+              const std::string& owner, int64_t group, py::dict grads, const py::object& names_of);
 
     // Two of `params` whose values begin at the same address: threads would step them at once. Where the addresses
     // are those of the last step that had none, it does not look.
@@ -110,11 +116,15 @@ class StepTable {
 
   private:
     DeviceRows& rows_on(const View& param, bool count_on_device);
+    // Fills a row's addresses from a parameter's state. `moved`: whether it lies otherwise than the parameter.
+    void read_state(PyObject* entry, const RuleInfo& rule, const View& param, const Place& place, Hint& hint, Row& row,
+                    bool& moved, View& step);
     // Whether kernels that step `param` may use the memory of `state`, which is taken to be without gaps.
     bool reaches(const View& param, const View& state) const;
 
-    std::deque<DeviceRows> devices_;  // the CPU first
-    std::deque<Hyper> hypers_;        // by group; rows point to them
+    std::deque<DeviceRows> devices_;   // the CPU first
+    std::deque<StepOptions> options_;  // by group; rows point to them
+    std::deque<AnyScalars> scalars_;   // rows point to them
     std::vector<Span> host_;
     py::list params_;
     std::vector<const void*> memory_, apart_;  // where the values of params_ begin; the same, known to differ

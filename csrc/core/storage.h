@@ -4,6 +4,13 @@
 
 #include "core/scalar.h"
 
+namespace optim8 {
+
+enum class Storage : uint8_t { Float32, BFloat16, Float16 };
+constexpr int64_t bytes_of(Storage storage) { return storage == Storage::Float32 ? 4 : 2; }
+
+}  // namespace optim8
+
 OPTIM8_BEGIN
 
 struct bfloat16 {
@@ -81,15 +88,15 @@ template <class T>
 struct TypeOf {
     using type = T;
 };
-// work(TypeOf<T>) with the type that is stored so. `Kind` is Storage of core/row.h.
-template <class Kind, class Work>
-void with_storage(Kind storage, const Work& work) {
+// work(TypeOf<T>) with the type that is stored so.
+template <class Work>
+auto with_storage(Storage storage, const Work& work) {
     switch (storage) {
-        case Kind::Float32:
+        case Storage::Float32:
             return work(TypeOf<float>{});
-        case Kind::BFloat16:
+        case Storage::BFloat16:
             return work(TypeOf<bfloat16>{});
-        case Kind::Float16:
+        default:
             return work(TypeOf<float16>{});
     }
 }

@@ -12,7 +12,7 @@ namespace optim8 {
 struct StepInputs {
     const float* grad_scale;  // gradients are divided by it; null: 1
     const float* found_inf;   // not 0: the step is skipped, its counts too; null: never
-    Scalars* scalars;         // room for one of each row where rows count their steps on the device; null: on the host
+    AnyScalars* scalars;  // room for those of each row where rows count their steps on the device; null: on the host
 };
 
 // One launch for some hundred rows of one rule and one pair of types; where steps are counted on the device, a small

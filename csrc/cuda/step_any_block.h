@@ -8,71 +8,72 @@ OPTIM8_BEGIN
 // What the lane's elements in `bad` would add to the block's maxima, had their gradients been 0. One element at a time
 // and from memory, where param and codes are still the old ones: this path is rare, and must cost no registers.
 template <class Rule, int span, class P, class G>
-OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, const Scalars& scalars, uint32_t bad,
-                                             uint32_t (&largest)[Rule::states]) {
+OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
+                                             uint32_t bad, uint32_t (&largest)[state_count<Rule>]) {
 #pragma unroll 1
     for (int k = 0; k < per_lane; ++k) {
         if ((bad >> k & 1) == 0) continue;
         const int i = place<span>(k);
         const bool there = i < block.count;
-        float param = there ? to_float(block.param[i]) : 0.0f, now[Rule::states];
+        float param = there ? to_float(block.param[i]) : 0.0f, now[state_count<Rule>];
         each_state<Rule>([&](auto s) {
-            const uint8_t code = there ? block.codes[s.index][i] : zero_code<Rule::codes[s.index]>;
-            now[s.index] = decode<Rule::codes[s.index]>(code) * *block.absmax[s.index];
+            const uint8_t code = there ? block.codes[s.index][i] : zero_code_of(code_of<Rule, s.index>);
+            now[s.index] = decode<code_of<Rule, s.index>>(code) * *block.absmax[s.index];
         });
-        Rule::update(param, 0.0f, now, scalars);
-        for (int s = 0; s < Rule::states; ++s)
+        Rule::update(param, 0.0f, now, scalars.of_rule);
+        for (int s = 0; s < state_count<Rule>; ++s)
             if (is_finite(now[s])) largest[s] = maximum(largest[s], magnitude_bits(now[s]));
     }
 }
 
 // Any block.
 template <class Rule, class P, class G>
-OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const Scalars& scalars) {
+OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars) {
     constexpr int span = packet_span<P>;
     P raw_param[per_lane];
     G grad[per_lane];
-    uint8_t codes[Rule::states][per_lane];
-    float absmax[Rule::states];
+    uint8_t codes[state_count<Rule>][per_lane];
+    float absmax[state_count<Rule>];
     load_tile<span>(block.param, block.count, block.well, P{}, raw_param);
     load_tile<span>(block.grad, block.count, block.well, G{}, grad);
     each_state<Rule>([&](auto s) {
         // Values that are not there decode to 0, so they take part in nothing.
-        load_tile<span>(block.codes[s.index], block.count, block.well, zero_code<Rule::codes[s.index]>, codes[s.index]);
+        load_tile<span>(block.codes[s.index], block.count, block.well, zero_code_of(code_of<Rule, s.index>),
+                        codes[s.index]);
         absmax[s.index] = *block.absmax[s.index];
     });
 
-    float param[per_lane], now[per_lane][Rule::states];
-    uint32_t largest[Rule::states] = {};
+    float param[per_lane], now[per_lane][state_count<Rule>];
+    uint32_t largest[state_count<Rule>] = {};
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
         param[k] = to_float(raw_param[k]);
         each_state<Rule>(
-            [&](auto s) { now[k][s.index] = decode<Rule::codes[s.index]>(codes[s.index][k]) * absmax[s.index]; });
-        Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now[k], scalars);
-        for (int s = 0; s < Rule::states; ++s) largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
+            [&](auto s) { now[k][s.index] = decode<code_of<Rule, s.index>>(codes[s.index][k]) * absmax[s.index]; });
+        Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now[k], scalars.of_rule);
+        for (int s = 0; s < state_count<Rule>; ++s) largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
     }
     bool finite = true;
-    for (int s = 0; s < Rule::states; ++s) {
+    for (int s = 0; s < state_count<Rule>; ++s) {
         largest[s] = largest_of_lanes(largest[s], warp_size);
         finite = finite && largest[s] < inf_bits;
     }
     if (!finite) {
         // An element that is not finite gets code 0, and does not show in the block's maxima.
         uint32_t bad = 0;
-        for (int s = 0; s < Rule::states; ++s) largest[s] = 0;
+        for (int s = 0; s < state_count<Rule>; ++s) largest[s] = 0;
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {
             bool good = true;
-            for (int s = 0; s < Rule::states; ++s) good = good && is_finite(now[k][s]);
+            for (int s = 0; s < state_count<Rule>; ++s) good = good && is_finite(now[k][s]);
             bad |= good ? 0u : 1u << k;
-            for (int s = 0; s < Rule::states; ++s) {
+            for (int s = 0; s < state_count<Rule>; ++s) {
                 now[k][s] = good ? now[k][s] : 0.0f;
                 largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
             }
         }
         count_as_without_gradient<Rule, span>(block, scalars, bad, largest);
-        for (int s = 0; s < Rule::states; ++s) largest[s] = largest_of_lanes(largest[s], warp_size);
+        for (int s = 0; s < state_count<Rule>; ++s) largest[s] = largest_of_lanes(largest[s], warp_size);
     }
 
     P new_param[per_lane];
@@ -80,7 +81,7 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const Scalars&
     for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
     store_tile<span>(block.param, block.count, block.well, new_param);
     each_state<Rule>([&](auto s) {
-        const auto code = lane_code<Rule::codes[s.index]>();
+        const auto code = lane_code<code_of<Rule, s.index>>();
         const Normalizer normal = normalizer(float_of(largest[s.index]));
         uint8_t encoded[per_lane];
 #pragma unroll
@@ -92,25 +93,26 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const Scalars&
 }
 
 template <class Rule, class P, class G>
-OPTIM8_DEVICE void step_32bit(const StepRow& row, const Block<Rule, P, G>& block, int64_t at, const Scalars& scalars) {
+OPTIM8_DEVICE void step_32bit(const StepRow<Rule>& row, const Block<Rule, P, G>& block, int64_t at,
+                              const StepScalars<Rule>& scalars) {
     constexpr int span = packet_span<P>;
     P param[per_lane];
     G grad[per_lane];
-    float state[Rule::states][per_lane];
+    float state[state_count<Rule>][per_lane];
     load_tile<span>(block.param, block.count, block.well, P{}, param);
     load_tile<span>(block.grad, block.count, block.well, G{}, grad);
-    for (int s = 0; s < Rule::states; ++s)
+    for (int s = 0; s < state_count<Rule>; ++s)
         load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.well, 0.0f, state[s]);
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
-        float p = to_float(param[k]), now[Rule::states];
-        for (int s = 0; s < Rule::states; ++s) now[s] = state[s][k];
-        Rule::update(p, to_float(grad[k]) * scalars.gradient_factor, now, scalars);
+        float p = to_float(param[k]), now[state_count<Rule>];
+        for (int s = 0; s < state_count<Rule>; ++s) now[s] = state[s][k];
+        Rule::update(p, to_float(grad[k]) * scalars.gradient_factor, now, scalars.of_rule);
         param[k] = from_float<P>(p);
-        for (int s = 0; s < Rule::states; ++s) state[s][k] = now[s];
+        for (int s = 0; s < state_count<Rule>; ++s) state[s][k] = now[s];
     }
     store_tile<span>(block.param, block.count, block.well, param);
-    for (int s = 0; s < Rule::states; ++s)
+    for (int s = 0; s < state_count<Rule>; ++s)
         store_tile<span>(static_cast<float*>(row.state[s]) + at, block.count, block.well, state[s]);
 }
 

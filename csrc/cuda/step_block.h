@@ -8,11 +8,13 @@
 
 OPTIM8_BEGIN
 
+// A row as the kernels of one rule take it: the fewer states, the more rows a launch has.
+template <class Rule>
 struct StepRow {
     void* param;
     const void* grad;
-    void* state[max_states];
-    float* absmax[max_states];
+    void* state[state_count<Rule>];
+    float* absmax[state_count<Rule>];
     int64_t size;
     int32_t scalars;  // index
     Precision precision;
@@ -30,19 +32,19 @@ OPTIM8_DEVICE void each_state(const Work& work, std::integer_sequence<int, s...>
 // work(s) for every state, s.index being a constant.
 template <class Rule, class Work>
 OPTIM8_DEVICE void each_state(const Work& work) {
-    each_state<Rule>(work, std::make_integer_sequence<int, Rule::states>{});
+    each_state<Rule>(work, std::make_integer_sequence<int, state_count<Rule>>{});
 }
 
 // The encoders of all states, loaded once for all blocks of a warp.
 template <class Rule>
 struct LaneCodes {
-    LaneLines lines[Rule::states];
+    LaneLines lines[state_count<Rule>];
     OPTIM8_DEVICE LaneCodes() {
-        each_state<Rule>([&](auto s) { lines[s.index] = lane_code<Rule::codes[s.index]>(); });
+        each_state<Rule>([&](auto s) { lines[s.index] = lane_code<code_of<Rule, s.index>>(); });
     }
     template <int s>
-    OPTIM8_DEVICE LaneCode<Rule::codes[s]> of() const {
-        return LaneCode<Rule::codes[s]>{lines[s]};
+    OPTIM8_DEVICE LaneCode<code_of<Rule, s>> of() const {
+        return LaneCode<code_of<Rule, s>>{lines[s]};
     }
 };
 
@@ -51,16 +53,16 @@ template <class Rule, class P, class G>
 struct Block {
     P* param;
     const G* grad;
-    uint8_t* codes[Rule::states];
-    float* absmax[Rule::states];
+    uint8_t* codes[state_count<Rule>];
+    float* absmax[state_count<Rule>];
     int count;
     bool well;
 
-    OPTIM8_DEVICE Block(const StepRow& row, int64_t block) {
+    OPTIM8_DEVICE Block(const StepRow<Rule>& row, int64_t block) {
         const int64_t at = block * step_block;
         param = static_cast<P*>(row.param) + at;
         grad = static_cast<const G*>(row.grad) + at;
-        for (int s = 0; s < Rule::states; ++s) {
+        for (int s = 0; s < state_count<Rule>; ++s) {
             codes[s] = static_cast<uint8_t*>(row.state[s]) + at;
             absmax[s] = row.absmax[s] + block;
         }
@@ -72,13 +74,13 @@ struct Block {
 // A whole block at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
 // range of Quick. The same in every lane.
 template <class Rule, class P, class G>
-OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const Scalars& scalars,
+OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
                                 const LaneCodes<Rule>& lane_codes) {
     constexpr int span = packet_span<P>;
     P param[per_lane];
     G grad[per_lane];
-    uint32_t codes[Rule::states][per_lane / 4];
-    float absmax[Rule::states];
+    uint32_t codes[state_count<Rule>][per_lane / 4];
+    float absmax[state_count<Rule>];
     load_tile<span>(block.param, tile, true, P{}, param);
     load_tile<span>(block.grad, tile, true, G{}, grad);
     each_state<Rule>([&](auto s) {
@@ -86,19 +88,19 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const Scalars& s
         absmax[s.index] = *block.absmax[s.index];
     });
 
-    float now[Rule::states][per_lane];
-    uint32_t largest[Rule::states] = {};
+    float now[state_count<Rule>][per_lane];
+    uint32_t largest[state_count<Rule>] = {};
     bool in_range = true;
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
-        Quick p(to_float(param[k])), state[Rule::states];
+        Quick p(to_float(param[k])), state[state_count<Rule>];
         each_state<Rule>([&](auto s) {
-            state[s.index] = Quick(decode<Rule::codes[s.index]>(byte_of(codes[s.index], k)) * absmax[s.index]);
+            state[s.index] = Quick(decode<code_of<Rule, s.index>>(byte_of(codes[s.index], k)) * absmax[s.index]);
         });
-        Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars);
+        Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars.of_rule);
         param[k] = from_float<P>(p.x);
         in_range = in_range && p.in_range;
-        for (int s = 0; s < Rule::states; ++s) {
+        for (int s = 0; s < state_count<Rule>; ++s) {
             in_range = in_range && state[s].in_range;
             now[s][k] = state[s].x;
             largest[s] = larger_magnitude(largest[s], now[s][k]);
@@ -106,7 +108,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const Scalars& s
     }
     largest[0] = in_range ? largest[0] : inf_bits;
     bool good = true;
-    for (int s = 0; s < Rule::states; ++s) {
+    for (int s = 0; s < state_count<Rule>; ++s) {
         largest[s] = largest_of_warp(largest[s]);
         good = good && largest[s] < inf_bits;
     }

@@ -23,9 +23,6 @@ OPTIM8_DEVICE const CodeTables& device_tables() {
 }
 
 template <Code code>
-constexpr uint8_t zero_code = zero_code_of(code);
-
-template <Code code>
 OPTIM8_DEVICE float decode(uint32_t index) {
     return __ldg(device_tables<code>().value + index);
 }

@@ -25,6 +25,13 @@ struct Tensor {
     int64_t* strides;
     uint64_t byte_offset;
 };
+// What travels in a capsule of this name; who takes it over calls `destroy`.
+constexpr const char* capsule_name = "dltensor";
+struct ManagedTensor {
+    Tensor tensor;
+    void* context;
+    void (*destroy)(ManagedTensor*);
+};
 struct ExchangeApi {
     struct {
         uint32_t major, minor;

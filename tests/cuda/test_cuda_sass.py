@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(
 
 # 65536 registers of a multiprocessor for 16 warps of 32 threads: enough loads in flight to fill the memory.
 MOST_REGISTERS = 128
-RULES = ("AdamFamily<false>", "AdamFamily<true>", "Lion")
+RULES = sass.rules_by_type()
+# Of a parameter, 8 to a lane, by the number of states: beyond these an H100 would wait for them and not for its memory.
+MOST_INSTRUCTIONS = {1: 55, 2: 90, 3: 125}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, sass.Kernel]:
 
 
 def step_kernel(kernels: dict[str, sass.Kernel], rule: str, types: str) -> sass.Kernel:
-    pattern = re.compile(rf"step_rows<.*{re.escape(rule)}, {types}>")
+    pattern = re.compile(rf"step_rows<(\w+::)*{rule}, {types}>")
     (found,) = [kernel for name, kernel in kernels.items() if pattern.search(name)]
     return found
 
@@ -40,7 +42,7 @@ def test_every_rule_and_every_pair_of_types_has_a_kernel(kernels: dict[str, sass
 @pytest.mark.parametrize("rule", RULES)
 def test_float32_is_read_and_written_by_packets_of_128_bits(kernels: dict[str, sass.Kernel], rule: str) -> None:
     kernel = step_kernel(kernels, rule, "float, float")
-    states = 1 if rule == "Lion" else 2
+    states = len(RULES[rule].moments)
     # 8 values a lane are two packets: of param and grad in both 8-bit forms, and with each state in 32 bits.
     assert kernel.count(r"LDG\..*\.128") == 2 * 2 * 2 + 2 * (2 + states)
     assert kernel.count(r"STG\..*\.128") == 2 * 2 * 1 + 2 * (1 + states)
@@ -52,9 +54,9 @@ def test_float32_is_read_and_written_by_packets_of_128_bits(kernels: dict[str, s
 @pytest.mark.parametrize("types", ["float, float", "optim8::base::bfloat16, optim8::base::bfloat16"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_main_path_stays_short(kernels: dict[str, sass.Kernel], rule: str, types: str) -> None:
-    """Instructions for a parameter, 8 to a lane: beyond these an H100 would wait for them and not for its memory."""
-    path = gpu_budget.main_path(step_kernel(kernels, rule, types), 1 if rule == "Lion" else 2)
-    assert len(path) / 8 <= (55 if rule == "Lion" else 90)
+    states = len(RULES[rule].moments)
+    path = gpu_budget.main_path(step_kernel(kernels, rule, types), states)
+    assert len(path) / 8 <= MOST_INSTRUCTIONS[states]
     assert not any(opcode.startswith("CALL") for opcode in path)
 
 

@@ -1,6 +1,7 @@
 // Running a gathered step, and what Python sees of all this.
 #include "bind/step_table.h"
 #include "cpu/step/rows.h"
+#include "tensors/cut.h"
 
 #include <algorithm>
 #include <exception>
@@ -30,29 +31,70 @@ void StepTable::run_cpu(int threads, const py::function& meanwhile) {
     if (failed) std::rethrow_exception(failed);
 }
 
+namespace {
+
+// A hyper-parameter of a group; a flag counts as 0 or 1.
+double option_of(const HyperInfo& hyper, const py::dict& group) {
+    py::object value = group[hyper.name];
+    if (hyper.part >= 0) value = value[py::int_(hyper.part)];
+    if (hyper.is_flag) return py::bool_(value) ? 1.0 : 0.0;
+    const double number = PyFloat_AsDouble(value.ptr());
+    if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return number;
+}
+
+StepOptions options_of(const std::string& rule, const py::dict& group, bool maximize, double gradient_scale,
+                       bool count_on_device, uintptr_t device_lr) {
+    StepOptions options;
+    const RuleInfo& info = rule_of(rule);
+    for (int i = 0; i < info.hypers; ++i) {
+        const bool elsewhere = device_lr != 0 && std::string("lr") == info.hyper[i].name;
+        options.value[i] = elsewhere ? 0.0 : option_of(info.hyper[i], group);
+    }
+    options.maximize = maximize;
+    options.gradient_scale = gradient_scale;
+    options.count_on_device = count_on_device;
+    options.device_lr = reinterpret_cast<const float*>(device_lr);
+    return options;
+}
+
+// The table of rules, as `rules` documents it.
+py::list rules() {
+    py::list all;
+    for (const RuleInfo& rule : rule_table) {
+        py::list states, hypers;
+        for (int s = 0; s < rule.states; ++s)
+            states.append(py::make_tuple(rule.state[s].name, is_signed(rule.state[s].code)));
+        for (int i = 0; i < rule.hypers; ++i) {
+            const HyperInfo& h = rule.hyper[i];
+            hypers.append(py::make_tuple(h.name, h.part, h.initial, h.least, h.below, h.is_flag));
+        }
+        const py::object functional =
+            rule.functional_name == nullptr ? py::object(py::none()) : py::str(rule.functional_name);
+        all.append(py::make_tuple(rule.name, functional, states, hypers));
+    }
+    return all;
+}
+
+}  // namespace
+
 void bind_step(py::module_& m) {
-    py::class_<Hyper>(m, "Hyper", "The named scalars of a step, as the user set them.")
-        .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                         double gradient_scale, bool count_on_device, uintptr_t device_lr) {
-                 return Hyper{lr,
-                              beta1,
-                              beta2,
-                              eps,
-                              weight_decay,
-                              maximize,
-                              gradient_scale,
-                              count_on_device,
-                              reinterpret_cast<const float*>(device_lr)};
-             }),
-             py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps") = 0.0,
-             py::arg("weight_decay") = 0.0, py::arg("maximize") = false, py::arg("gradient_scale") = 1.0,
-             py::arg("count_on_device") = false, py::arg("device_lr") = 0);
-    py::class_<Wanted>(m, "Wanted", "What a step needs from Python before it can run.")
-        .def_readonly("gaps", &Wanted::gaps)
-        .def_readonly("state", &Wanted::state)
-        .def_readonly("layout", &Wanted::layout)
-        .def_readonly("moved", &Wanted::moved)
-        .def_readonly("step", &Wanted::step);
+    m.def("rules", &rules,
+          "Every rule: (name, name in the functional API or None, [(state, whether its code is signed)], [(option, "
+          "place in its pair or -1, default, at "
+          "least, below, whether it is a flag)]).");
+    m.def("cut", &cut, py::arg("flat"), py::arg("begins"), py::arg("shapes"), py::arg("strides"),
+          "DLPack capsules of tensors in the memory of a flat one.");
+    py::class_<StepOptions>(m, "StepOptions", "The options of a parameter group in a step, and what the step adds.")
+        .def(py::init(&options_of), py::arg("rule"), py::arg("group"), py::kw_only(), py::arg("maximize") = false,
+             py::arg("gradient_scale") = 1.0, py::arg("count_on_device") = false, py::arg("device_lr") = 0)
+        .def_readonly("count_on_device", &StepOptions::count_on_device);
+    py::class_<Lacks>(m, "Lacks", "What a step lacks before it can run: indices of parameters.")
+        .def_readonly("gaps", &Lacks::gaps)
+        .def_readonly("state", &Lacks::state)
+        .def_readonly("layout", &Lacks::layout)
+        .def_readonly("moved", &Lacks::moved)
+        .def_readonly("step", &Lacks::step);
     py::class_<DeviceRows>(m, "DeviceRows", "The rows of one device.")
         .def_readonly("device", &DeviceRows::device)
         .def_readonly("count_on_device", &DeviceRows::count_on_device)
@@ -62,8 +104,8 @@ void bind_step(py::module_& m) {
         .def("__len__", [](const DeviceRows& d) { return d.rows.size(); });
     py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
         .def(py::init<>())
-        .def("add", &StepTable::add, py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("hyper"),
-             py::arg("owner"), py::arg("group"), py::arg("relaid"), py::arg("names_of") = py::none())
+        .def("add", &StepTable::add, py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("options"),
+             py::arg("owner"), py::arg("group"), py::arg("grads") = py::dict(), py::arg("names_of") = py::none())
         .def("same_memory", &StepTable::same_memory,
              "Two rows, by position in params, whose parameters begin at the "
              "same address, or None.")

@@ -140,7 +140,7 @@ void int8_linear_matmul(py::handle A, py::handle B, py::handle out, int) {
     cuda_int8_product(job, device.stream);
 }
 
-constexpr int64_t scalars_size = sizeof(Scalars) / sizeof(float);
+constexpr int64_t scalars_size = max_scalars;
 
 const float* optional_scalar(const Arguments& check, const char* argument, py::handle object) {
     return object.is_none() ? nullptr : static_cast<const float*>(check.float32(argument, object, 1).data);
@@ -155,7 +155,7 @@ void step(uintptr_t rows, int64_t count, int device_index, py::handle scalars, p
     inputs.grad_scale = optional_scalar(check, "grad_scale", grad_scale);
     inputs.found_inf = optional_scalar(check, "found_inf", found_inf);
     if (!scalars.is_none())
-        inputs.scalars = static_cast<Scalars*>(check.float32("scalars", scalars, count * scalars_size).data);
+        inputs.scalars = static_cast<AnyScalars*>(check.float32("scalars", scalars, count * scalars_size).data);
     const Device device(check.who, device_index);
     cuda_step(reinterpret_cast<const Row*>(rows), count, inputs, device.stream);
 }
@@ -172,6 +172,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("version") = OPTIM8_VERSION;
     bind_codec(m);
     m.attr("row_size") = sizeof(Row);
+    m.attr("scalars_offset") = offsetof(Row, scalars);
     m.attr("scalars_size") = scalars_size;
     m.def("quantize_blockwise", &quantize_blockwise, arg("A"), arg("code"), arg("blocksize"), arg("out"), arg("absmax"),
           arg("threads"), arg("keep_positive") = false);

@@ -2,19 +2,48 @@
 // algorithm 2), as torch.optim defines them: Adam adds weight decay to the gradient, AdamW takes it off the parameter.
 #pragma once
 
-#include "core/codec.h"
-#include "core/hyper.h"
+#include "core/rules/rule.h"
 
 OPTIM8_BEGIN
 
 template <bool decoupled>
 struct AdamFamily {
-    static constexpr int states = 2;  // exp_avg, exp_avg_sq
-    static constexpr Code codes[states] = {Code::Signed, Code::Positive};
+    static constexpr State states[] = {{"exp_avg", Code::Signed}, {"exp_avg_sq", Code::Positive}};
+    // The field's "adam" takes weight decay off the parameter.
+    static constexpr const char* functional_name = decoupled ? "adam" : nullptr;
     static constexpr bool states_need_param = !decoupled;
 
-    template <class F>
-    OPTIM8_HD static void update(F& p, F g, F (&state)[states], const Scalars& s) {
+    struct Hypers {
+        double lr, beta1, beta2, eps, weight_decay;
+    };
+    static constexpr Hyper<Hypers> hypers[] = {
+        number("lr", &Hypers::lr, 1e-3),
+        beta("betas", 0, &Hypers::beta1, 0.9),
+        beta("betas", 1, &Hypers::beta2, 0.999),
+        number("eps", &Hypers::eps, 1e-8),
+        number("weight_decay", &Hypers::weight_decay, decoupled ? 1e-2 : 0.0),
+    };
+
+    struct Scalars {
+        float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay;
+        float decay;                     // 1 - lr * weight_decay
+        float negative_step_size;        // -lr / (1 - beta1^t)
+        float inverse_sqrt_correction2;  // 1 / sqrt(1 - beta2^t)
+    };
+    OPTIM8_HD static Scalars derive(const Hypers& h, double step) {
+        return {rounded(h.beta1),
+                rounded(1 - h.beta1),
+                rounded(h.beta2),
+                rounded(1 - h.beta2),
+                rounded(h.eps),
+                rounded(h.weight_decay),
+                rounded(1 - h.lr * h.weight_decay),
+                rounded(-h.lr / (1 - power(h.beta1, step))),
+                rounded(1 / sqrt(1 - power(h.beta2, step)))};
+    }
+
+    template <class F, int n>
+    OPTIM8_HD static void update(F& p, F g, F (&state)[n], const Scalars& s) {
         F& m = state[0];
         F& v = state[1];
         if (decoupled) p = p * F(s.decay);
@@ -28,7 +57,7 @@ struct AdamFamily {
     }
 };
 
-using Adam = AdamFamily<false>;
-using AdamW = AdamFamily<true>;
+struct Adam : AdamFamily<false> {};
+struct AdamW : AdamFamily<true> {};
 
 OPTIM8_END

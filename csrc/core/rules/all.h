@@ -1,4 +1,5 @@
-// THE list of rules. Everything that must know them all (dispatch on CPU and CUDA, names in Python) expands it.
+// THE list of rules. Everything that must know them all (dispatch on CPU and CUDA, the table that Python reads) expands
+// it.
 #pragma once
 
 #include "core/rules/adam.h"
@@ -8,3 +9,13 @@
     X(adam, Adam) \
     X(adamw, AdamW) \
     X(lion, Lion)
+
+namespace optim8 {
+
+enum class RuleId : uint8_t {
+#define OPTIM8_RULE_ID(name, type) name,
+    OPTIM8_RULES(OPTIM8_RULE_ID)
+#undef OPTIM8_RULE_ID
+};
+
+}  // namespace optim8

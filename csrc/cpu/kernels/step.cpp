@@ -18,11 +18,11 @@ constexpr int lanes = code_group / width;
 // A block between its two passes.
 template <class Rule>
 struct Block {
-    alignas(64) float state[Rule::states][step_block];  // new, not yet quantized
+    alignas(64) float state[state_count<Rule>][step_block];  // new, not yet quantized
     alignas(64) float old_param[Rule::states_need_param ? step_block : 1];
-    uint8_t* codes[Rule::states];
-    float* absmax[Rule::states];
-    float new_absmax[Rule::states], reciprocal[Rule::states];
+    uint8_t* codes[state_count<Rule>];
+    float* absmax[state_count<Rule>];
+    float new_absmax[state_count<Rule>], reciprocal[state_count<Rule>];
 };
 
 // Zero-padded copies of a short last block, so that the passes know whole blocks only. Padding takes part in
@@ -31,19 +31,19 @@ template <class Rule, class P, class G>
 struct Tail {
     P param[step_block];
     G grad[step_block];
-    uint8_t codes[Rule::states][step_block];
+    uint8_t codes[state_count<Rule>][step_block];
 };
 
 template <int s, class Rule>
 constexpr const CodeTables& tables_of() {
-    return Tables<Rule::codes[s]>::all;
+    return Tables<code_of<Rule, s>>::all;
 }
 
 template <int s, class Rule>
-OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[Rule::states], int at,
-                             F (&state)[Rule::states][lanes]) {
-    if constexpr (s < Rule::states) {
-        decode_group<Rule::codes[s]>(block.codes[s] + at, state[s]);
+OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[state_count<Rule>], int at,
+                             F (&state)[state_count<Rule>][lanes]) {
+    if constexpr (s < state_count<Rule>) {
+        decode_group<code_of<Rule, s>>(block.codes[s] + at, state[s]);
         for (int j = 0; j < lanes; ++j) state[s][j] = state[s][j] * absmax[s];
         decode_states<s + 1, Rule>(block, absmax, at, state);
     }
@@ -51,7 +51,7 @@ OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[Rule::s
 
 template <int s, class Rule>
 float decode_one(const Block<Rule>& block, int wanted, int i) {
-    if constexpr (s + 1 < Rule::states)
+    if constexpr (s + 1 < state_count<Rule>)
         if (wanted != s) return decode_one<s + 1, Rule>(block, wanted, i);
     return tables_of<s, Rule>().value[block.codes[s][i]] * *block.absmax[s];
 }
@@ -59,24 +59,25 @@ float decode_one(const Block<Rule>& block, int wanted, int i) {
 // The rare path of a block that holds values which are not finite. Such an element gets code 0, and its part in the
 // block's maxima is what it would be had its gradient been 0; so the block's other elements do not notice it.
 template <class Rule>
-__attribute__((noinline)) void mend(Block<Rule>& block, const Scalars& scalars, uint32_t (&largest)[Rule::states]) {
+__attribute__((noinline)) void mend(Block<Rule>& block, const StepScalars<Rule>& scalars,
+                                    uint32_t (&largest)[state_count<Rule>]) {
     for (uint32_t& l : largest) l = 0;
     for (int i = 0; i < step_block; ++i) {
-        float now[Rule::states];
+        float now[state_count<Rule>];
         bool finite = true;
-        for (int s = 0; s < Rule::states; ++s) {
+        for (int s = 0; s < state_count<Rule>; ++s) {
             now[s] = block.state[s][i];
             finite = finite && is_finite(now[s]);
         }
         if (!finite) {
             float param = Rule::states_need_param ? block.old_param[i] : 0.0f;
-            for (int s = 0; s < Rule::states; ++s) {
+            for (int s = 0; s < state_count<Rule>; ++s) {
                 now[s] = decode_one<0, Rule>(block, s, i);
                 block.state[s][i] = 0.0f;
             }
-            Rule::update(param, 0.0f, now, scalars);
+            Rule::update(param, 0.0f, now, scalars.of_rule);
         }
-        for (int s = 0; s < Rule::states; ++s)
+        for (int s = 0; s < state_count<Rule>; ++s)
             if (is_finite(now[s])) largest[s] = maximum(largest[s], magnitude_bits(now[s]));
     }
 }
@@ -84,11 +85,11 @@ __attribute__((noinline)) void mend(Block<Rule>& block, const Scalars& scalars, 
 // What one pass over a block reads and gathers in registers.
 template <class Rule>
 struct Pass {
-    F absmax[Rule::states];
-    U largest[Rule::states];
+    F absmax[state_count<Rule>];
+    U largest[state_count<Rule>];
 
     OPTIM8_HD explicit Pass(const Block<Rule>& block) {
-        for (int s = 0; s < Rule::states; ++s) {
+        for (int s = 0; s < state_count<Rule>; ++s) {
             absmax[s] = F(*block.absmax[s]);
             largest[s] = U(0u);
         }
@@ -96,39 +97,40 @@ struct Pass {
 };
 
 // What orders like the magnitude; where the code has no sign, nor have the values.
-OPTIM8_HD U sized_bits(Code code, F x) { return code == Code::Signed ? magnitude_bits(x) : bits_of(x); }
+OPTIM8_HD U sized_bits(Code code, F x) { return is_signed(code) ? magnitude_bits(x) : bits_of(x); }
 
 template <class Rule, class P, class G>
-OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* grad, const Scalars& scalars, int at) {
+OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* grad, const StepScalars<Rule>& scalars,
+                       int at) {
     const F factor(scalars.gradient_factor);
-    F state[Rule::states][lanes];
+    F state[state_count<Rule>][lanes];
     decode_states<0, Rule>(block, pass.absmax, at, state);
     for (int j = 0; j < lanes; ++j) {
         const int i = at + j * width;
         F p = load(param + i);
         if constexpr (Rule::states_need_param) store(block.old_param + i, p);
-        F now[Rule::states];
-        for (int s = 0; s < Rule::states; ++s) now[s] = state[s][j];
-        Rule::update(p, load(grad + i) * factor, now, scalars);
+        F now[state_count<Rule>];
+        for (int s = 0; s < state_count<Rule>; ++s) now[s] = state[s][j];
+        Rule::update(p, load(grad + i) * factor, now, scalars.of_rule);
         store(param + i, p);
-        for (int s = 0; s < Rule::states; ++s) {
+        for (int s = 0; s < state_count<Rule>; ++s) {
             store(block.state[s] + i, now[s]);
-            pass.largest[s] = maximum(pass.largest[s], sized_bits(Rule::codes[s], now[s]));
+            pass.largest[s] = maximum(pass.largest[s], sized_bits(Rule::states[s].code, now[s]));
         }
     }
 }
 
 // After the last group has advanced.
 template <class Rule>
-OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const Scalars& scalars) {
-    uint32_t bits[Rule::states];
+OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const StepScalars<Rule>& scalars) {
+    uint32_t bits[state_count<Rule>];
     bool finite = true;
-    for (int s = 0; s < Rule::states; ++s) {
+    for (int s = 0; s < state_count<Rule>; ++s) {
         bits[s] = reduce_max(pass.largest[s]);
         finite = finite && bits[s] < inf_bits;
     }
     if (__builtin_expect(!finite, 0)) mend<Rule>(block, scalars, bits);
-    for (int s = 0; s < Rule::states; ++s) {
+    for (int s = 0; s < state_count<Rule>; ++s) {
         block.new_absmax[s] = float_of(bits[s]);
         const Normalizer normal = normalizer(block.new_absmax[s]);
         block.reciprocal[s] = normal.reciprocal;
@@ -139,10 +141,10 @@ OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const Scala
 
 template <int s, class Rule>
 OPTIM8_HD void seal(const Block<Rule>& block, int at) {
-    if constexpr (s < Rule::states) {
+    if constexpr (s < state_count<Rule>) {
         F x[lanes];
         for (int j = 0; j < lanes; ++j) x[j] = load(block.state[s] + at + j * width);
-        encode_group<Rule::codes[s]>(x, block.reciprocal[s], block.codes[s] + at);
+        encode_group<code_of<Rule, s>>(x, block.reciprocal[s], block.codes[s] + at);
         seal<s + 1, Rule>(block, at);
     }
 }
@@ -150,12 +152,13 @@ template <class Rule>
 OPTIM8_HD void seal(const Block<Rule>& block, int at) {
     seal<0, Rule>(block, at);
     if (at + code_group == step_block)
-        for (int s = 0; s < Rule::states; ++s) *block.absmax[s] = block.new_absmax[s];
+        for (int s = 0; s < state_count<Rule>; ++s) *block.absmax[s] = block.new_absmax[s];
 }
 
 // Advances a block, and seals the one before it where there is one.
 template <class Rule, class P, class G>
-OPTIM8_HD void work(Block<Rule>& block, P* param, const G* grad, const Scalars& scalars, const Block<Rule>* before) {
+OPTIM8_HD void work(Block<Rule>& block, P* param, const G* grad, const StepScalars<Rule>& scalars,
+                    const Block<Rule>* before) {
     Pass<Rule> pass(block);
     for (int at = 0; at < step_block; at += code_group) {
         advance(block, pass, param, grad, scalars, at);
@@ -170,14 +173,14 @@ OPTIM8_HD void seal_all(const Block<Rule>& block) {
 
 template <class Rule, class P, class G>
 void step_8bit(const Row& row, int64_t begin, int64_t end) {
-    const Scalars scalars = row.scalars;
+    const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
     P* param = static_cast<P*>(row.param);
     const G* grad = static_cast<const G*>(row.grad);
     const int64_t whole = std::min(end, row.size / step_block);
     Block<Rule> blocks[2];
 
     const auto point = [&](Block<Rule>& block, int64_t b) {
-        for (int s = 0; s < Rule::states; ++s) {
+        for (int s = 0; s < state_count<Rule>; ++s) {
             block.codes[s] = static_cast<uint8_t*>(row.state[s]) + b * step_block;
             block.absmax[s] = row.absmax[s] + b;
         }
@@ -202,58 +205,59 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
         std::memcpy(tail.grad, grad + at, n * sizeof(G));
         Block<Rule>& block = blocks[0];
         point(block, whole);
-        for (int s = 0; s < Rule::states; ++s) {
+        for (int s = 0; s < state_count<Rule>; ++s) {
             // The code of 0, so that padding decodes to 0.
-            std::memset(tail.codes[s], Rule::codes[s] == Code::Signed ? 127 : 0, step_block);
+            std::memset(tail.codes[s], zero_code_of(Rule::states[s].code), step_block);
             std::memcpy(tail.codes[s], block.codes[s], n);
             block.codes[s] = tail.codes[s];
         }
         work<Rule, P, G>(block, tail.param, tail.grad, scalars, nullptr);
         seal_all(block);
         std::memcpy(param + at, tail.param, n * sizeof(P));
-        for (int s = 0; s < Rule::states; ++s) std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
+        for (int s = 0; s < state_count<Rule>; ++s)
+            std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
     }
 }
 
 template <class Rule, class P, class G>
 void step_32bit(const Row& row, int64_t begin, int64_t end) {
-    const Scalars scalars = row.scalars;
+    const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
     const F factor(scalars.gradient_factor);
     P* param = static_cast<P*>(row.param);
     const G* grad = static_cast<const G*>(row.grad);
-    float* state[Rule::states];
-    for (int s = 0; s < Rule::states; ++s) state[s] = static_cast<float*>(row.state[s]);
+    float* state[state_count<Rule>];
+    for (int s = 0; s < state_count<Rule>; ++s) state[s] = static_cast<float*>(row.state[s]);
 
-    const auto advance_lanes = [&](P* p_at, const G* g_at, float* const(&state_at)[Rule::states]) {
+    const auto advance_lanes = [&](P* p_at, const G* g_at, float* const(&state_at)[state_count<Rule>]) {
         F p = load(p_at);
-        F now[Rule::states];
-        for (int s = 0; s < Rule::states; ++s) now[s] = load(state_at[s]);
-        Rule::update(p, load(g_at) * factor, now, scalars);
+        F now[state_count<Rule>];
+        for (int s = 0; s < state_count<Rule>; ++s) now[s] = load(state_at[s]);
+        Rule::update(p, load(g_at) * factor, now, scalars.of_rule);
         store(p_at, p);
-        for (int s = 0; s < Rule::states; ++s) store(state_at[s], now[s]);
+        for (int s = 0; s < state_count<Rule>; ++s) store(state_at[s], now[s]);
     };
     const int64_t last = std::min(end * step_block, row.size);
     int64_t i = begin * step_block;
     for (; i + width <= last; i += width) {
-        float* at[Rule::states];
-        for (int s = 0; s < Rule::states; ++s) at[s] = state[s] + i;
+        float* at[state_count<Rule>];
+        for (int s = 0; s < state_count<Rule>; ++s) at[s] = state[s] + i;
         advance_lanes(param + i, grad + i, at);
     }
     if (i < last) {
         const size_t n = static_cast<size_t>(last - i);
         P p[width] = {};
         G g[width] = {};
-        float rest[Rule::states][width] = {};
-        float* at[Rule::states];
+        float rest[state_count<Rule>][width] = {};
+        float* at[state_count<Rule>];
         std::memcpy(p, param + i, n * sizeof(P));
         std::memcpy(g, grad + i, n * sizeof(G));
-        for (int s = 0; s < Rule::states; ++s) {
+        for (int s = 0; s < state_count<Rule>; ++s) {
             std::memcpy(rest[s], state[s] + i, n * sizeof(float));
             at[s] = rest[s];
         }
         advance_lanes(p, g, at);
         std::memcpy(param + i, p, n * sizeof(P));
-        for (int s = 0; s < Rule::states; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));
+        for (int s = 0; s < state_count<Rule>; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));
     }
 }
 
@@ -267,16 +271,10 @@ void step_precision(const Row& row, int64_t begin, int64_t end) {
 template <class Rule>
 void step_rule(const Row& row, int64_t begin, int64_t end) {
     const bool wide = row.grad_storage == Storage::Float32;
-    switch (row.param_storage) {
-        case Storage::Float32:
-            return step_precision<Rule, float, float>(row, begin, end);
-        case Storage::BFloat16:
-            return wide ? step_precision<Rule, bfloat16, float>(row, begin, end)
-                        : step_precision<Rule, bfloat16, bfloat16>(row, begin, end);
-        case Storage::Float16:
-            return wide ? step_precision<Rule, float16, float>(row, begin, end)
-                        : step_precision<Rule, float16, float16>(row, begin, end);
-    }
+    with_storage(row.param_storage, [&](auto stored) {
+        using P = typename decltype(stored)::type;
+        wide ? step_precision<Rule, P, float>(row, begin, end) : step_precision<Rule, P, P>(row, begin, end);
+    });
 }
 
 }  // namespace

@@ -6,8 +6,6 @@
 namespace optim8 {
 namespace {
 
-int64_t bytes_of(Storage storage) { return storage == Storage::Float32 ? 4 : 2; }
-
 template <class T>
 T* moved(T* address, int64_t bytes) {
     return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes));

@@ -1,14 +1,12 @@
 #include "compare.h"
 
+#include "core/rule_table.h"
+
 namespace optim8 {
 namespace {
 
 constexpr int64_t sizes[] = {0, 1, 3, 255, 256, 257, 1000, 1024, 1279};
-constexpr int states_of[] = {
-#define OPTIM8_STATES(name, type) type::states,
-    OPTIM8_RULES(OPTIM8_STATES)
-#undef OPTIM8_STATES
-};
+const RuleInfo& info_of(RuleId rule) { return rule_table[static_cast<int>(rule)]; }
 
 // One tensor of a step, twice: what the kernels on trial work on, and what the CPU's do.
 template <class P, class G>
@@ -29,7 +27,7 @@ struct Tensor {
           expected{Buffer<P>(size, offset), {}, {}, {}} {
         fill(grad, kind);
         fill(actual.param, Kind::Plain);
-        for (int s = 0; s < states_of[static_cast<int>(rule)]; ++s) {
+        for (int s = 0; s < info_of(rule).states; ++s) {
             actual.codes.emplace_back(precision == Precision::Bits8 ? size : 0, offset);
             actual.absmax.emplace_back(precision == Precision::Bits8 ? blocks_of(size, step_block) : 0);
             actual.wide.emplace_back(precision == Precision::Bits32 ? size : 0, offset);
@@ -37,7 +35,7 @@ struct Tensor {
             fill(actual.absmax[s], kind == Kind::Subnormal ? kind : Kind::Plain);
             fill(actual.wide[s], Kind::Plain);
             for (int64_t i = 0; i < actual.absmax[s].size(); ++i) actual.absmax[s][i] = std::fabs(actual.absmax[s][i]);
-            for (int64_t i = 0; i < actual.wide[s].size() && s == 1; ++i)
+            for (int64_t i = 0; i < actual.wide[s].size() && info_of(rule).state[s].code != Code::Signed; ++i)
                 actual.wide[s][i] = std::fabs(actual.wide[s][i]);
             expected.codes.push_back(actual.codes[s].copy());
             expected.absmax.push_back(actual.absmax[s].copy());
@@ -72,15 +70,33 @@ struct Tensor {
     }
 };
 
-Hyper hyper_of(int i) {
-    Hyper h;
-    h.lr = 3e-3 * (1 + i % 3);
-    h.beta1 = 0.8;
-    h.beta2 = 0.95;
-    h.eps = i % 2 ? 0.0 : 1e-6;
-    h.weight_decay = 0.03;
-    h.maximize = i % 2 != 0;
-    return h;
+// Options none of which is a default, where the rule's bounds allow it.
+StepOptions options_of(RuleId rule, int i) {
+    StepOptions options;
+    const RuleInfo& info = info_of(rule);
+    for (int h = 0; h < info.hypers; ++h) {
+        const HyperInfo& hyper = info.hyper[h];
+        double& value = options.value[h];
+        const std::string name = hyper.name;
+        if (hyper.is_flag)
+            value = i % 2;
+        else if (name == "lr")
+            value = 3e-3 * (1 + i % 3);
+        else if (name == "eps")
+            value = i % 2 ? 0.0 : 1e-6;
+        else if (hyper.below == 1)
+            value = hyper.part == 1 ? 0.95 : 0.8;
+        else
+            value = 0.03;
+    }
+    options.maximize = i % 2 != 0;
+    return options;
+}
+
+double& lr_of(RuleId rule, StepOptions& options) {
+    int h = 0;
+    while (std::string(info_of(rule).hyper[h].name) != "lr") ++h;
+    return options.value[h];
 }
 
 // How the scalars of the step come to the device.
@@ -88,8 +104,9 @@ enum class Scalar { Host, Device, Skipped };
 
 template <class P, class G>
 void compare_tensors(RuleId rule, std::vector<Tensor<P, G>>& tensors, Scalar scalar, const std::string& what) {
-    std::vector<Hyper> hypers;
-    for (int i = 0; i < 20; ++i) hypers.push_back(hyper_of(i));
+    std::vector<StepOptions> all;
+    for (int i = 0; i < 20; ++i) all.push_back(options_of(rule, i));
+    std::vector<AnyScalars> scalars(tensors.size());
     Buffer<float> lr(1), scale(1), found_inf(1);
     lr[0] = 0.0123f;
     scale[0] = 1024;
@@ -97,23 +114,25 @@ void compare_tensors(RuleId rule, std::vector<Tensor<P, G>>& tensors, Scalar sca
     std::vector<Row> rows;
     for (size_t i = 0; i < tensors.size(); ++i) {
         auto& [grad, actual, expected] = tensors[i];
-        Hyper& hyper = hypers[i % hypers.size()];
+        StepOptions& options = all[i % all.size()];
         actual.step[0] = expected.step[0] = static_cast<float>(i % 5);
         if (scalar == Scalar::Host) {
-            actual.row.scalars = expected.row.scalars = derive(hyper, 1 + i % 5);
+            scalars[i] = info_of(rule).derive(options, 1 + i % 5);
+            actual.row.scalars = expected.row.scalars = &scalars[i];
         } else {
-            hyper.device_lr = i % 2 ? lr.data() : nullptr;
+            options.device_lr = i % 2 ? lr.data() : nullptr;
             actual.row.device_step = actual.step.data();
-            actual.row.hyper = &hyper;
-            Hyper whole = hyper;
-            if (i % 2) whole.lr = lr[0];
+            actual.row.options = &options;
+            StepOptions whole = options;
+            if (i % 2) lr_of(rule, whole) = lr[0];
             whole.gradient_scale = 1.0 / scale[0];
             if (scalar == Scalar::Device) expected.step[0] += 1;
-            expected.row.scalars = derive(whole, expected.step[0]);
+            scalars[i] = info_of(rule).derive(whole, expected.step[0]);
+            expected.row.scalars = &scalars[i];
         }
         rows.push_back(actual.row);
     }
-    Buffer<Scalars> scratch(static_cast<int64_t>(rows.size()));
+    Buffer<AnyScalars> scratch(static_cast<int64_t>(rows.size()));
     StepInputs inputs{};
     if (scalar != Scalar::Host) inputs = StepInputs{scale.data(), found_inf.data(), scratch.data()};
     cuda_step(rows.data(), static_cast<int64_t>(rows.size()), inputs, nullptr);
