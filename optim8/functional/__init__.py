@@ -20,14 +20,8 @@ from optim8.functional.fourbit import (
     quantize_fp4,
     quantize_nf4,
 )
-from optim8.functional.int8 import (
-    int8_double_quant,
-    int8_linear_matmul,
-    int8_mm_dequant,
-    int8_scaled_mm,
-    int8_vectorwise_dequant,
-    int8_vectorwise_quant,
-)
+from optim8.functional.int8 import int8_double_quant, int8_vectorwise_dequant, int8_vectorwise_quant
+from optim8.functional.int8_matmul import int8_linear_matmul, int8_mm_dequant, int8_scaled_mm
 from optim8.functional.matmul import matmul_4bit
 from optim8.functional.quant_state import QuantState
 from optim8.functional.steps import optimizer_update_8bit_blockwise, optimizer_update_32bit

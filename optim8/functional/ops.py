@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from optim8.functional import _check, blockwise, fourbit, int8
+from optim8.functional import _check, blockwise, fourbit, int8, int8_matmul
 from optim8.functional.packed import check_packed, packed_shape
 
 library = torch.library.Library("optim8", "DEF")  # type: ignore[no-untyped-call]
@@ -131,7 +131,7 @@ def _fake_gemv_4bit(
 
 
 def _int8_linear_matmul_out(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor) -> None:
-    int8.int8_linear_matmul(A, B, out)
+    int8_matmul.int8_linear_matmul(A, B, out)
 
 
 def _fake_int8_linear_matmul(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ def _int8_mm_dequant(
     dtype: torch.dtype | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return int8.scale_back("int8_mm_dequant", A, row_stats, col_stats, None, bias, dtype or torch.float16)
+    return int8_matmul.scale_back("int8_mm_dequant", A, row_stats, col_stats, None, bias, dtype or torch.float16)
 
 
 def _fake_int8_mm_dequant(
@@ -183,7 +183,7 @@ def _int8_scaled_mm(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    return int8.int8_scaled_mm(A, B, row_stats, col_stats, bias, dtype or torch.float16)
+    return int8_matmul.int8_scaled_mm(A, B, row_stats, col_stats, bias, dtype or torch.float16)
 
 
 def _fake_int8_scaled_mm(
@@ -259,7 +259,7 @@ define(
     _gemv_4bit_out,
     _nothing,
 )
-define("int8_linear_matmul(Tensor A, Tensor B) -> Tensor", int8.int8_linear_matmul, _fake_int8_linear_matmul)
+define("int8_linear_matmul(Tensor A, Tensor B) -> Tensor", int8_matmul.int8_linear_matmul, _fake_int8_linear_matmul)
 define("int8_linear_matmul.out(Tensor A, Tensor B, Tensor(a!) out) -> ()", _int8_linear_matmul_out, _nothing)
 define(
     "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",

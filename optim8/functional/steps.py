@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from optim8 import _native, codec
+from optim8 import _native, codec, rules
 from optim8.codec import BLOCK
 from optim8.functional import _check
-
-# The field's "adam" takes weight decay off the parameter, as torch's AdamW does.
-_RULES = {"adam": ("adamw", 2), "adamw": ("adamw", 2), "lion": ("lion", 1)}
-_STATES = ("exp_avg", "exp_avg_sq")  # with _codes and _absmax where they are in 8 bits
+from optim8.rules import Rule
+from optim8.state.layout import dense_grad
+from optim8.step.arrays import step_array
 
 
 def optimizer_update_8bit_blockwise(
@@ -70,24 +69,26 @@ def optimizer_update_8bit_blockwise(
         (tensor(-0.5000), tensor(255, dtype=torch.uint8), tensor([0.1000]))
     """
     who = "optimizer_update_8bit_blockwise"
-    rule, count = _rule(who, optimizer_name, beta3, alpha, skip_zeros)
+    rule = _rule(who, optimizer_name, beta3, alpha, skip_zeros)
     _check_tensors(who, g, p)
     entry: dict[str, torch.Tensor] = {}
     given = ((state1, qmap1, absmax1), (state2, qmap2, absmax2))
     for i in range(2):
         state, qmap, absmax = given[i]
-        if i >= count:
+        if i >= len(rule.moments):
             _check_absent(who, optimizer_name, {"state2": state, "qmap2": qmap, "absmax2": absmax})
             continue
-        entry[_STATES[i] + "_codes"] = _check_state(who, f"state{i + 1}", state, p, torch.uint8)
-        _check_map(who, f"qmap{i + 1}", qmap, signed=i == 0)
+        moment = rule.moments[i]
+        entry[moment.codes] = _check_state(who, f"state{i + 1}", state, p, torch.uint8)
+        _check_map(who, f"qmap{i + 1}", qmap, moment.signed)
         blocks = _check.blocks(p.numel(), BLOCK)
         scales = _check.tensor(who, f"absmax{i + 1}", absmax, (torch.float32,))
         _check.on_device(who, f"absmax{i + 1}", scales, p.device, "p")
         why = f"{p.numel()} values / blocksize {BLOCK}, rounded up"
         _check.entries(who, f"absmax{i + 1}", scales, blocks, why, "Allocate it so.")
-        entry[_STATES[i] + "_absmax"] = scales
-    _run(who, rule, g, p, entry, step, lr, beta1, beta2, eps, weight_decay, gnorm_scale)
+        entry[moment.absmax] = scales
+    hypers = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    _run(who, rule, g, p, entry, step, hypers, gnorm_scale)
 
 
 def optimizer_update_32bit(
@@ -130,26 +131,35 @@ def optimizer_update_32bit(
         (tensor([-0.2500, -0.2500, -0.2500]), tensor([0.5000, 0.5000, 0.5000]))
     """
     who = "optimizer_update_32bit"
-    rule, count = _rule(who, optimizer_name, beta3, alpha, skip_zeros)
+    rule = _rule(who, optimizer_name, beta3, alpha, skip_zeros)
     if unorm_vec is not None or max_unorm != 0.0:
         raise ValueError(f"{who}: unorm_vec must be None and max_unorm 0. Clip the gradient before the step instead.")
     _check_tensors(who, g, p)
-    entry = {_STATES[0]: _check_state(who, "state1", state1, p, torch.float32)}
-    if count == 2:
-        entry[_STATES[1]] = _check_state(who, "state2", state2, p, torch.float32)
+    first, *second = rule.moments
+    entry = {first.name: _check_state(who, "state1", state1, p, torch.float32)}
+    if second:
+        entry[second[0].name] = _check_state(who, "state2", state2, p, torch.float32)
     else:
         _check_absent(who, optimizer_name, {"state2": state2})
-    _run(who, rule, g, p, entry, step, lr, beta1, beta2, eps, weight_decay, gnorm_scale)
+    hypers = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    _run(who, rule, g, p, entry, step, hypers, gnorm_scale)
 
 
-def _rule(who: str, name: str, beta3: float, alpha: float, skip_zeros: bool) -> tuple[str, int]:
-    if name not in _RULES:
-        raise ValueError(f"{who}: optimizer_name must be one of {sorted(_RULES)}, got {name!r}.")
+def _rules() -> dict[str, Rule]:
+    """The rules by the names that the functional API takes: its own for them, and theirs."""
+    known = [rule for rule in rules.every().values() if rule.functional_name is not None]
+    return {rule.name: rule for rule in known} | {str(rule.functional_name): rule for rule in known}
+
+
+def _rule(who: str, name: str, beta3: float, alpha: float, skip_zeros: bool) -> Rule:
+    known = _rules()
+    if name not in known:
+        raise ValueError(f"{who}: optimizer_name must be one of {sorted(known)}, got {name!r}.")
     if beta3 != 0 or alpha != 0:
         raise ValueError(f"{who}: beta3 and alpha must be 0, {name} has none, got {beta3} and {alpha}.")
     if skip_zeros:
         raise ValueError(f"{who}: skip_zeros must be False, got {skip_zeros!r}. Zero gradients step as others do.")
-    return _RULES[name]
+    return known[name]
 
 
 def _check_tensors(who: str, g: torch.Tensor, p: torch.Tensor) -> None:
@@ -186,32 +196,21 @@ def _check_map(who: str, name: str, qmap: torch.Tensor | None, signed: bool) -> 
 
 def _run(
     who: str,
-    rule: str,
+    rule: Rule,
     g: torch.Tensor,
     p: torch.Tensor,
     entry: dict[str, torch.Tensor],
     step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    hypers: dict[str, Any],
     gnorm_scale: float,
 ) -> None:
     if step < 1:
         raise ValueError(f"{who}: step must be at least 1, got {step}. The first step is number 1.")
     _native.module_for(p.device, who)  # says what is missing before anything is made
-    hyper = _native.cpu().Hyper(
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, gradient_scale=gnorm_scale
-    )
-    param = p.detach()
-    gradient = g.detach()
+    param, gradient = p.detach(), g.detach()
     if gradient.stride() != param.stride():
-        gradient = torch.empty_strided(param.shape, param.stride(), dtype=g.dtype, device=g.device).copy_(gradient)
-    # The native step looks for a gradient on the parameter; the one it uses is the one handed over by index.
-    param.grad = gradient if gradient.dtype == param.dtype else param.new_zeros(()).expand(param.shape)
-    state: dict[Any, Any] = {param: {**entry, "step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")}}
-    table = _native.cpu().StepTable()
-    table.add([param], state, rule, hyper, who, 0, {0: gradient})
-    _native.run_step(table, who)
+        gradient = dense_grad(param, gradient)
+    options = _native.cpu().StepOptions(rule.name, hypers, gradient_scale=gnorm_scale)
+    state = {**entry, "step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")}
+    step_array(who, rule.name, options, param, gradient, state)
     torch.autograd.graph.increment_version([p])
