@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from optim8.optim import BlockwiseOptimizer, options, sharded
-from optim8.optim import report as reports
-from optim8.optim.formats import bitsandbytes, own, torch_optim
-from optim8.optim.formats.common import check_rule
-from optim8.optim.report import Note, Report, Row, report
-from optim8.optim.sources import Entry, Source, values
-from optim8.optim.states import Moment
+from optim8.checkpoint.formats import bitsandbytes, torch_optim
+from optim8.checkpoint.formats.common import check_rule
+from optim8.optim import BlockwiseOptimizer
+from optim8.rules import Moment
+from optim8.state import report as reports
+from optim8.state import shards
+from optim8.state.conversion import as_sources
+from optim8.state.moments import Entry, Source, values
+from optim8.state.report import Note, Report, Row, report
+from optim8.step import hypers
 
 __all__ = ["Note", "Report", "Row", "report", "to_bitsandbytes", "to_torch", "with_exact_zeros"]
 
@@ -46,7 +49,7 @@ def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
     _check(who, optimizer)
     for index, group in enumerate(optimizer.param_groups):
         for at, param in enumerate(group["params"]):
-            changed = sorted(optimizer.overridden(param).keys() - options.EXTRA_DEFAULTS)
+            changed = sorted(optimizer.overridden(param).keys() - hypers.EXTRA_DEFAULTS)
             if changed:
                 raise ValueError(
                     f"{who}: parameter {at} of group {index} has an override of {', '.join(changed)}, and torch.optim "
@@ -105,7 +108,7 @@ def _check(who: str, optimizer: Any) -> None:
     if not isinstance(optimizer, BlockwiseOptimizer):
         raise TypeError(f"{who}: optimizer must be one of optim8, got {type(optimizer).__name__}.")
     check_rule(who, optimizer.rule)
-    if any(sharded.is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
+    if any(shards.is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
         raise ValueError(
             f"{who}: parameters must be whole, got DTensors. Gather the state with get_optimizer_state_dict and "
             "StateDictOptions(full_state_dict=True), load it into an optimizer of the whole model, and convert that."
@@ -129,7 +132,7 @@ def _written(
         write_group(
             f"{who}: param_groups[{index}]",
             optimizer.rule,
-            {name: value for name, value in group.items() if name not in options.EXTRA_DEFAULTS},
+            {name: value for name, value in group.items() if name not in hypers.EXTRA_DEFAULTS},
         )
         for index, group in enumerate(saved["param_groups"])
     ]
@@ -139,7 +142,7 @@ def _written(
         if key not in ids:
             state[key] = entry  # not of a parameter
             continue
-        sources = own.as_sources(optimizer.moments, entry)
+        sources = as_sources(optimizer.moments, entry)
         state[key] = written = write_entry(optimizer.moments, sources)
         asked = reports.current()
         if asked is not None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from optim8 import _native, codec
+from optim8 import codec
 from optim8.codec import BLOCK
-from optim8.optim import sharded, states
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.states import Moment
+from optim8.rules import Moment
+from optim8.state import shards
+from optim8.step import supply
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ def nonfinite(grad: torch.Tensor) -> int:
 
 
 def moments(
-    optimizer: BlockwiseOptimizer, group: dict[str, Any], param: torch.Tensor, grad: torch.Tensor, most: int
+    optimizer: BlockwiseOptimizer, group: dict[str, Any], param: torch.Tensor, most: int
 ) -> tuple[int, dict[str, MomentHealth]]:
     """What the next step of a parameter with 8-bit state loses, over `most` of its values, in whole blocks.
 
     Args:
         group: the options of the parameter.
-        grad: its gradient, the local shard of a DTensor's.
+        param: has a gradient.
 
     Returns:
         the number of values looked at, and the result for each moment.
@@ -76,32 +77,20 @@ def moments(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for so few values, waking others takes longer than the work
     try:
-        return _moments(optimizer, group, param, grad, most)
+        return _moments(optimizer, group, param, most)
     finally:
         torch.set_num_threads(threads)
 
 
 def _moments(
-    optimizer: BlockwiseOptimizer, group: dict[str, Any], param: torch.Tensor, grad: torch.Tensor, most: int
+    optimizer: BlockwiseOptimizer, group: dict[str, Any], param: torch.Tensor, most: int
 ) -> tuple[int, dict[str, MomentHealth]]:
-    whole, entry = states.dense(sharded.local(param)), optimizer.state[param]
-    chosen = _blocks(whole.numel(), most, whole.device)
-    # float32 holds bfloat16 and float16 exactly, and moments do not depend on how the parameter is rounded.
-    values = _sample(whole, chosen).float()
-    values.grad = _sample(grad if grad.stride() == whole.stride() else _laid_out_as(whole, grad), chosen).float()
-    old: dict[str, torch.Tensor] = {"step": sharded.local(entry["step"]).clone()}
-    for moment in optimizer.moments:
-        codes, absmax = _sample(sharded.local(entry[moment.codes]), chosen), sharded.local(entry[moment.absmax])
-        absmax = absmax if chosen is None else absmax[chosen.to(absmax.device)]
-        # Paged state of a GPU's parameter is in memory of the host.
-        old[moment.name] = codec.dequantize(codes.to(whole.device), absmax.to(whole.device), signed=moment.signed)
+    local = shards.local(param)
+    chosen = _blocks(local.numel(), most, local.device)
     scale = getattr(optimizer, "grad_scale", None)
-    table, hyper = _native.cpu().StepTable(), optimizer._hyper(group, scale, None)
-    if table.add([values], {values: old}, optimizer.rule, hyper, "monitor", 0, {}).step:
-        states.move_steps([(values, old)])  # counted on the device from now on
-        table.add([values], {values: old}, optimizer.rule, hyper, "monitor", 0, {})
-    _native.run_step(table, "monitor", scale)
-    return values.numel(), {moment.name: _compare(moment, old[moment.name]) for moment in optimizer.moments}
+    exact = optimizer.stepper.preview(optimizer, group, param, chosen, scale)
+    size = local.numel() if chosen is None else chosen.numel() * BLOCK
+    return size, {moment.name: _compare(moment, exact[moment.name]) for moment in optimizer.moments}
 
 
 def _blocks(size: int, most: int, device: torch.device) -> torch.Tensor | None:
@@ -110,17 +99,6 @@ def _blocks(size: int, most: int, device: torch.device) -> torch.Tensor | None:
     if size <= most or size // BLOCK <= count:
         return None
     return torch.linspace(0, size // BLOCK - 1, max(1, count), dtype=torch.float64, device=device).long()
-
-
-def _sample(tensor: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
-    flat = codec.flat(tensor)
-    if chosen is None:
-        return flat.clone()
-    return flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[chosen.to(flat.device)].view(-1)
-
-
-def _laid_out_as(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 def _compare(moment: Moment, exact: torch.Tensor) -> MomentHealth:
@@ -149,9 +127,9 @@ def _compare(moment: Moment, exact: torch.Tensor) -> MomentHealth:
 def trained(optimizer: BlockwiseOptimizer) -> Iterable[tuple[int, int, dict[str, Any], torch.Tensor, torch.Tensor]]:
     """Place in the groups, options (with what overrides change), tensor and (local) gradient of every parameter that
     has one."""
-    resolved = optimizer._resolved()
+    supply.resolve(optimizer)
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             if param.grad is not None and param.numel():
-                changes = {} if resolved is None else resolved.by_id.get(id(param), {})
-                yield index, position, {**group, **changes}, param, sharded.local(param.grad)
+                changes = supply.changes_of(optimizer, param)
+                yield index, position, {**group, **changes}, param, shards.local(param.grad)

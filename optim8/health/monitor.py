@@ -10,7 +10,8 @@ import torch
 from optim8.health import measures
 from optim8.health.measures import ParameterHealth
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.paging import launches
+from optim8.state.layout import bits_of
+from optim8.step import pending
 
 ERROR_LIMIT = 0.1  # several times what moments of usual training show
 _SAMPLE = 8192  # values of a parameter, 32 blocks: mean errors to about 1 % of themselves
@@ -63,16 +64,12 @@ class Monitor:
         found_inf = getattr(self.optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf.item())
         self.latest = {}
-        launches.settle()
+        pending.wait()
         for index, position, group, param, grad in measures.trained(self.optimizer):
             name, target = self._called(group, index, position, param)
             entry = self.optimizer.state.get(param) or {}
-            in_8_bits = self.optimizer.moments[0].absmax in entry
-            seen = (
-                (0, {})
-                if skipped or not in_8_bits
-                else measures.moments(self.optimizer, group, param, grad, self.sample)
-            )
+            in_8_bits = bits_of(self.optimizer.moments, entry) == 8
+            seen = (0, {}) if skipped or not in_8_bits else measures.moments(self.optimizer, group, param, self.sample)
             step = int(entry["step"]) + 1 if entry else 1
             health = ParameterHealth(name, measures.nonfinite(grad), grad.numel(), *seen)
             self.latest[name] = health
@@ -123,9 +120,10 @@ def monitor(
     """Watch what 8 bits do to an optimizer's state, and write it to TensorBoard.
 
     At every `every`-th step, before it, for each parameter with 8-bit state: the relative quantization error of its
-    moments, the share of positive `exp_avg_sq` at the smallest code, the share of codes at the ends of the table, and
-    a histogram of the codes; for every parameter: the number of gradient elements that are NaN or infinite. The
-    moments are computed on a copy; training does not change. Waits for a GPU at those steps only.
+    moments, the share of codes at the ends of the table, a histogram of the codes, and of moments that are never
+    negative the share of positive values at the smallest code; for every parameter: the number of gradient elements
+    that are NaN or infinite. The moments are computed on a copy; training does not change. Waits for a GPU at those
+    steps only.
 
     Args:
         optimizer: one of optim8's.

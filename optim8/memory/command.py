@@ -14,8 +14,8 @@ from optim8.memory.models import model
 from optim8.memory.planning import budget
 from optim8.memory.planning.peers import PEERS
 from optim8.memory.planning.planner import OURS, SHARDINGS, plan
-from optim8.optim.options import MIN_8BIT_SIZE
 from optim8.paging.pager import Pager
+from optim8.step.hypers import MIN_8BIT_SIZE
 
 EXIT = "Ends with 0; with 1 where the plan does not fit --budget; with 2 where an argument or a file is wrong."
 _SOURCE = "a config as JSON, safetensors files of one model, its folder, or its name if the hub's cache has the config"

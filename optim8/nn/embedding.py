@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from optim8.optim.overriding import override_module_parameter
+from optim8.optim.override import override_module_parameter
 
 
 class StableEmbedding(torch.nn.Embedding):

@@ -1,11 +1,9 @@
 """The optimizers: drop-in replacements for those of torch.optim, with state in 8 bits."""
 
+from optim8.checkpoint import former_names
 from optim8.optim.absent import ABSENT
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
-from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.lion import Lion8bit, PagedLion8bit
-from optim8.optim.manager import GlobalOptimManager
-from optim8.optim.names import (
+from optim8.optim.aliases import (
     Adam,
     Adam32bit,
     AdamW,
@@ -19,7 +17,10 @@ from optim8.optim.names import (
     PagedLion,
     PagedLion32bit,
 )
-from optim8.optim.overriding import override
+from optim8.optim.base import BlockwiseOptimizer
+from optim8.optim.lion import Lion8bit, PagedLion8bit
+from optim8.optim.manager import GlobalOptimManager
+from optim8.optim.override import override
 
 __all__ = [
     "Adam",
@@ -47,3 +48,4 @@ __all__ = [
 
 # Code for bitsandbytes imports these along with others; __all__ is what there is.
 globals().update(ABSENT)
+former_names.register()

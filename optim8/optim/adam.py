@@ -7,9 +7,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.options import MIN_8BIT_SIZE, Betas, Bits, BitsandbytesArguments
-from optim8.optim.states import EXP_AVG, EXP_AVG_SQ
 from optim8.paging import Pager
+from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, BitsandbytesArguments
 
 _ARGS = """
 
@@ -39,11 +38,7 @@ _ARGS = """
 """
 
 
-class _AdamFamily(BlockwiseOptimizer):
-    moments = (EXP_AVG, EXP_AVG_SQ)
-
-
-class Adam8bit(_AdamFamily):
+class Adam8bit(BlockwiseOptimizer):
     __doc__ = (
         "torch.optim.Adam (Kingma and Ba, arXiv 1412.6980) with 8-bit blockwise state (arXiv 2110.02861)."
         + _ARGS.format(decay="L2 penalty, added to the gradient.")
@@ -73,7 +68,7 @@ class Adam8bit(_AdamFamily):
         super().__init__(params, defaults)
 
 
-class AdamW8bit(_AdamFamily):
+class AdamW8bit(BlockwiseOptimizer):
     __doc__ = (
         "torch.optim.AdamW (Loshchilov and Hutter, arXiv 1711.05101) with 8-bit blockwise state (arXiv 2110.02861)."
         + _ARGS.format(decay="decoupled weight decay: parameters shrink by the factor 1 - lr * weight_decay.")

@@ -7,9 +7,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.options import MIN_8BIT_SIZE, Betas, Bits, BitsandbytesArguments
-from optim8.optim.states import EXP_AVG
 from optim8.paging import Pager
+from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, BitsandbytesArguments
 
 
 class Lion8bit(BlockwiseOptimizer):
@@ -40,7 +39,6 @@ class Lion8bit(BlockwiseOptimizer):
     """
 
     rule = "lion"
-    moments = (EXP_AVG,)
 
     def __init__(
         self,

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from optim8.optim import overrides, overriding
-from optim8.optim.overrides import OverrideHandle
+from optim8.optim import override as overriding
+from optim8.step import overrides
+from optim8.step.overrides import OverrideHandle
 
 
 class GlobalOptimManager:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from optim8.optim import states
-from optim8.optim.states import Moment
-from optim8.paging.files import fill
+from optim8.state.conversion import zero
+from optim8.state.layout import layout_of, others
+from optim8.state.shards import local
+from optim8.step import pending, supply
 
 
-def chosen(
+def _chosen(
     owner: str, groups: Sequence[dict[str, Any]], params: torch.Tensor | Iterable[torch.Tensor] | None
 ) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """(parameter, its group) of the parameters that a user names; of all for None.
@@ -39,10 +40,22 @@ def chosen(
     return list({id(param): own[id(param)] for param in named}.values())
 
 
-def in_place(moments: Sequence[Moment], entry: Mapping[str, Any], in_8_bits: bool) -> None:
-    """Zero state, as new state is."""
-    for name in states.names(moments, in_8_bits):
-        fill(entry[name], 0)
-    if in_8_bits:
-        for moment in moments:
-            fill(entry[moment.codes], moment.zero)
+@torch.no_grad()
+def reset_state(optimizer: Any, params: torch.Tensor | Iterable[torch.Tensor] | None) -> None:
+    """What StateAccess.reset_state says."""
+    chosen = _chosen(f"{type(optimizer).__name__}.reset_state", optimizer.param_groups, params)
+    memory, moments = optimizer.memory, optimizer.moments
+    with optimizer.turn:
+        optimizer.windows.sync()
+        supply.resolve(optimizer)
+        pending.wait()
+        stateful = [(param, group) for param, group in chosen if optimizer.state.get(param)]
+        with memory.rewriting(optimizer.param_groups, optimizer.state):
+            for param, group in stateful:
+                entry, shard = optimizer.state[param], local(param)
+                layout = layout_of(moments, shard, supply.bits_wanted(optimizer, group, param))
+                if layout.fits(entry, shard, memory.reaches):
+                    zero(layout, entry)
+                else:
+                    supply.allocate_states(optimizer, [(group, param)])
+                    optimizer.state[param].update(others(moments, entry))

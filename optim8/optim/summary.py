@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from optim8.optim.paged import PagedState
-from optim8.paging.files import tensors_of
-from optim8.paging.store import placed
+from optim8.paging import Store
+from optim8.state.mapped import tensors_of
+from optim8.step import supply
 from optim8.text import size_text
 
 
-def summary(optimizer: PagedState) -> str:
+def summary(optimizer: Any) -> str:
     """Class and options of the groups as torch.optim writes them, without the parameters' names, then how many
     parameters have state in which precision, its bytes, and where it lives if it is paged. Changes nothing."""
     lines = [f"{type(optimizer).__name__} ("]
@@ -24,15 +24,15 @@ def summary(optimizer: PagedState) -> str:
             entry: dict[str, Any] = optimizer.state.get(param) or {}
             tensors = tensors_of(entry)
             if tensors:
-                tier, _ = placed(optimizer._store, max(tensors, key=lambda t: t.nbytes))
+                tier, _ = optimizer.memory.place_of(max(tensors, key=lambda t: t.nbytes))
                 tiers[tier] += sum(tensor.nbytes for tensor in tensors)
-            kind = optimizer._precision_now(group, param) if tensors or param.requires_grad else "frozen"
+            kind = f"{supply.bits_now(optimizer, group, param)}bit" if tensors or param.requires_grad else "frozen"
             counts[kind] += 1
     said = {"8bit": "in 8 bits", "32bit": "in 32 bits", "frozen": "frozen"}
     parameters = ", ".join(f"{counts[kind]} {text}" for kind, text in said.items() if counts[kind])
     size = size_text(sum(tiers.values())) if tiers else "none yet"
     lines.append(f"State: {size}; parameters: {parameters or 'none'}")
-    if optimizer._store is not None:
+    if isinstance(optimizer.memory, Store):
         places = ", ".join(f"{size_text(tiers[tier])} on {tier}" for tier in sorted(tiers)) or "nothing yet"
-        lines.append(f"Paged: {places}; {optimizer._store.pager!r}")
+        lines.append(f"Paged: {places}; {optimizer.memory.pager!r}")
     return "\n".join([*lines, ")"])

@@ -8,28 +8,18 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from optim8 import _native
-from optim8.paging.tiers import DISK, HOST, PAGE
+from optim8.state.allocation import DISK, HOST, Arena
+from optim8.state.mapped import PAGE, limit
 
 _NUMPY = {torch.uint8: np.uint8, torch.float32: np.float32}
 _CHUNK = 2**20  # bytes written at a time to fill a file
-
-
-class Arena(Protocol):
-    """Elements of one dtype that start as `fill`; a segment gives `flat` its memory."""
-
-    dtype: torch.dtype
-    fill: int
-    size: int
-    flat: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +39,7 @@ class Segment:
             if handle is not None:
                 weakref.finalize(self, os.close, handle)
         if self.limited:
-            _limited.add(self)
+            limit(self)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -61,50 +51,6 @@ class Segment:
         """Whether the tensor's values lie in it."""
         begin, end = self.span
         return begin <= tensor.data_ptr() < end
-
-
-# `release` gives back pages of these only. A segment keeps its mapping alive, so its addresses are nobody else's.
-_limited: weakref.WeakSet[Segment] = weakref.WeakSet()
-
-
-def copy(goal: torch.Tensor, source: torch.Tensor) -> None:
-    """`goal.copy_(source)` for a dense goal; a file that is mapped under a limit is copied in parts."""
-    alike = goal.stride() == source.stride() or (goal.is_contiguous() and source.is_contiguous())
-    if not alike or not (_is_limited(goal) or _is_limited(source)):
-        goal.copy_(source)
-        release((goal, source))
-        return
-    # Both are dense with the same strides, so the order in memory is the same order of elements in both.
-    flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in (goal, source)]
-    for begin in range(0, goal.numel(), _CHUNK):
-        to, of = (tensor[begin : begin + _CHUNK] for tensor in flat)
-        to.copy_(of)
-        release((to, of))
-
-
-def fill(goal: torch.Tensor, value: int) -> None:
-    """`goal.fill_(value)` for a dense goal; a file that is mapped under a limit is filled in parts."""
-    if not _is_limited(goal):
-        goal.fill_(value)
-        return
-    flat = goal.as_strided((goal.numel(),), (1,))
-    for begin in range(0, goal.numel(), _CHUNK):
-        part_ = flat[begin : begin + _CHUNK].fill_(value)
-        release((part_,))
-
-
-def release(tensors: Iterable[torch.Tensor]) -> None:
-    """Give back the pages of tensors that are mapped under a limit; the file keeps their values. Other tensors stay as
-    they are."""
-    spans = []
-    for tensor in filter(_is_limited, tensors):
-        begin = tensor.data_ptr()
-        spans.append((begin // PAGE * PAGE, -(-(begin + tensor.nbytes) // PAGE) * PAGE))
-    _native.cpu().release_pages(spans)
-
-
-def _is_limited(tensor: torch.Tensor) -> bool:
-    return any(segment.holds(tensor) for segment in list(_limited))
 
 
 def offsets(arenas: Sequence[Arena], head: int = 0) -> tuple[list[int], int]:
@@ -259,8 +205,3 @@ def check_directory(directory: Path) -> None:
         ) from error
     os.close(handle)
     Path(name).unlink()
-
-
-def tensors_of(entry: Any) -> list[torch.Tensor]:
-    """The tensors of one parameter's state."""
-    return [value for value in entry.values() if isinstance(value, torch.Tensor)] if isinstance(entry, dict) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from optim8.paging.tiers import DISK
+from optim8.state.allocation import DISK
 from optim8.text import size_text, table
 
 

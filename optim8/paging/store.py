@@ -5,28 +5,36 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optim8 import _native
-from optim8.paging import files, launches
+from optim8.paging import files
 from optim8.paging.directory.journal import LOADING, RESETTING, STEPPING
-from optim8.paging.directory.state import Groups, StateDirectory
-from optim8.paging.files import Arena, Segment
+from optim8.paging.directory.state import StateDirectory
+from optim8.paging.files import Segment
 from optim8.paging.pager import Pager
 from optim8.paging.streaming import DIRECT, Stream
-from optim8.paging.tiers import DEVICE, DISK, HOST, plan
+from optim8.paging.tiers import plan
+from optim8.state.allocation import DEVICE, DISK, HOST, TIERS, Arena
+from optim8.state.mapped import tensors_of
+from optim8.state.shards import local
+from optim8.step import pending, run
+from optim8.step.memory import Groups, Memory
 
 
-class Store:
-    """Made by an optimizer from its Pager; `params`: the local values of its parameters, for a kept directory.
+class Store(Memory):
+    """Made by an optimizer from its Pager; `params`: those that it has, for a kept directory.
 
     Raises:
         OSError: the directory is not there or cannot be written to.
     """
+
+    is_paged = True
+    allocation_order = TIERS[::-1]  # the disk first, which may be full
 
     def __init__(self, owner: str, rule: str, pager: Pager, params: Sequence[torch.Tensor] = ()) -> None:
         self.owner, self.rule, self.pager = owner, rule, pager
@@ -35,15 +43,14 @@ class Store:
         self.kept: StateDirectory | None = None
         self.groups: Groups = []  # of the optimizer
         self.state: dict[Any, Any] = {}  # of the optimizer
-        self.local: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach  # the part of a parameter that is here
         if pager.keep:
-            self.kept = StateDirectory(owner, rule, pager, params)
+            self.kept = StateDirectory(owner, rule, pager, [local(param) for param in params])
             self.segments += self.kept.reopened(self.limited)
         else:
             files.check_directory(self.directory)
         self._process = os.getpid()
         self._stream = Stream(owner, pager)
-        weakref.finalize(self, launches.settle)  # before its memory goes
+        weakref.finalize(self, pending.wait)  # before its memory goes
 
     @property
     def limited(self) -> bool:
@@ -78,22 +85,48 @@ class Store:
                 )
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [tensor for entry in self.state.values() for tensor in files.tensors_of(entry)]
+        return [tensor for entry in self.state.values() for tensor in tensors_of(entry)]
 
     def _bytes_in(self, tier: str) -> int:
         return sum(segment.memory.numel() for segment in self.segments if segment.tier == tier)
 
     @property
-    def pinned_spans(self) -> list[tuple[int, int]]:
-        """The addresses of this store's memory that CUDA kernels may use."""
+    def pinned_spans(self) -> Sequence[tuple[int, int]]:  # type: ignore[override]
         return [segment.span for segment in self.segments if segment.pinned]
 
+    def watch(self, groups: Groups, state: dict[Any, Any]) -> None:
+        self.groups, self.state = groups, state
+
+    def resume(self, groups: Groups, first: int) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        self.groups = groups
+        if self.kept is None or not self.kept.pending:
+            return
+        place = sum(len(group["params"]) for group in groups[:first])
+        for group, options in zip(groups[first:], self.kept.read_options()[first:]):
+            group.update(options)
+            for param in group["params"]:
+                entry = self.kept.take(place, local(param).shape, self.segments)
+                if entry:
+                    yield param, entry
+                place += 1
+
+    def reaches(self, tensor: torch.Tensor, param: torch.Tensor) -> bool:
+        return tensor.device == param.device or self.holds(tensor)
+
+    def place_of(self, tensor: torch.Tensor) -> tuple[str, str]:
+        if any(segment.tier == DISK and segment.holds(tensor) for segment in self.segments):
+            return DISK, str(self.directory)
+        return super().place_of(tensor)
+
     def allocate(self, tier: str, device: torch.device, arenas: Sequence[Arena]) -> None:
-        """Memory of a tier other than the device for all arenas, filled.
+        """Memory of a tier for all arenas, filled.
 
         Raises:
             OSError: the disk is full, or the file cannot be made.
         """
+        if tier == DEVICE:
+            super().allocate(tier, device, arenas)
+            return
         if tier == HOST:
             self._stream.free_memory()  # there is less room for it now
             segment = files.in_memory(arenas, pinned=device.type == "cuda")
@@ -111,8 +144,8 @@ class Store:
 
     def keep_only(self, entries: Iterable[dict[str, Any]]) -> None:
         """Let go of the segments in which none of these states lies."""
-        tensors = [tensor for entry in entries for tensor in files.tensors_of(entry)]
-        launches.settle()
+        tensors = [tensor for entry in entries for tensor in tensors_of(entry)]
+        pending.wait()
         self.segments = [segment for segment in self.segments if any(map(segment.holds, tensors))]
         if self.kept is not None:
             self.kept.stale = True
@@ -120,7 +153,7 @@ class Store:
     def run_step(
         self, table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
     ) -> None:
-        """What _native.run_step does, with the same bits, streaming what is paged.
+        """What step.run.run_step does, with the same bits, streaming what is paged.
 
         Raises:
             RuntimeError: this process is a fork of the one that owns the state, or an earlier step was ended by an
@@ -128,13 +161,13 @@ class Store:
             OSError: the disk failed in the middle of the step.
         """
         self._check_process(who)
-        launch = _native.steps_elsewhere(table, who, grad_scale, found_inf)
-        _native.mark_stepped(table)
+        launch = run.steps_elsewhere(table, who, grad_scale, found_inf)
+        run.mark_stepped(table)
         try:
             launch()
         finally:
             if any(segment.pinned for segment in self.segments):
-                launches.note({rows.device for rows in table.elsewhere()})
+                pending.note({rows.device for rows in table.elsewhere()})
         rows = table.on_cpu()
         if rows is not None:
             on_disk = [segment for segment in self.segments if segment.tier == DISK and segment.memory.numel()]
@@ -143,7 +176,7 @@ class Store:
             self._stream.step(rows, on_disk, self._bytes_in(HOST))
             rows.count()
             if self.kept is not None:
-                self.kept.end_step(self.groups, self.local)
+                self.kept.end_step(self.groups, local)
 
     def _check_process(self, who: str) -> None:
         if os.getpid() != self._process:
@@ -160,10 +193,9 @@ class Store:
                 "later run would lack it. Keep it elsewhere, or page without keep=True and save state dicts."
             )
 
-    def check_params(self, groups: Groups) -> None:
-        """Before the first step: raise ValueError where parameters are not those of a kept directory's state."""
+    def check_before_step(self, groups: Groups) -> None:
         if self.kept is not None and self.kept.expected:
-            self.kept.check_params([self.local(param) for group in groups for param in group["params"]])
+            self.kept.check_params([local(param) for group in groups for param in group["params"]])
 
     def prepare(self, groups: Groups, state: dict[Any, Any]) -> None:
         """Have a kept directory describe the state that is about to be stepped.
@@ -178,29 +210,32 @@ class Store:
             raise RuntimeError(f"{self.owner}: the optimizer was closed, its state is in {self.directory}.")
         self.kept.write(groups, state, self.segments)
 
-    def begin_rewriting(self) -> None:
-        """From here on state is neither the old nor the new."""
-        if self.kept is not None:
-            self.kept.begin(RESETTING)
-
-    def end_rewriting(self, groups: Groups, state: dict[Any, Any]) -> None:
-        """State is whole again."""
+    @contextmanager
+    def rewriting(self, groups: Groups, state: dict[Any, Any]) -> Iterator[None]:
+        """Around changes of state that are no step: a kept directory is told when state is whole again."""
         self.prepare(groups, state)
         if self.kept is not None:
-            self.kept.journal.end()
+            self.kept.begin(RESETTING)
+        yield
+        self.keep_only(state.values())
+        self._end_change()
 
-    def begin_loading(self) -> None:
-        """From here on state is neither the old nor the new."""
+    @contextmanager
+    def loading(self) -> Iterator[None]:
         if self.kept is not None:
             self.kept.begin(LOADING)
             self.kept.expected = {}  # the parameters of the old
+        yield
 
-    def end_loading(self, groups: Groups, state: dict[Any, Any]) -> None:
-        """State is what was loaded."""
-        self.keep_only(state.values())
+    def end_loading(self) -> None:
+        self.keep_only(self.state.values())
         if self.kept is not None:
             self.kept.pending = {}
-            self.prepare(groups, state)
+            self._end_change()
+
+    def _end_change(self) -> None:
+        self.prepare(self.groups, self.state)
+        if self.kept is not None:
             self.kept.journal.end()
 
     def flush(self) -> None:
@@ -215,22 +250,33 @@ class Store:
 
     def _local_params(self) -> list[tuple[torch.Tensor, bool]]:
         params = [param for group in self.groups for param in group["params"]]
-        return [(self.local(param), bool(self.state.get(param))) for param in params]
+        return [(local(param), bool(self.state.get(param))) for param in params]
 
-    def note_checkpoint(self, what: str) -> None:
+    def note_checkpoint(self, who: str, path: str | os.PathLike[str]) -> None:
         """All to the disk, and a copy of the state beside it, to which a later run can return.
 
         Raises:
+            ValueError: no directory is kept.
             RuntimeError: the state cannot be used, is another process's, or the optimizer was closed.
             OSError: there is no room for the copy.
         """
         if self.kept is None:
+            super().note_checkpoint(who, path)
             return
-        self._check_process(f"{self.owner}.note_checkpoint")
+        self._check_process(who)
+        text = os.fsdecode(path)
+        # It is read by another process, which may be elsewhere. What is no file (an address, say) stays as it is.
+        what = f"'{Path(text).absolute() if Path(text).exists() else text}'"
         self.prepare(self.groups, self.state)
         self.kept.journal.check_whole()
         self.flush()
         self.kept.note_checkpoint(what, self._local_params(), self.segments, self._stream.way == DIRECT)
+
+    @property
+    def checkpoint_copy(self) -> tuple[str, int]:
+        """The checkpoint that was noted last, and the bytes of the copy of the state at it; ("", 0) without one."""
+        noted = None if self.kept is None else self.kept.checkpoint
+        return ("", 0) if noted is None or not noted.nbytes else (str(noted), noted.nbytes)
 
     def note_state_dict(self) -> None:
         """Remember that a state dict was taken."""
@@ -243,12 +289,6 @@ class Store:
             self.flush()
             self.kept.close()
 
-
-def placed(store: Store | None, tensor: torch.Tensor) -> tuple[str, str]:
-    """The tier of a state tensor, and in words where that is; `store` of its optimizer."""
-    for segment in () if store is None else store.segments:
-        if store is not None and segment.tier == DISK and segment.holds(tensor):
-            return DISK, str(store.directory)
-    if tensor.is_cuda:
-        return DEVICE, str(tensor.device)
-    return HOST, "pinned memory" if torch.cuda.is_available() and tensor.is_pinned() else "memory"
+    def abandon(self) -> None:
+        if self.kept is not None:
+            self.kept.close()

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optim8.paging.pager import Pager
+from optim8.state.allocation import DEVICE, DISK, HOST
+from optim8.state.mapped import PAGE
 
-DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # fastest first
-PAGE = 4096  # bytes; memory and files are taken in whole pages
 # A step over the disk takes so many times `bucket` of memory where there is room, or has the system read so far ahead.
 # Once would do for a disk that never pauses.
 AHEAD = 4

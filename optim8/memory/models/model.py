@@ -15,7 +15,7 @@ import torch
 
 from optim8.memory.models import builder, configs
 from optim8.memory.models.entries import UnknownShapes
-from optim8.optim import sharded
+from optim8.state import shards
 from optim8.text import size_cell
 
 # Names of dtypes in safetensors. A tensor that is no float of at least 16 bits takes memory, but is not trained.
@@ -108,16 +108,16 @@ def _parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Paramet
 def _of_module(module: torch.nn.Module, dtype: torch.dtype | None) -> Model:
     parameters = []
     for name, param in module.named_parameters():
-        shape = tuple(sharded.local(param).shape)
+        shape = tuple(shards.local(param).shape)
         parameters.append(Parameter(name, param, shape, dtype or param.dtype, param.requires_grad))
-    buffers = sum(sharded.local(buffer).nbytes for buffer in module.buffers())
+    buffers = sum(shards.local(buffer).nbytes for buffer in module.buffers())
     devices = {param.device.type for param in module.parameters()} - {"meta"}
     if len(devices) > 1:
         raise ValueError(
             f"optim8.memory.plan: parameters must be on one device, got {', '.join(sorted(devices))}. Plan the parts "
             "on their own, or move the model to the meta device."
         )
-    cut = any(sharded.is_dtensor(param) for param in module.parameters())
+    cut = any(shards.is_dtensor(param) for param in module.parameters())
     return Model(type(module).__name__, tuple(parameters), buffers, next(iter(devices), None), cut)
 
 

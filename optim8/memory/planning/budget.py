@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optim8 import rules
 from optim8.memory.planning.planner import OURS, plan
 from optim8.memory.planning.plans import Plan, budget_bytes
 from optim8.text import size_cell, table
@@ -90,7 +91,7 @@ def _changes(planned: Plan, limit: int) -> Iterator[dict[str, Any]]:
         yield {"optimizer": "adamw8bit"}
     elif request["optim_bits"] == 32:
         yield {"optim_bits": 8}
-    if not ours or OURS[name.lower()].rule != "lion":
+    if not ours or len(rules.rule(OURS[name.lower()].rule).moments) > 1:
         yield {"optimizer": "lion8bit" if not ours or not OURS[name.lower()].always_paged else "pagedlion8bit"}
     if any(dtype not in ("bfloat16", "float16") for dtype in planned.dtypes):
         yield {"dtype": "bfloat16"}

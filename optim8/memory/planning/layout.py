@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 
-from optim8.optim import overrides, states
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.options import wants_8bit
-from optim8.optim.states import Moment
 from optim8.paging import files
 from optim8.paging.pager import Pager
-from optim8.paging.tiers import DEVICE, HOST, PAGE, TIERS
 from optim8.paging.tiers import plan as plan_tiers
+from optim8.rules import Moment
+from optim8.state.allocation import DEVICE, HOST, TIERS, Allocator, Arena, Resident, allocate
+from optim8.state.layout import bits_of, layout_of
+from optim8.state.mapped import PAGE
+from optim8.step import overrides
+from optim8.step.hypers import bits_of_new_state
 
 Bytes = dict[tuple[str, str], int]  # by kind and tier
-Requests = list[tuple[torch.Tensor, bool]]  # a tensor on the meta device, and whether its state is 8-bit
+Requests = list[tuple[torch.Tensor, int]]  # a tensor on the meta device, and the bits of its state: 8 or 32
 
 
 def state_requests(
@@ -51,15 +53,15 @@ def state_requests(
             if not entry and id(param) in frozen:
                 continue
             options = {**group, **({} if resolved is None else resolved.by_id.get(id(param), {}))}
-            in_8_bits = optimizer.moments[0].absmax in entry if entry else wants_8bit(options, param)
-            requests[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), in_8_bits))
-            if not in_8_bits and wants_8bit({**options, "min_8bit_size": 0}, param):
+            bits = bits_of(optimizer.moments, entry) if entry else bits_of_new_state(options, param)
+            requests[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), bits))
+            if bits == 32 and bits_of_new_state({**options, "min_8bit_size": 0}, param) == 8:
                 small.append(param.numel())
     return requests, small
 
 
 def state_bytes(
-    moments: Sequence[Moment], groups: Sequence[Requests], pager: Pager | None, device: str, free: int
+    moments: tuple[Moment, ...], groups: Sequence[Requests], pager: Pager | None, device: str, free: int
 ) -> Bytes:
     """Bytes by kind and tier of the state of all groups.
 
@@ -70,8 +72,10 @@ def state_bytes(
     store = None if pager is None else _MetaStore(pager, device, free)
     totals: Bytes = {}
     arenas: dict[int, tuple[str, int]] = {}
-    entries = [entry for group in groups for entry in states.allocate(moments, group, store)]  # type: ignore[arg-type]
-    for entry in entries:
+    allocator: Allocator = Resident() if store is None else store
+    # A first step allocates the state of all groups at once.
+    layouts = [(param, layout_of(moments, param, bits)) for group in groups for param, bits in group]
+    for entry in allocate(layouts, allocator):
         for name, value in entry.items():
             kind, key = _kind(name, value), _key(value)
             tier = "device" if device == "cuda" and value.device.type == "meta" else "host"
@@ -89,6 +93,8 @@ def state_bytes(
 class _MetaStore:
     """Stands for the store of a paged optimizer: it has the same tiers and segments, and no memory."""
 
+    allocation_order: Sequence[str] = TIERS[::-1]
+
     def __init__(self, pager: Pager, device: str, free: int) -> None:
         self._pager, self._device, self._free = pager, device, free
         self._taken = 0  # bytes on the device
@@ -96,7 +102,7 @@ class _MetaStore:
         self.tiers: dict[int, str] = {}  # by storage
         self.streaming = 0
 
-    def assign(self, sizes: Sequence[int], _device: torch.device) -> tuple[str, ...]:
+    def assign(self, sizes: Sequence[int], device: torch.device) -> tuple[str, ...]:
         host = sum(memory.numel() for memory in self._memory if self.tiers[_key(memory)] == HOST)
         planned = plan_tiers(
             self._pager,
@@ -111,7 +117,13 @@ class _MetaStore:
         self._taken += planned.bytes_by_tier().get(DEVICE, 0)
         return planned.tiers
 
-    def allocate(self, tier: str, _device: torch.device, arenas: Sequence[files.Arena]) -> None:
+    def reaches(self, tensor: torch.Tensor, param: torch.Tensor) -> bool:
+        return True
+
+    def allocate(self, tier: str, device: torch.device, arenas: Sequence[Arena]) -> None:
+        if tier == DEVICE:
+            Resident().allocate(tier, device, arenas)
+            return
         begins, size = files.offsets(arenas, PAGE if self._pager.keep else 0)
         memory = torch.empty(size, dtype=torch.uint8, device="meta")
         for arena, begin in zip(arenas, begins, strict=True):

@@ -16,10 +16,11 @@ from optim8.memory.planning.layout import Bytes
 from optim8.memory.planning.peers import PEERS
 from optim8.memory.planning.plans import STATE, Plan, Row, budget_bytes
 from optim8.optim.base import BlockwiseOptimizer
+from optim8.paging import Store
 from optim8.paging.pager import Pager, pager_of
 
 SHARDINGS = ("ddp", "fsdp")
-_ALIASES = {"adamw": "torch-adamw"}
+_ALIASES = {name.removeprefix("torch-"): name for name in PEERS if name.startswith("torch-")}
 _WORTH_A_NOTE = 0.1  # of the bytes of state
 OURS: dict[str, type[BlockwiseOptimizer]] = {
     "adam8bit": optim.Adam8bit,
@@ -212,7 +213,7 @@ def _state(
     if isinstance(cls, BlockwiseOptimizer):
         if options or paged is not None:
             raise ValueError("optim8.memory.plan: options and paged are the optimizer's own already. Leave them out.")
-        ours, groups, pager = cls, cls.param_groups, None if cls._store is None else cls._store.pager
+        ours, groups, pager = cls, cls.param_groups, _pager_of(cls)
     elif isinstance(cls, type) and issubclass(cls, BlockwiseOptimizer):
         pager = pager_of("optim8.memory.plan", paged, cls.always_paged)
         pairs = zip(trained, stepped)
@@ -235,3 +236,7 @@ def _state(
 
 def _tier(kind: str, device: str) -> str:
     return "device" if device == "cuda" and kind != "step counts" else "host"
+
+
+def _pager_of(optimizer: BlockwiseOptimizer) -> Pager | None:
+    return optimizer.memory.pager if isinstance(optimizer.memory, Store) else None

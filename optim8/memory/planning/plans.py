@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optim8.paging.tiers import TIERS
+from optim8.state.allocation import TIERS
 from optim8.text import parse_bytes, size_cell, table
 
 # The kinds of rows of a plan, in the order of the printed table, and the entry of `Plan.bytes` that each counts in.

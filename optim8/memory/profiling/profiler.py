@@ -10,9 +10,11 @@ import torch
 
 from optim8.memory.profiling import sources
 from optim8.memory.profiling.profiles import Profile, Record
-from optim8.optim import sharded
-from optim8.paging.store import placed
-from optim8.paging.tiers import DEVICE, DISK, HOST
+from optim8.optim import BlockwiseOptimizer
+from optim8.paging import Store
+from optim8.state import shards
+from optim8.state.allocation import DISK
+from optim8.step.memory import Memory
 
 _FLUSH = 500  # marks after which the profiler reads the source, so that the source need not hold more
 FORWARD, BACKWARD, STEP, BETWEEN = "forward", "backward", "step", "between"
@@ -149,8 +151,8 @@ class profile(Profile):
         self._known = self._walk.parameters()
         self._parameters = {"parameters": _nbytes(self._known)}
         self._state = {f"state ({tier})": count for tier, count in _tiers(self._optimizer).items()}
-        store = getattr(self._optimizer, "_store", None)
-        segments = [] if store is None else store.segments
+        memory = _memory_of(self._optimizer)
+        segments = memory.segments if isinstance(memory, Store) else []
         self._mapped = sum(segment.memory.numel() for segment in segments if segment.tier == DISK)
 
     def _is_counted(self, kind: str) -> bool:
@@ -220,7 +222,7 @@ def _nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """Bytes of these tensors in this process. It runs several times a step, so plain tensors skip the question whether
     they are shards."""
     return sum(
-        tensor.nbytes if type(tensor) in _PLAIN else sharded.local(tensor).nbytes
+        tensor.nbytes if type(tensor) in _PLAIN else shards.local(tensor).nbytes
         for tensor in tensors
         if tensor is not None
     )
@@ -229,18 +231,20 @@ def _nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def _memory_of(optimizer: torch.optim.Optimizer) -> Memory:
+    """Where an optimizer's state lives; that of other libraries, beside the parameters."""
+    return optimizer.memory if isinstance(optimizer, BlockwiseOptimizer) else Memory()
+
+
 def _tiers(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of an optimizer's state by tier."""
-    store = getattr(optimizer, "_store", None)
+    memory = _memory_of(optimizer)
     tensors = [
         value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, torch.Tensor)
     ]
     by_tier: dict[str, list[torch.Tensor]] = {}
     for tensor in tensors:
-        part = tensor if type(tensor) in _PLAIN else sharded.local(tensor)
-        if store is None:
-            tier = DEVICE if part.is_cuda else HOST
-        else:
-            tier, _ = placed(store, part)
+        part = tensor if type(tensor) in _PLAIN else shards.local(tensor)
+        tier, _ = memory.place_of(part)
         by_tier.setdefault(tier, []).append(part)
     return {tier: _nbytes(parts) for tier, parts in by_tier.items()}

@@ -10,7 +10,7 @@ import torch
 
 from optim8.paging.directory.records import Records
 from optim8.paging.files import Segment, part
-from optim8.paging.tiers import PAGE
+from optim8.state.mapped import PAGE
 
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 

@@ -19,8 +19,9 @@ from optim8.paging.directory import checkpoint, fingerprint, index, resumption
 from optim8.paging.directory.checkpoint import Checkpoint
 from optim8.paging.directory.journal import RETURNING, Journal
 from optim8.paging.directory.records import Records
-from optim8.paging.files import Arena, Segment, in_file, map_file
+from optim8.paging.files import Segment, in_file, map_file
 from optim8.paging.pager import Pager
+from optim8.state.allocation import Arena
 
 _LAYOUT = {"optimizer": str, "rule": str, "run": str, "count": int, "segments": list, "params": dict}
 Groups = Sequence[dict[str, Any]]

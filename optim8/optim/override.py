@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from optim8.optim import options
-from optim8.optim.overrides import Find, Groups, OverrideHandle, add
+from optim8.step import hypers
+from optim8.step.overrides import Find, Groups, OverrideHandle, add
 
 
 def override(
@@ -82,17 +82,15 @@ def override_module_parameter(
 
 def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Options of an override, checked; those of bitsandbytes that change nothing are taken out."""
-    known = options.OVERRIDABLE
-    changes = options.without_neutral(who, changes)
+    known = hypers.overridable()
+    changes = hypers.without_neutral(who, changes)
     if not changes:
         raise ValueError(f"{who}: name at least one option: {', '.join(known)}.")
     for name in changes:
         if name not in known:
-            close = options.did_you_mean(name, known)
+            close = hypers.did_you_mean(name, known)
             raise ValueError(f"{who}: {name!r} cannot be overridden.{close} Options are {', '.join(known)}.")
-    whole = {**known, **changes}
-    options.normalize_group(who, whole)
-    return {name: whole[name] for name in changes}
+    return hypers.normalize_changes(who, changes)
 
 
 def of_tensor(who: str, param: torch.Tensor) -> Find:

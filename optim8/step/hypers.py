@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from typing_extensions import TypedDict
 
+from optim8 import _native, rules
+from optim8.rules import Hyper, Rule
+
 MIN_8BIT_SIZE = 4096
 
 # Types of arguments. Numbers may also be numpy's, and pairs numpy arrays; they are stored as floats and tuples.
@@ -22,8 +25,11 @@ Bits: TypeAlias = Literal[8, 32]
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
 EXTRA_DEFAULTS = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8}
 
-# What one parameter may have otherwise than its group, with values that pass every check.
-OVERRIDABLE: dict[str, Any] = {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, **EXTRA_DEFAULTS}
+
+def overridable() -> dict[str, Hyper | None]:
+    """What one parameter may have otherwise than its group: the hyper-parameters of all rules, and EXTRA_DEFAULTS."""
+    hypers = {hyper.name: hyper for rule in rules.every().values() for hyper in rule.hypers}
+    return {**hypers, **dict.fromkeys(EXTRA_DEFAULTS)}
 
 
 class BitsandbytesArguments(TypedDict, total=False):
@@ -108,7 +114,7 @@ def _number(owner: str, name: str, value: Any, least: float, below: float = math
     return value if isinstance(value, torch.Tensor) else float(one)
 
 
-def _betas(owner: str, value: Any) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+def _pair(owner: str, hyper: Hyper, value: Any) -> tuple[float | torch.Tensor, float | torch.Tensor]:
     """A pair of numbers: any sequence of two, or a string such as "(0.9, 0.999)" (as bitsandbytes)."""
     pair = value
     if isinstance(value, str):
@@ -119,9 +125,30 @@ def _betas(owner: str, value: Any) -> tuple[float | torch.Tensor, float | torch.
     if isinstance(pair, np.ndarray | torch.Tensor) and pair.ndim != 1:
         pair = None
     if not isinstance(pair, (tuple, Sequence, np.ndarray, torch.Tensor)) or len(pair) != 2:
-        raise ValueError(f'{owner}: betas must be a pair of numbers, or like "(0.9, 0.999)", got {value!r}.')
-    first, second = (_number(owner, f"betas[{i}]", beta, 0.0, 1.0) for i, beta in enumerate(pair))
+        raise ValueError(f'{owner}: {hyper.name} must be a pair of numbers, or like "(0.9, 0.999)", got {value!r}.')
+    first, second = (
+        _number(owner, f"{hyper.name}[{i}]", each, hyper.least, hyper.below) for i, each in enumerate(pair)
+    )
     return first, second
+
+
+def _flag(owner: str, hyper: Hyper, value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError(f"{owner}: {hyper.name} must be True or False, got {value!r}.")
+
+
+def _plain(owner: str, hyper: Hyper, value: Any) -> Any:
+    """The value of a hyper-parameter as it is stored.
+
+    Raises:
+        ValueError, TypeError: it is out of range, or of another kind.
+    """
+    if hyper.is_flag:
+        return _flag(owner, hyper, value)
+    if hyper.is_pair:
+        return _pair(owner, hyper, value)
+    return _number(owner, hyper.name, value, hyper.least, hyper.below)
 
 
 def _whole(value: Any) -> int | None:
@@ -133,18 +160,15 @@ def _whole(value: Any) -> int | None:
     return int(float(value))
 
 
-def normalize_group(owner: str, group: dict[str, Any]) -> None:
+def normalize_group(owner: str, rule: Rule, group: dict[str, Any]) -> None:
     """Check the options of a parameter group, and store its numbers as plain ones, whatever library they came from:
     floats, ints, and betas as a tuple. Tensors stay tensors.
 
     Raises:
         ValueError, TypeError: the first option that cannot be honoured; options before it may be stored already.
     """
-    group["lr"] = _number(owner, "lr", group["lr"], 0.0)
-    group["betas"] = _betas(owner, group["betas"])
-    group["weight_decay"] = _number(owner, "weight_decay", group["weight_decay"], 0.0)
-    if "eps" in group:
-        group["eps"] = _number(owner, "eps", group["eps"], 0.0)
+    for hyper in rule.hypers:
+        group[hyper.name] = _plain(owner, hyper, group[hyper.name])
     if group.get("amsgrad"):
         raise ValueError(
             f"{owner}: amsgrad=True is not supported (it needs a third state). "
@@ -157,6 +181,10 @@ def normalize_group(owner: str, group: dict[str, Any]) -> None:
         )
     if group.get("fused") and group.get("foreach"):
         raise ValueError(f"{owner}: fused and foreach cannot both be True. Leave both out: a step is always one call.")
+    _normalize_precision(owner, group)
+
+
+def _normalize_precision(owner: str, group: dict[str, Any]) -> None:
     size, bits = _whole(group["min_8bit_size"]), _whole(group["optim_bits"])
     if size is None or size < 0:
         got = group["min_8bit_size"]
@@ -164,6 +192,21 @@ def normalize_group(owner: str, group: dict[str, Any]) -> None:
     if bits not in (8, 32):
         raise ValueError(f"{owner}: optim_bits must be 8 or 32, got {group['optim_bits']!r}.")
     group["min_8bit_size"], group["optim_bits"] = size, bits
+
+
+def normalize_changes(owner: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Options of `overridable`, checked and stored as in a group.
+
+    Raises:
+        ValueError, TypeError: an option cannot be honoured.
+    """
+    plain, known = {**EXTRA_DEFAULTS, **changes}, overridable()
+    for name in changes:
+        hyper = known[name]
+        if hyper is not None:
+            plain[name] = _plain(owner, hyper, changes[name])
+    _normalize_precision(owner, plain)
+    return {name: plain[name] for name in changes}
 
 
 def saved(value: Any) -> Any:
@@ -207,6 +250,44 @@ def check_params(owner: str, group_index: int, group: dict[str, Any]) -> None:
             )
 
 
-def wants_8bit(options: dict[str, Any], param: torch.Tensor) -> bool:
-    """Whether new state of `param` is 8-bit under these options, those of its group or its own."""
-    return bool(options["optim_bits"] == 8 and param.numel() >= options["min_8bit_size"])
+def bits_of_new_state(options: dict[str, Any], param: torch.Tensor) -> int:
+    """In how many bits new state of `param` is under these options, those of its group or its own: 8 or 32."""
+    return 8 if options["optim_bits"] == 8 and param.numel() >= options["min_8bit_size"] else 32
+
+
+def step_options(
+    owner: str, rule: Rule, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None
+) -> Any:
+    """The options of a group as a native step takes them; what lives on a device stays there.
+
+    Args:
+        scale, found_inf: of a GradScaler, or None.
+
+    Raises:
+        ValueError, TypeError: an option cannot be honoured.
+    """
+    normalize_group(owner, rule, group)  # a user or a scheduler may have edited it
+    if group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
+        raise ValueError(f"{owner}: capturable=True needs CUDA parameters, got one on cpu. Use capturable=False.")
+    lr = group["lr"]
+    on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
+    if on_device:
+        for index, param in enumerate(group["params"]):
+            if param.device != lr.device:
+                raise ValueError(
+                    f"{owner}: lr on {lr.device} needs all parameters of its group there, got "
+                    f"{called(group, index)} on {param.device}. Use a number, or a group for each device."
+                )
+        if lr.dtype != torch.float32:
+            raise ValueError(f"{owner}: lr on {lr.device} must be float32, got {lr.dtype}. Use lr.float().")
+    amp_on_device = found_inf is not None and found_inf.device.type != "cpu"
+    if amp_on_device and any(param.device.type == "cpu" for param in group["params"]):
+        raise ValueError(f"{owner}: a GradScaler on {found_inf.device} needs parameters there, got one on cpu.")  # type: ignore[union-attr]
+    return _native.cpu().StepOptions(
+        rule.name,
+        group,
+        maximize=bool(group["maximize"]),
+        gradient_scale=1.0 if scale is None or scale.device.type != "cpu" else 1.0 / float(scale),
+        count_on_device=bool(group.get("capturable")) or on_device or amp_on_device,
+        device_lr=lr.data_ptr() if on_device else 0,
+    )

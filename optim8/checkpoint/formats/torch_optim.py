@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from optim8.optim import report
-from optim8.optim.formats import common, groups
-from optim8.optim.sources import Entry, values
-from optim8.optim.states import Moment
+from optim8.checkpoint.formats import common, groups
+from optim8.rules import Moment
+from optim8.state import report
+from optim8.state.moments import Entry, values
 
 # How torch runs a step; here that is this optimizer's own affair, so its options stay as they are.
 _WAYS_TO_RUN = ("foreach", "fused", "capturable", "differentiable")

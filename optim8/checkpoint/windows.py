@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from optim8.optim import tiles
-from optim8.optim.states import Moment
-from optim8.paging import launches
-from optim8.paging.files import copy
+from optim8.rules import Moment
+from optim8.state import tiles
+from optim8.state.mapped import copy
+from optim8.step import pending
+from optim8.step.run import is_capturing
 
 
 @dataclass(eq=False)
@@ -87,7 +88,7 @@ class Windows:
             ValueError: names the state whose tiles are none any more.
         """
         if self._open and not is_capturing():
-            launches.settle()
+            pending.wait()
             for key, (reference, window) in list(self._open.items()):
                 window.sync()
                 if reference() is None:
@@ -96,7 +97,7 @@ class Windows:
     def show(self) -> None:
         """Bring the state to the tiles."""
         if self._open and not is_capturing():
-            launches.settle()
+            pending.wait()
             for _, window in list(self._open.values()):
                 window.show()
 
@@ -106,15 +107,10 @@ class Windows:
         if sys.is_finalizing() or is_capturing() or not self._turn.acquire(blocking=False):
             return  # tensors cannot be made any more, or this thread may not
         try:
-            launches.settle()
+            pending.wait()
             self._open[id(reference)][1].sync()
             del self._open[id(reference)]
         except ValueError:
             pass
         finally:
             self._turn.release()
-
-
-def is_capturing() -> bool:
-    """Whether what runs now goes into a CUDA graph: nothing may be looked at, and the replays do not come by here."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

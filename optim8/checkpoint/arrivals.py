@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from optim8 import codec
-from optim8.optim import options, sharded, states, tiles
-from optim8.optim.inbox import Inbox, is_nothing
-from optim8.optim.states import Moment
+from optim8.checkpoint.inbox import Inbox, is_nothing
+from optim8.codec import blocks
+from optim8.rules import Moment
+from optim8.state import shards, tiles
+from optim8.state.layout import dense_stride
+from optim8.step.hypers import EXTRA_DEFAULTS
 
 
 def sort(
@@ -47,12 +49,10 @@ def sort(
                 present = state.get(param, {})
                 sorted_[key] = of_param = _sort_entry(f"{owner}: state[{key!r}]", moments, param, entry, present)
                 mixed = mixed or _holds_floats_of_others(moments[0], param, entry, of_param)
-    own_options = all(
-        group.get(name) == own[name] for group, own in zip(saved, groups) for name in options.EXTRA_DEFAULTS
-    )
+    own_options = all(group.get(name) == own[name] for group, own in zip(saved, groups) for name in EXTRA_DEFAULTS)
     if mixed and own_options:
         # Those options are the optimizer's own, then, and the dict is that of another library.
-        saved = [{name: v for name, v in group.items() if name not in options.EXTRA_DEFAULTS} for group in saved]
+        saved = [{name: v for name, v in group.items() if name not in EXTRA_DEFAULTS} for group in saved]
         counts = [entry["step"] for entry in state.values() if isinstance(entry, dict) and "step" in entry]
         for entry in sorted_.values():
             if any(entry.get("step") is count for count in counts):
@@ -111,7 +111,7 @@ def _holds_floats_of_others(
 
 def _held(value: Any) -> Any:
     """The local tensor of a DTensor itself."""
-    if not sharded.is_dtensor(value):
+    if not shards.is_dtensor(value):
         return None
     with torch.no_grad():
         return value.to_local()
@@ -122,12 +122,12 @@ def _unpack(moment: Moment, key: str, value: Any, param: torch.Tensor) -> Any:
     held = _held(value)
     # Older versions of torch replace the tensor, and say that it is as large as the one before.
     part = held.came if isinstance(held, Inbox) else held if is_nothing(value, param) else None
-    if part is None or is_nothing(part, param) or not sharded.is_dtensor(param):
+    if part is None or is_nothing(part, param) or not shards.is_dtensor(param):
         return value
-    shape, stride = tuple(param.shape), states.dense_stride(param)
+    shape, stride = tuple(param.shape), dense_stride(param)
     if key == moment.absmax and part.dim() == 1:
-        shape, stride = (codec.blocks(param.numel()),), (1,)
+        shape, stride = (blocks(param.numel()),), (1,)
     elif key == moment.absmax:
-        shape = tiles.tiled_shape(shape, *sharded.tiling_of(param))
-        stride = sharded.contiguous_stride(shape)
-    return sharded.wrap(part, shape, stride, param)
+        shape = tiles.tiled_shape(shape, *shards.tiling_of(param))
+        stride = shards.contiguous_stride(shape)
+    return shards.wrap(part, shape, stride, param)

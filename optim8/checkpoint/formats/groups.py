@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optim8.optim.formats import common
-from optim8.optim.options import EXTRA_DEFAULTS
+from optim8.checkpoint.formats import common
+from optim8.step.hypers import EXTRA_DEFAULTS
 
 # Of pytorch_optimizer, timm, transformers, apex and DeepSpeed.
 _FURTHER: dict[str, Any] = {

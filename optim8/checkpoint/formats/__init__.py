@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from optim8.optim.formats import bitsandbytes, common, groups, own, torch_optim, torchao
-from optim8.optim.formats.common import Format, check_rule, fail
+from optim8.checkpoint.formats import bitsandbytes, common, groups, own, torch_optim, torchao
+from optim8.checkpoint.formats.common import Format, check_rule, fail
 
 # The first that claims a dict reads it. torch.optim claims what has no state, since its options are everybody's.
 FORMATS: tuple[Format, ...] = (own.FORMAT, bitsandbytes.FORMAT, torchao.FORMAT, torch_optim.FORMAT)

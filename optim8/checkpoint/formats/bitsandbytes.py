@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from optim8 import codec
-from optim8.optim import report, states
-from optim8.optim.formats import common, groups
-from optim8.optim.sources import Codes, Entry, Source, same_table, values
-from optim8.optim.states import Moment
+from optim8.checkpoint.formats import common, groups
+from optim8.rules import Moment
+from optim8.state import report
+from optim8.state.moments import Codes, Entry, Source, same_table, values
 
 # Around the tensors that FSDP must not gather, since version 0.46.
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -89,6 +89,8 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
     return read
 
 
+_FIRST = Moment("exp_avg", signed=True)  # state1 of every rule that is read here
+
 # The codes that bitsandbytes' CPU step writes for an exact 0, of a signed and of an unsigned state: 2.1e-5 and 1.6e-5
 # of the absmax.
 _CPU_ZERO, _CPU_ZERO_SQ = 131, 7
@@ -112,9 +114,9 @@ def with_exact_zeros(entry: dict[str, Any]) -> dict[str, Any]:
     codes, table = entry.get("state1"), entry.get("qmap1")
     if not isinstance(codes, torch.Tensor) or codes.dtype != torch.uint8 or not isinstance(table, torch.Tensor):
         return entry
-    if not same_table(states.EXP_AVG, table):
+    if not same_table(_FIRST, table):
         return entry
-    return {**entry, "state1": codes.masked_fill(_cpu_zeros(entry), states.EXP_AVG.zero)}
+    return {**entry, "state1": codes.masked_fill(_cpu_zeros(entry), _FIRST.zero)}
 
 
 def _options(rule: str) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ import torch
 
 from optim8 import codec
 from optim8.codec import BLOCK
-from optim8.optim import states
-from optim8.optim.states import Moment
+from optim8.rules import Moment
+from optim8.state.moments import check_scales
 
 
 def tiling(shape: Sequence[int], ways: Mapping[int, int], contiguous: bool) -> tuple[int, int]:
@@ -123,7 +123,7 @@ def to_absmax(
     of_block = torch.cat((scales, scales[-1:].expand(missing))).view(-1, BLOCK // size)
     absmax = of_block[:, 0].clone()
     several = (of_block != absmax[:, None]).any(dim=1)
-    states.check_scales(where, moment, codec.flat(out), absmax.masked_fill(several, 1))
+    check_scales(where, moment, codec.flat(out), absmax.masked_fill(several, 1))
     joined = several.nonzero()[:, 0]
     if joined.numel():
         _requantize(moment, codec.flat(out), absmax, joined, of_block[joined].repeat_interleave(size, dim=1))

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from optim8.optim.formats import common, torch_optim
-from optim8.optim.sources import Codes, Entry, same_table
-from optim8.optim.states import Moment
+from optim8.checkpoint.formats import common, torch_optim
+from optim8.rules import Moment
+from optim8.state.moments import Codes, Entry, same_table
 
 # Its classes are told by their names, so that nothing of it is imported.
 _IN_8_BITS = "OptimState8bit"

@@ -26,7 +26,7 @@ def note(devices: Iterable[int]) -> None:
         event.record(stream)
 
 
-def settle() -> None:
+def wait() -> None:
     """Wait for all steps that were noted, of every optimizer: a state dict may hold another one's tensors."""
     for device in list(_captured):
         torch.cuda.synchronize(device)

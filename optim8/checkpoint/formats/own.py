@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from optim8 import codec
-from optim8.optim import states
-from optim8.optim.formats import common
-from optim8.optim.sources import Codes, Entry, Tiled
-from optim8.optim.states import Moment
+from optim8.checkpoint.formats import common
+from optim8.rules import Moment
+from optim8.state.layout import bits_of, dense, under_present_names
+from optim8.state.moments import Codes, Entry, Tiled, check_scales
 
 # The key of the dimensions of codes, the outermost in memory first, as torch.Tensor.dim_order gives them.
 # It stands where that is not their order: not all carriers keep strides, and blocks run in memory order.
@@ -28,21 +28,21 @@ def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
-    entry = states.under_present_names(moments, entry)
-    in_8_bits = moments[0].absmax in entry
+    entry = under_present_names(moments, entry)
+    bits = bits_of(moments, entry)
     if not isinstance(entry.get("step"), (int, float)):
         common.tensor(where, entry, "step", (torch.float32,), ())
     read: Entry = {"step": common.step(where, entry)}
     known = ["step"]
     order = None
-    if in_8_bits and _DIM_ORDER in entry:
+    if bits == 8 and _DIM_ORDER in entry:
         known.append(_DIM_ORDER)
         order = _read_order(where, entry[_DIM_ORDER], param.dim())
     for moment in moments:
-        key, kind = moment.key(in_8_bits), torch.uint8 if in_8_bits else torch.float32
+        key, kind = moment.key(bits), torch.uint8 if bits == 8 else torch.float32
         known.append(key)
         read[moment.name] = values = common.tensor(where, entry, key, (kind,), param.shape)
-        if in_8_bits:
+        if bits == 8:
             values = values if order is None else _laid_out(values, order)
             known.append(moment.absmax)
             scales = entry.get(moment.absmax)
@@ -52,7 +52,7 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
             scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (codec.blocks(param.numel()),))
             read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales))
             if type(values) is type(scales) is torch.Tensor:  # those of DTensors are looked at shard by shard
-                states.check_scales(where, moment, codec.flat(states.dense(values)), scales.to(values.device))
+                check_scales(where, moment, codec.flat(dense(values)), scales.to(values.device))
     for key, value in entry.items():
         if key not in known:
             if isinstance(key, str) and "exp_avg" in key:  # a moment of another rule, or one that was renamed
@@ -77,30 +77,21 @@ def _laid_out(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
 
 def with_dim_order(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state to be saved: where codes do not lie row after row, the dict says how."""
-    if moments[0].absmax not in entry or moments[0].values(entry).is_contiguous():
+    if bits_of(moments, entry) == 32 or moments[0].values(entry).is_contiguous():
         return entry
     strides = moments[0].values(entry).stride()
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     return {**entry, _DIM_ORDER: torch.tensor(order, dtype=torch.int64, device="cpu")}
 
 
-def as_sources(moments: Sequence[Moment], entry: dict[str, Any]) -> Entry:
-    """The state of an optimizer here as sources, unchecked."""
-    read: Entry = {"step": entry["step"]}
-    for moment in moments:
-        values = moment.values(entry)
-        read[moment.name] = Codes(values, entry[moment.absmax]) if moment.absmax in entry else values
-    return read
-
-
-def is_own(moments: Sequence[Moment], entry: dict[str, Any], in_8_bits: bool) -> bool:
+def is_own(moments: Sequence[Moment], entry: dict[str, Any], bits: int) -> bool:
     """Whether a state that somebody put into an optimizer can be stepped as it is; the step looks at it closely."""
-    if moments[0].absmax in entry:
+    if bits_of(moments, entry) == 8:
         return _DIM_ORDER not in entry  # which only a saved one has
     others = {"exp_avg_sq", "max_exp_avg_sq", "mu_product"}.difference(moment.name for moment in moments)
     tensors = [entry.get(name) for name in ("step", *(moment.name for moment in moments))]
     in_float32 = all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in tensors)
-    return in_float32 and not in_8_bits and others.isdisjoint(entry)
+    return in_float32 and bits == 32 and others.isdisjoint(entry)
 
 
 FORMAT = common.Format("optim8", True, _claims, _read_group, _read_entry)

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from optim8.optim.sources import Entry
-from optim8.optim.states import Moment
+from optim8.rules import Moment
+from optim8.state.moments import Entry
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

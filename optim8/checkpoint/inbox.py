@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from optim8.optim.states import Moment
+from optim8.rules import Moment
 
 
 class Inbox(torch.Tensor):
@@ -54,9 +54,9 @@ class Inbox(torch.Tensor):
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def absent_keys(moments: Sequence[Moment], in_8_bits: bool) -> list[str]:
+def absent_keys(moments: Sequence[Moment], bits: int) -> list[str]:
     """The keys under which a state in this precision has nothing."""
-    return [key for m in moments for key in ((m.name,) if in_8_bits else (m.codes, m.absmax))]
+    return [key for m in moments for key in ((m.name,) if bits == 8 else (m.codes, m.absmax))]
 
 
 def nothing(param: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 
-from optim8.optim import checkpoint, sharded, states
-from optim8.optim.states import Moment
+from optim8 import rules
 from optim8.paging import Pager
-from optim8.paging.files import copy
 from optim8.paging.store import Store
+from optim8.rules import Moment
+from optim8.state.allocation import allocate
+from optim8.state.conversion import Target, converted
+from optim8.state.layout import bits_of, keys_of, layout_of, others
+from optim8.state.mapped import copy
+from optim8.state.shards import local
 
 _PART = 2**20  # bytes that are in memory at a time
 
@@ -29,34 +33,31 @@ def _is_state(moments: Sequence[Moment], param: Any, entry: Any) -> bool:
     return isinstance(param, torch.Tensor) and isinstance(entry, dict) and not keys.isdisjoint(entry)
 
 
-def copied(
-    store: Store, moments: Sequence[Moment], state: dict[Any, Any], memo: dict[int, Any]
+def copied_states(
+    store: Store, moments: tuple[Moment, ...], state: dict[Any, Any], memo: dict[int, Any]
 ) -> tuple[Store, defaultdict[Any, Any]]:
     """State for a deep copy of its optimizer, whose parameters deepcopy and `memo` give."""
     twin = Store(store.owner, store.rule, _pager_of_copy(store))
     fresh: defaultdict[Any, Any] = defaultdict(dict)
+    params, targets = [], []
     for param, entry in state.items():
         if not _is_state(moments, param, entry):
             fresh[deepcopy(param, memo)] = deepcopy(entry, memo)
-    by_device: dict[torch.device, list[tuple[torch.Tensor, tuple[str, torch.Tensor, dict[str, Any], bool]]]] = {}
     for param, entry in state.items():
         if _is_state(moments, param, entry):
-            to = deepcopy(param, memo)
-            shard = sharded.local(to)
-            by_device.setdefault(shard.device, []).append((to, ("", shard, entry, moments[0].absmax in entry)))
-    for of_device in by_device.values():
-        entries = checkpoint.converted(moments, [wanted for _, wanted in of_device], twin)
-        for (param, _), entry in zip(of_device, entries, strict=True):
-            # What others keep is the copy's own too.
-            fresh[param] = {**entry, **deepcopy(states.others(moments, entry), memo)}
+            params.append(deepcopy(param, memo))
+            targets.append((Target(local(params[-1]), bits_of(moments, entry)), entry))
+    for param, entry in zip(params, converted(moments, targets, twin), strict=True):
+        # What others keep is the copy's own too.
+        fresh[param] = {**entry, **deepcopy(others(moments, entry), memo)}
     return twin, fresh
 
 
-class Carried:
+class PagedStates:
     """Paged state on its way through pickle. Pickled, it is what to allocate, and then the state part by part, each
     written to its place before the next is read."""
 
-    def __init__(self, store: Store, moments: Sequence[Moment], state: dict[Any, Any]) -> None:
+    def __init__(self, store: Store, moments: tuple[Moment, ...], state: dict[Any, Any]) -> None:
         self.store, self.moments, self.state = store, tuple(moments), state
         self.entries = [entry for param, entry in state.items() if _is_state(moments, param, entry)]
 
@@ -70,26 +71,26 @@ class Carried:
 
 
 class _Empty:
-    """What to allocate for Carried state."""
+    """What to allocate for PagedStates state."""
 
-    def __init__(self, carried: Carried) -> None:
-        self.carried, self.entries = carried, carried.entries
-        self.names = {*states.names(carried.moments, True), *states.names(carried.moments, False)}
-        self.params = [p for p, entry in carried.state.items() if _is_state(carried.moments, p, entry)]
+    def __init__(self, whole: PagedStates) -> None:
+        self.whole, self.entries = whole, whole.entries
+        self.names = {*keys_of(whole.moments, 8), *keys_of(whole.moments, 32)}
+        self.params = [p for p, entry in whole.state.items() if _is_state(whole.moments, p, entry)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state, moments = self.carried.state, self.carried.moments
-        in_8_bits = [moments[0].absmax in state[param] for param in self.params]
+        state, moments = self.whole.state, self.whole.moments
+        bits = [bits_of(moments, state[param]) for param in self.params]
         more = [{key: value for key, value in state[p].items() if key not in self.names} for p in self.params]
         others = [(key, entry) for key, entry in state.items() if not _is_state(moments, key, entry)]
-        store = self.carried.store
+        store = self.whole.store
         return _allocated, (
             store.owner,
             store.rule,
             _pager_of_copy(store),
-            moments,
+            (),
             self.params,
-            in_8_bits,
+            bits,
             more,
             others,
         )
@@ -99,7 +100,7 @@ class _Part:
     """Some bytes of a tensor; unpickling it writes them. They are pickled as one number, as the state of an object:
     whatever else holds bytes, and what is in a tuple, pickle remembers to the end."""
 
-    def __init__(self, home: Carried | _Empty, place: int, name: str, at: int) -> None:
+    def __init__(self, home: PagedStates | _Empty, place: int, name: str, at: int) -> None:
         self.home, self.place, self.name, self.at = home, place, name, at
 
     def _values(self) -> torch.Tensor:
@@ -127,26 +128,24 @@ def _allocated(
     owner: str,
     rule: str,
     pager: Pager,
-    moments: Sequence[Moment],
+    _: Sequence[Moment],  # those of the rule; version 0.1.0 wrote them
     params: Sequence[torch.Tensor],
-    in_8_bits: Sequence[bool],
+    bits: Sequence[int],  # or whether it is 8, as version 0.1.0 wrote
     more: Sequence[dict[str, Any]],
-    others: Sequence[tuple[Any, Any]],
-) -> Carried:
+    others_: Sequence[tuple[Any, Any]],
+) -> PagedStates:
     store = Store(owner, rule, pager)
     state: defaultdict[Any, Any] = defaultdict(dict)
-    by_device: dict[torch.device, list[int]] = {}
-    shards = [sharded.local(param) for param in params]
-    for place, shard in enumerate(shards):
-        state[params[place]] = {}
-        by_device.setdefault(shard.device, []).append(place)
-    for places in by_device.values():
-        wanted = [(shards[place], in_8_bits[place]) for place in places]
-        for place, entry in zip(places, states.allocate(moments, wanted, store), strict=True):
-            state[params[place]] = {**entry, **more[place]}
-    state.update(others)
-    return Carried(store, moments, state)
+    moments = rules.rule(rule).moments
+    layouts = [
+        (shard, layout_of(moments, shard, 8 if each in (8, True) else 32))
+        for shard, each in zip(map(local, params), bits, strict=True)
+    ]
+    for param, entry, kept in zip(params, allocate(layouts, store), more, strict=True):
+        state[param] = {**entry, **kept}
+    state.update(others_)
+    return PagedStates(store, moments, state)
 
 
-def _filled(carried: Carried, parts: Sequence[None]) -> Carried:
-    return carried
+def _filled(whole: PagedStates, parts: Sequence[None]) -> PagedStates:
+    return whole

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 
 from optim8 import codec
-from optim8.optim import report
-from optim8.optim.states import Moment
-from optim8.paging.files import copy
+from optim8.rules import Moment
+from optim8.state import report
+from optim8.state.mapped import copy
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Tiled:
 
 
 # A float moment is a tensor of any float dtype. An entry has `step`, a number, and one source for each moment; in dicts
-# of our own also what others keep there (states.others).
+# of our own also what others keep there (layout.others).
 Source: TypeAlias = torch.Tensor | Codes
 Entry: TypeAlias = dict[str, Any]
 
@@ -67,7 +67,7 @@ def values(moment: Moment, source: Source, device: torch.device) -> torch.Tensor
     return codec.dequantize(codes, absmax, signed=moment.signed, table=source.table, blocksize=source.blocksize)
 
 
-def check_values(where: str, moments: Sequence[Moment], entry: Entry, in_8_bits: bool) -> None:
+def check_values(where: str, moments: Sequence[Moment], entry: Entry, bits: int) -> None:
     """Raise ValueError where values of another library's state would be lost on the way into ours."""
     for moment in moments:
         source = entry[moment.name]
@@ -75,11 +75,36 @@ def check_values(where: str, moments: Sequence[Moment], entry: Entry, in_8_bits:
         values_ = source if isinstance(source, torch.Tensor) else source.table
         if values_ is not None and not moment.signed and bool((values_ < 0).any()):
             raise ValueError(f"{where}[{moment.name!r}] must not be negative. The checkpoint is damaged.")
-        if in_8_bits and isinstance(source, torch.Tensor) and not bool(source.isfinite().all()):
+        if bits == 8 and isinstance(source, torch.Tensor) and not bool(source.isfinite().all()):
             raise ValueError(
                 f"{where}[{moment.name!r}] must be finite to be quantized. Repair the checkpoint, or load it with "
                 "optim_bits=32."
             )
+
+
+def check_scales(where: str, moment: Moment, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raise ValueError where codes stand for values and their scale is 0, as when scales were lost on the way.
+
+    Other libraries write any code into a block of zeros, but one and the same.
+
+    Args:
+        where: names the state, for messages.
+        moment: which state it is.
+        codes: uint8 [n], in the order of the scales.
+        scales: float32 [ceil(n / 256)].
+    """
+    zero = (scales == 0).nonzero()[:, 0]
+    whole = codes.numel() // codec.BLOCK
+    last = codes[whole * codec.BLOCK :]
+    lost = bool((last != last[:1]).any()) and bool((zero == whole).any())
+    for part in torch.split(zero[zero < whole], 2**12):  # a copy of a megabyte at a time
+        rows = codes[: whole * codec.BLOCK].view(-1, codec.BLOCK)[part]
+        lost = lost or bool((rows != rows[:, :1]).any())
+    if lost:
+        raise ValueError(
+            f"{where}[{moment.codes!r}] has values where {moment.absmax!r} is 0: the scales were lost on the way. Load "
+            "the whole checkpoint with load_state_dict."
+        )
 
 
 def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
@@ -88,7 +113,7 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
     Args:
         moment: which.
         source: of the shape of the target.
-        target: the state of a parameter, as states.allocate gives it.
+        target: the state of a parameter, as allocation.allocate gives it.
         name: for a report; "" for none.
     """
     goal = moment.values(target)

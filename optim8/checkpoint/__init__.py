@@ -1,0 +1,1 @@
+"""State dicts, pickles and copies of optimizers, and the formats of other libraries."""

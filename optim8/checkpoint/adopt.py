@@ -1,0 +1,74 @@
+"""States that others put into an optimizer, brought into its own form, as load_state_dict does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optim8.checkpoint import formats
+from optim8.checkpoint.formats import Format, own
+from optim8.rules import Moment
+from optim8.state.conversion import Target, filled
+from optim8.state.layout import bits_of, others, under_present_names
+from optim8.state.moments import check_values
+from optim8.state.shards import copy_beside, is_dtensor
+from optim8.state.states import States
+from optim8.step import supply
+from optim8.step.memory import Memory
+from optim8.step.supply import Stateful
+
+Given = tuple[str, torch.Tensor, dict[str, Any], int]  # what it is; its parameter; the state; bits of the new one
+
+
+def adopt_states(optimizer: Stateful) -> None:
+    """Bring state that came from outside into the form of the optimizer.
+
+    Raises:
+        ValueError: it does not fit; nothing was changed.
+    """
+    if type(optimizer.state) is not States:  # a user's own dict
+        optimizer.state = States(optimizer.state, optimizer.state)
+        optimizer.memory.watch(optimizer.param_groups, optimizer.state)
+    if not optimizer.state.given:
+        return
+    owner, moments = type(optimizer).__name__, optimizer.moments
+    given: list[Given] = []
+    for at, group in enumerate(optimizer.param_groups):
+        for i, param in enumerate(group["params"]):
+            entry = optimizer.state.get(param) if param in optimizer.state.given else None
+            if not entry or is_dtensor(param):  # shards are given by nobody
+                continue
+            entry = under_present_names(moments, entry)
+            optimizer.state[param] = entry
+            bits = 8 if moments[0].absmax in entry else supply.bits_wanted(optimizer, group, param)
+            if not own.is_own(moments, entry, bits):
+                given.append((f"{owner}: the state of parameter {i} of group {at}", param, entry, bits))
+    for in_8_or_32 in (8, 32):
+        part = [each for each in given if bits_of(moments, each[2]) == in_8_or_32]
+        known = formats.of_states([entry for _, _, entry, _ in part])
+        if known is None:  # the step says what it lacks
+            continue
+        if known is not own.FORMAT:
+            formats.common.check_rule(owner, optimizer.rule)
+        for param, entry in _adopted(moments, known, part, optimizer.memory):
+            optimizer.state.put(param, entry)
+    if given:
+        optimizer.memory.keep_only(optimizer.state.values())
+    optimizer.state.given.clear()
+
+
+def _adopted(
+    moments: tuple[Moment, ...], known: Format, given: list[Given], memory: Memory
+) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """States of another library as (parameter, state) in the optimizer's own form."""
+    sources = []
+    for where, param, entry, bits in given:
+        source = known.read_entry(where, moments, param, entry)
+        check_values(where, moments, source, bits)
+        sources.append((Target(param, bits, where), source))
+    result = []
+    for (target, source), entry in zip(sources, filled(moments, sources, memory), strict=True):
+        entry.update({key: copy_beside(value, target.param) for key, value in others(moments, source).items()})
+        result.append((target.param, entry))
+    return result

@@ -1,0 +1,67 @@
+"""Deep copies and pickles of an optimizer."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from optim8.checkpoint.optimizer import Checkpointed
+from optim8.checkpoint.pickling import PagedStates, copied_states
+from optim8.paging import Store
+from optim8.state.layout import under_present_names
+from optim8.state.states import States
+from optim8.step import hypers, pending, supply
+from optim8.step.memory import Memory
+
+
+def pickled(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
+    """What pickle gets of an optimizer; `state`: what torch.optim would give it."""
+    optimizer.windows.sync()
+    if isinstance(optimizer.memory, Store):
+        pending.wait()
+        supply.relay_states(optimizer)
+        state["state"] = PagedStates(optimizer.memory, optimizer.moments, optimizer.state)
+    return state
+
+
+def copied(optimizer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
+    """A deep copy, whose parameters deepcopy and `memo` give; `state`: what torch.optim would copy."""
+    optimizer.windows.sync()
+    cls: Any = type(optimizer)
+    twin = cls.__new__(cls)
+    memo[id(optimizer)] = twin
+    if not isinstance(optimizer.memory, Store):
+        twin.__setstate__(deepcopy(state, memo))
+        return twin
+    del state["state"]
+    pending.wait()
+    store, states = copied_states(optimizer.memory, optimizer.moments, optimizer.state, memo)
+    twin.memory = store
+    twin.__setstate__({**deepcopy(state, memo), "state": states})
+    return twin
+
+
+def unpickled(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """What torch.optim gets of a pickle, of a copy, or of a state dict that was read."""
+    if isinstance(state.get("state"), PagedStates):
+        optimizer.memory = state["state"].store
+        state = {**state, "state": state["state"].state}
+    elif "memory" not in vars(optimizer):
+        optimizer.memory = Memory()
+    if "state_checked" not in vars(optimizer):  # it is made by this
+        optimizer.state_checked, optimizer.known_overrides = False, None
+    return state
+
+
+def complete(optimizer: Any) -> None:
+    """Bring what a pickle, maybe an older version's, has given into the form of this one."""
+    optimizer.state = States(optimizer.state)
+    for param, entry in optimizer.state.items():
+        if isinstance(param, torch.Tensor) and isinstance(entry, dict):
+            optimizer.state.put(param, under_present_names(optimizer.moments, entry))
+    optimizer.memory.watch(optimizer.param_groups, optimizer.state)
+    for group in optimizer.param_groups:
+        for name, value in hypers.EXTRA_DEFAULTS.items():
+            group.setdefault(name, value)

@@ -1,0 +1,1 @@
+"""State of parameters: its layout, allocation, conversion, shards. It knows no optimizer."""

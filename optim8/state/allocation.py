@@ -1,0 +1,166 @@
+"""Allocation of state: a few flat arenas for any number of parameters, on any devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from optim8 import _native
+from optim8.state.layout import Layout, Part
+
+_ALIGN = 64  # bytes; a cache line, and the width of the widest vector
+
+DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # where state may live, fastest first
+
+
+class Arena:
+    """Elements of one dtype on one device that start as `fill`; `flat` is their memory, once there is any."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, fill: int = 0, align: int = _ALIGN) -> None:
+        self.dtype, self.device, self.fill = dtype, device, fill
+        self.step = max(1, align // dtype.itemsize)
+        self.size = 0
+        self.flat = torch.empty(0, dtype=dtype)
+        self.begins: list[int] = []
+        self.parts: list[Part] = []
+
+    def add(self, part: Part) -> None:
+        """Make room for a tensor."""
+        self.begins.append(self.size)
+        self.parts.append(part)
+        self.size += -(-part.size // self.step) * self.step
+
+    def fill_beside(self) -> None:
+        """Get memory on the device.
+
+        Raises:
+            RuntimeError: a tracer's mode makes tensors of another kind, which could not be stepped later.
+        """
+        self.flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
+        if type(self.flat).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise RuntimeError(
+                f"optim8: state must be plain tensors, and a mode is on that makes a {type(self.flat).__name__} of "
+                "each. Step outside of it (FakeTensorMode, FunctionalTensorMode, tracing)."
+            )
+
+    def cut(self) -> list[torch.Tensor]:
+        """The tensors for which room was made, in order. The storage of each is all of its room."""
+        rooms = [end - begin for begin, end in zip(self.begins, [*self.begins[1:], self.size])]
+        exact = [part.size == room for part, room in zip(self.parts, rooms, strict=True)]
+        shapes = [part.shape if fits else (room,) for part, room, fits in zip(self.parts, rooms, exact, strict=True)]
+        strides = [part.stride if fits else (1,) for part, fits in zip(self.parts, exact, strict=True)]
+        tensors = cut(self.flat, self.begins, shapes, strides)
+        return [
+            tensor if fits else tensor.as_strided(part.shape, part.stride)
+            for tensor, part, fits in zip(tensors, self.parts, exact, strict=True)
+        ]
+
+
+class Allocator(Protocol):
+    """Decides where state lives, and gives memory there.
+
+    allocation_order: the tiers in the order in which they get memory; first the one that may have none left.
+    """
+
+    @property
+    def allocation_order(self) -> Sequence[str]: ...
+
+    def assign(self, sizes: Sequence[int], device: torch.device) -> Sequence[str]:
+        """The tier of each new state of `sizes` bytes, of parameters on `device`."""
+
+    def allocate(self, tier: str, device: torch.device, arenas: Sequence[Arena]) -> None:
+        """Memory of a tier for arenas of the state of parameters on `device`, filled."""
+
+    def reaches(self, tensor: torch.Tensor, param: torch.Tensor) -> bool:
+        """Whether the state of a parameter may lie where `tensor` does."""
+
+
+class Resident:
+    """Memory beside the parameters, as much as the device has."""
+
+    allocation_order: Sequence[str] = (DEVICE,)
+
+    def assign(self, sizes: Sequence[int], device: torch.device) -> Sequence[str]:
+        return [DEVICE] * len(sizes)
+
+    def allocate(self, tier: str, device: torch.device, arenas: Sequence[Arena]) -> None:
+        for arena in arenas:
+            arena.fill_beside()
+
+    def reaches(self, tensor: torch.Tensor, param: torch.Tensor) -> bool:
+        return tensor.device == param.device
+
+
+def allocate(wanted: Sequence[tuple[torch.Tensor, Layout]], allocator: Allocator) -> list[dict[str, Any]]:
+    """Zero state for parameters.
+
+    Args:
+        wanted: (parameter or its local shard, the layout of its state).
+        allocator: decides where the state lives.
+
+    Returns:
+        For each parameter its state, in order: the tensors of its layout, the count of steps on the CPU.
+
+    Raises:
+        OSError: there is no room on the disk; nothing was allocated.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for i, (param, _) in enumerate(wanted):
+        by_device.setdefault(param.device, []).append(i)
+    entries: list[dict[str, Any]] = [{}] * len(wanted)
+    for device, indices in by_device.items():
+        by_tier: dict[str, list[int]] = {}
+        for i, tier in zip(indices, allocator.assign([wanted[i][1].nbytes for i in indices], device), strict=True):
+            by_tier.setdefault(tier, []).append(i)
+        for tier in sorted(by_tier, key=allocator.allocation_order.index):
+            layouts = [wanted[i][1] for i in by_tier[tier]]
+            for i, entry in zip(by_tier[tier], _allocate(layouts, device, tier, allocator), strict=True):
+                entries[i] = entry
+    return entries
+
+
+def _allocate(layouts: Sequence[Layout], device: torch.device, tier: str, allocator: Allocator) -> list[dict[str, Any]]:
+    steps = Arena(torch.float32, torch.device("cpu"), align=1)
+    arenas: dict[Any, Arena] = {"step": steps, "scales": Arena(torch.float32, device, align=1)}
+    homes = []  # of each tensor, its arena
+    for layout in layouts:
+        for part in layout.parts:
+            key = part.role if part.role != "values" else (part.key if part.dtype == torch.uint8 else part.dtype)
+            arena = arenas.get(key)
+            if arena is None:
+                arena = arenas[key] = Arena(part.dtype, device, part.fill)
+            arena.add(part)
+            homes.append(arena)
+    allocator.allocate(tier, device, list(arenas.values()))
+    # Parameter by parameter, so that the small objects a step must look at lie together.
+    tensors = {id(arena): iter(arena.cut()) for arena in arenas.values()}
+    home = iter(homes)
+    return [{part.key: next(tensors[id(next(home))]) for part in layout.parts} for layout in layouts]
+
+
+def cut(
+    flat: torch.Tensor,
+    begins: Sequence[int],
+    shapes: Sequence[tuple[int, ...]],
+    strides: Sequence[tuple[int, ...]],
+) -> list[torch.Tensor]:
+    """Tensors in the memory of a flat one, each with a storage of its own from an element on: torch saves and copies a
+    tensor with its whole storage, and who saves the state of one parameter does not mean that of all."""
+    if flat.device.type == "meta":  # the planner counts allocations
+        return [flat.as_strided(*at) for at in zip(shapes, strides, begins, strict=True)]
+    from_capsule = torch.utils.dlpack.from_dlpack
+    return [from_capsule(capsule) for capsule in _native.cpu().cut(flat, list(begins), list(shapes), list(strides))]
+
+
+def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:
+    """Move the counts of steps of (parameter, state) beside the parameters, in one copy to each device."""
+    by_device: dict[torch.device, list[dict[str, Any]]] = {}
+    for param, entry in entries:
+        by_device.setdefault(param.device, []).append(entry)
+    for device, of_device in by_device.items():
+        counts = torch.stack([entry["step"] for entry in of_device]).to(device)
+        none: list[tuple[int, ...]] = [()] * len(of_device)
+        for entry, count in zip(of_device, cut(counts, range(len(of_device)), none, none), strict=True):
+            entry["step"] = count

@@ -1,0 +1,166 @@
+"""Which tensors the state of a parameter consists of: their keys, shapes, strides, bytes. Nobody else answers this.
+
+State in 8 bits is `name_codes` (uint8, of the parameter's shape and strides) and `name_absmax` (float32, one for each
+256 consecutive values in memory order) for each moment; in 32 bits `name` alone, float32. Codes never stand under
+`name`: other optimizers would take them for values. Every state has a count of steps, `step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import torch
+
+from optim8.codec import blocks
+from optim8.rules import Moment
+
+STEP = "step"
+
+Role = Literal["step", "values", "scales"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a state: its key and what it is like. `fill`: the value that stands for 0."""
+
+    key: str
+    role: Role
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    fill: int = 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The state of one parameter.
+
+    moments: the states of the rule.
+    shape, stride: of the parameter's state, dense (dense_stride).
+    bits: 8 or 32.
+    """
+
+    moments: tuple[Moment, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    bits: int
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Its tensors, in the order in which a step asks for them."""
+        parts = [Part(STEP, "step", torch.float32, (), ())]
+        for moment in self.moments:
+            if self.bits == 32:
+                parts.append(Part(moment.name, "values", torch.float32, self.shape, self.stride))
+            else:
+                scales = (blocks(math.prod(self.shape)),)
+                parts.append(Part(moment.codes, "values", torch.uint8, self.shape, self.stride, moment.zero))
+                parts.append(Part(moment.absmax, "scales", torch.float32, scales, (1,)))
+        return tuple(parts)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(part.size * part.dtype.itemsize for part in self.parts)
+
+    @property
+    def keys(self) -> list[str]:
+        return [part.key for part in self.parts]
+
+    def fits(
+        self, entry: Mapping[str, Any], param: torch.Tensor, reaches: Callable[[torch.Tensor, torch.Tensor], bool]
+    ) -> bool:
+        """Whether a state has these tensors, whatever their values.
+
+        Args:
+            param: whose state it is, or its local shard.
+            reaches: (tensor, param) -> whether a tensor of values or scales lies where it may (Allocator).
+        """
+        own = set(self.keys)
+        if entry.keys() - others(self.moments, entry).keys() != own:
+            return False
+        for part in self.parts:
+            tensor = entry[part.key]
+            if not torch.is_tensor(tensor) or (tensor.dtype, tuple(tensor.shape)) != (part.dtype, part.shape):
+                return False
+            if part.role == "values" and tensor.stride() != part.stride:
+                return False
+            if not (
+                part.role == "step" or ((tensor.is_contiguous() or part.role == "values") and reaches(tensor, param))
+            ):
+                return False
+        return True
+
+
+@lru_cache(maxsize=4096)
+def _layout(moments: tuple[Moment, ...], shape: tuple[int, ...], stride: tuple[int, ...], bits: int) -> Layout:
+    return Layout(moments, shape, stride, bits)
+
+
+def layout_of(moments: tuple[Moment, ...], param: torch.Tensor, bits: int) -> Layout:
+    """The layout of the state of a parameter, or of the local shard of one, in 8 or 32 bits."""
+    return _layout(moments, tuple(param.shape), dense_stride(param), bits)
+
+
+def state_bytes(moments: tuple[Moment, ...], shape: Sequence[int], bits: int) -> int:
+    """Bytes of the state of a parameter of this shape."""
+    size = (math.prod(shape),)
+    return _layout(moments, size, (1,), bits).nbytes
+
+
+def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:
+    """In how many bits a state is: 8 where it has scales, else 32. What the first moment is, all are."""
+    return 8 if moments[0].absmax in entry else 32
+
+
+def keys_of(moments: Sequence[Moment], bits: int) -> list[str]:
+    """The keys of a state in 8 or 32 bits."""
+    return [STEP, *(key for m in moments for key in ((m.codes, m.absmax) if bits == 8 else (m.name,)))]
+
+
+def others(moments: Sequence[Moment], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept with a parameter's state and is not the optimizer's, such as the slow weights of Lookahead."""
+    own = {*keys_of(moments, 8), *keys_of(moments, 32)}
+    return {key: value for key, value in entry.items() if key not in own}
+
+
+def under_present_names(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as version 0.1.0 kept it, with codes under `name`, under the names of today; any other as it
+    is."""
+    if not any(moment.absmax in entry and moment.name in entry for moment in moments):
+        return entry
+    codes = {moment.name: moment.codes for moment in moments if moment.absmax in entry}
+    return {codes.get(name, name): value for name, value in entry.items()}
+
+
+def dense_stride(param: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a parameter's state: its own, or where it has gaps, as a slice has, those of torch.empty_like,
+    without gaps in the same order of dimensions."""
+    own, shape = tuple(param.stride()), param.shape
+    if param.is_contiguous():
+        return own
+    stride, count = list(own), 1
+    for d in sorted(range(len(own)), key=lambda d: (own[d], -d)):
+        stride[d] = count
+        count *= shape[d]
+    # Of a dimension of one element a tensor may have any stride.
+    return own if all(stride[d] == own[d] for d in range(len(own)) if shape[d] > 1) else tuple(stride)
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or where it has gaps, a copy with the strides of its state."""
+    return tensor if tuple(tensor.stride()) == dense_stride(tensor) else tensor.clone()
+
+
+def dense_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """A copy of a gradient with the strides of a dense parameter."""
+    copy = torch.empty_strided(tuple(param.shape), param.stride(), dtype=grad.dtype, device=grad.device)
+    return copy.copy_(grad)

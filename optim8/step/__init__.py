@@ -1,0 +1,1 @@
+"""A step of any subset of parameters: options, overrides, gathering, running."""

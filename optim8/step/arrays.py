@@ -1,0 +1,42 @@
+"""A step of a single array, without an optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optim8 import _native
+from optim8.state.allocation import move_steps
+from optim8.step import run
+
+
+def step_array(
+    who: str,
+    rule: str,
+    options: Any,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    entry: dict[str, Any],
+    scale: torch.Tensor | None = None,
+) -> None:
+    """One step, in place.
+
+    Args:
+        who: the caller's name, for messages.
+        rule: its name.
+        options: native StepOptions.
+        param: dense, without autograd.
+        grad: of the shape and strides of `param`, of its dtype or float32.
+        entry: the state under the keys of the rule, with the count of steps before this one.
+        scale: float32 of one element; the gradient is divided by it where steps are counted on its device.
+
+    Raises:
+        ValueError: a tensor does not fit; nothing was changed.
+    """
+    table = _native.cpu().StepTable()
+    if table.add([param], {param: entry}, rule, options, who, 0, {0: grad}).step:
+        move_steps([(param, entry)])  # counted on the device from now on
+        table.clear()
+        table.add([param], {param: entry}, rule, options, who, 0, {0: grad})
+    run.run_step(table, who, scale)

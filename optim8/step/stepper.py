@@ -1,0 +1,187 @@
+"""A step of any subset of an optimizer's parameters: gather, supply what is missing, run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from optim8 import _native, codec, rules
+from optim8.rules import Rule
+from optim8.state.allocation import move_steps
+from optim8.state.layout import bits_of, dense, dense_grad
+from optim8.state.shards import local
+from optim8.step import arrays, hypers, run, supply
+from optim8.step.parts import LocalStep, Part
+from optim8.step.scaling import UNSCALED, Scaling
+from optim8.step.supply import Stateful
+
+
+class Stepper:
+    """Steps an optimizer, which it is handed in each call: it keeps native scratch memory and nothing else."""
+
+    def __init__(self) -> None:
+        self._table = _native.cpu().StepTable()
+
+    def step(
+        self, optimizer: Stateful, params: Collection[torch.Tensor] | None = None, scaling: Scaling = UNSCALED
+    ) -> None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            params: of the optimizer; None: all.
+
+        Raises:
+            ValueError: a parameter, gradient or state cannot be stepped; names the parameter. Nothing was changed.
+        """
+        with self.gathered(optimizer, params, scaling) as local_step:
+            optimizer.memory.prepare(optimizer.param_groups, optimizer.state)
+            try:
+                optimizer.memory.run_step(self._table, type(optimizer).__name__, scaling.scale, scaling.found_inf)
+            finally:
+                local_step.copy_back()
+            local_step.mark_stepped()
+
+    @contextmanager
+    def gathered(
+        self, optimizer: Stateful, params: Collection[torch.Tensor] | None, scaling: Scaling
+    ) -> Iterator[LocalStep]:
+        """All tensors of a step in the native table, checked, with state for every gradient, for the `with` block."""
+        try:
+            parts = self._parts(optimizer, params, scaling)
+            local_step = LocalStep(type(optimizer).__name__, parts, optimizer.state)
+            lacks = self._gather(optimizer, local_step)
+            if any(each.gaps or each.state or each.layout or each.moved or each.step for each in lacks):
+                _supply(optimizer, local_step, lacks)
+                self._gather(optimizer, local_step)
+            self._check_distinct(optimizer, local_step)
+            yield local_step
+        finally:
+            self._table.clear()  # lets go of the gradients
+
+    def preview(
+        self,
+        optimizer: Stateful,
+        group: dict[str, Any],
+        param: torch.Tensor,
+        blocks: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The moments that the next step of a parameter would give before they are quantized; nothing changes.
+
+        Args:
+            group: the options of the parameter, those of its group or its own.
+            param: has a gradient, and state.
+            blocks: int64; the whole blocks of 256 values to look at, None: all of the local shard.
+            scale: of a GradScaler, or None.
+
+        Returns:
+            For each moment its float32 values, of one dimension.
+        """
+        whole, grad, entry = dense(local(param)), param.grad, optimizer.state[param]
+        if grad is None:
+            raise ValueError(f"{type(optimizer).__name__}: a preview of a step needs a gradient.")
+        grad = local(grad)
+        # float32 holds bfloat16 and float16 exactly, and moments do not depend on how the parameter is rounded.
+        values = _sample(whole, blocks).float()
+        gradient = _sample(grad if grad.stride() == whole.stride() else dense_grad(whole, grad), blocks).float()
+        state: dict[str, torch.Tensor] = {"step": local(entry["step"]).clone()}
+        bits = bits_of(optimizer.moments, entry)
+        for moment in optimizer.moments:
+            # Paged state of a GPU's parameter is in memory of the host.
+            old = _sample(local(moment.values(entry)), blocks).to(whole.device)
+            if bits == 8:
+                absmax = local(entry[moment.absmax])
+                absmax = absmax if blocks is None else absmax[blocks.to(absmax.device)]
+                old = codec.dequantize(old, absmax.to(whole.device), signed=moment.signed)
+            state[moment.name] = old
+        rule = rules.rule(optimizer.rule)
+        options = hypers.step_options(type(optimizer).__name__, rule, group, scale, None)
+        arrays.step_array("preview of a step", rule.name, options, values, gradient, state, scale)
+        return {moment.name: state[moment.name] for moment in optimizer.moments}
+
+    def _parts(self, optimizer: Stateful, params: Collection[torch.Tensor] | None, scaling: Scaling) -> list[Part]:
+        """The groups; those with overridden parameters in several parts, each with its own scalars."""
+        owner, rule = type(optimizer).__name__, rules.rule(optimizer.rule)
+        resolved = supply.resolve(optimizer)
+        chosen = None if params is None else {id(param) for param in params}
+        parts = []
+        for at, group in enumerate(optimizer.param_groups):
+            split: Sequence[tuple[dict[str, Any], list[torch.Tensor]]] = [({}, group["params"])]
+            if resolved is not None and resolved.by_id:
+                hypers.normalize_group(owner, rule, group)
+                split = resolved.parts[at]
+            for changes, of_part in split:
+                options = _options(owner, rule, {**group, **changes} if changes else group, scaling)
+                members = of_part if chosen is None else _only(of_part, chosen)
+                parts.append(Part(at, members, options, group.get("param_names")))
+        return parts
+
+    def _gather(self, optimizer: Stateful, local_step: LocalStep) -> list[Any]:
+        """Fill the table; gives for each part what is still missing."""
+        self._table.clear()
+        if optimizer.memory.pinned_spans:
+            self._table.allow_host(optimizer.memory.pinned_spans)
+        owner, rule = type(optimizer).__name__, optimizer.rule
+        return [
+            self._table.add(part.params, state, rule, part.options, owner, part.group, part.grads, part.names)
+            for part, state in zip(local_step.parts, local_step.states, strict=True)
+        ]
+
+    def _check_distinct(self, optimizer: Stateful, local_step: LocalStep) -> None:
+        """Raise ValueError where two parameters are the same memory: threads would step it twice at once."""
+        same = self._table.same_memory()
+        if same is None:
+            return
+        places = {id(p): (part.group, i) for part in local_step.parts for i, p in enumerate(part.params)}
+        one, other = (places[id(self._table.params[row])] for row in same)
+        groups = optimizer.param_groups
+        names = [hypers.called(groups[at], i) + f" of group {at}" for at, i in (one, other)]
+        raise ValueError(
+            f"{type(optimizer).__name__}: {names[1]} has the memory of {names[0]}: a step would change it twice at "
+            "once. Tie them by sharing one Parameter, and pass it once."
+        )
+
+
+def _supply(optimizer: Stateful, local_step: LocalStep, lacks: Sequence[Any]) -> None:
+    """What a step found missing, so that the next gather lacks nothing."""
+    owner, moments = type(optimizer).__name__, optimizer.moments
+    new: list[tuple[dict[str, Any], torch.Tensor]] = []
+    moved: list[tuple[torch.Tensor, int]] = []
+    to_device: list[torch.Tensor] = []
+    for number, (part, lack) in enumerate(zip(local_step.parts, lacks, strict=True)):
+        group = optimizer.param_groups[part.group]
+        # State belongs to the optimizer's own parameters, and what is gathered, to their local shards.
+        own = {i: local_step.whole(number, i) for i in (*lack.state, *lack.moved, *lack.step, *lack.gaps)}
+        run.check_not_capturing(owner, [own[i] for i in (*lack.state, *lack.moved, *lack.step)])
+        local_step.lay_out(number, lack.layout)
+        local_step.close_gaps(number, lack.gaps)
+        new += [(group, own[i]) for i in lack.state]
+        moved += [(own[i], bits_of(moments, optimizer.state[own[i]])) for i in lack.moved]
+        # The count of new state is made on the CPU.
+        counted = [i for i in lack.state if part.options.count_on_device and own[i].device.type != "cpu"]
+        to_device += [own[i] for i in (*lack.step, *counted)]
+    supply.allocate_states(optimizer, new)
+    supply.convert_states(optimizer, moved)
+    move_steps([(param, optimizer.state[param]) for param in to_device])
+    local_step.refresh()
+
+
+def _options(owner: str, rule: Rule, group: dict[str, Any], scaling: Scaling) -> Any:
+    return hypers.step_options(owner, rule, group, scaling.scale, scaling.found_inf)
+
+
+def _only(params: Sequence[torch.Tensor], chosen: set[int]) -> list[torch.Tensor]:
+    """The list with a placeholder without gradient for each parameter that is not chosen."""
+    nothing = torch.empty(0, dtype=torch.float32)
+    return [param if id(param) in chosen else nothing for param in params]
+
+
+def _sample(tensor: torch.Tensor, blocks: torch.Tensor | None) -> torch.Tensor:
+    flat = codec.flat(tensor)
+    if blocks is None:
+        return flat.clone()
+    size = flat.numel() // codec.BLOCK * codec.BLOCK
+    return flat[:size].view(-1, codec.BLOCK)[blocks.to(flat.device)].view(-1)
