@@ -92,13 +92,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         kernels = sass.kernels_of("step.cu", "sm_90", Path(folder))
-    rows = []
+    rows, rules = [], sass.rules_by_type()
     for name, kernel in kernels.items():
-        found = re.search(r"step_rows<.*?(AdamFamily<\w+>|Lion), (?:\w+::)*(\w+), (?:\w+::)*(\w+)>", name)
+        found = re.search(r"step_rows<(?:\w+::)*(\w+), (?:\w+::)*(\w+), (?:\w+::)*(\w+)>", name)
         if found is None:
             continue
-        rule, param, grad = found.groups()
-        states = 1 if rule == "Lion" else 2
+        struct, param, grad = found.groups()
+        rule = rules[struct]
+        states = len(rule.moments)
         path = main_path(kernel, states)
         taken = cycles(path)
         moved = 2 * BYTES[param] + BYTES[grad] + states * (2 + 2 * 4 / BLOCK)
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit = max(taken, key=lambda name: taken[name])
         rows.append(
             {
-                "rule": {"AdamFamily<false>": "adam", "AdamFamily<true>": "adamw"}.get(rule, "lion"),
+                "rule": rule.name,
                 "param": param,
                 "grad": grad,
                 "registers": kernel.registers,

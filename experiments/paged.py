@@ -231,7 +231,7 @@ def disk(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
                 before = read_from_disk()
                 steps.append(timed(path, lambda *_: optimizer.step()))
                 came += read_from_disk() - before
-                ways.append(optimizer._store._stream.way == "direct")
+                ways.append(optimizer.memory._stream.way == "direct")
         optimizer.close()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     fastest = min(PLAIN, key=medians.__getitem__)

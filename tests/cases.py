@@ -34,6 +34,7 @@ class Case:
     defaults: Mapping[str, Any]  # of what torch.optim has no class for
     torch_class: type[torch.optim.Optimizer] | None = None  # the 32-bit optimizer with the same meaning
     decay_in_gradient: bool = False  # weight decay passes through the moments
+    is_scale_free: bool = True  # the size of an update does not depend on that of the gradients
 
     def __str__(self) -> str:
         return self.name

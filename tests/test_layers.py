@@ -1,4 +1,4 @@
-"""Imports point one way: optim -> functional -> _native -> compiled modules -> csrc/{cpu,cuda} -> csrc/core."""
+"""Imports point one way, between packages, within them, and in csrc."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ PYTHON_LAYERS = [
     "_cuda",
     "_native",
     "text",
+    "rules",
     "codec",
+    "state",
+    "step",
     "functional",
     "paging",
+    "checkpoint",
     "optim",
     "convert",
     "nn",
@@ -27,6 +31,24 @@ PYTHON_LAYERS = [
     "__init__",
     "__main__",
 ]
+# The same within a package: modules and folders, from the ground up.
+INNER_LAYERS = {
+    "state": ["layout", "mapped", "report", "states", "allocation", "moments", "conversion", "tiles", "shards"],
+    "step": [
+        *("hypers", "overrides", "pending", "run", "scaling", "parts", "arrays", "memory", "supply"),
+        "stepper",
+    ],
+    "paging": ["files", "pager", "placement", "directory", "tiers", "streaming", "store"],
+    "checkpoint": [
+        *("formats", "inbox", "windows", "pickling", "former_names", "adopt", "arrivals", "optimizer", "shards"),
+        *("copying", "read", "save", "load"),
+    ],
+    "optim": [
+        *("absent", "override", "reset", "summary", "access", "manager", "base", "adam", "lion"),
+        "aliases",
+    ],
+    "memory": ["models", "profiling", "planning", "command"],
+}
 COMPILED = ("_cpu", "_cuda")
 
 # What each folder of csrc includes from csrc. A folder that is not here counts as the folder around it.
@@ -55,7 +77,7 @@ def imported_modules(text: str, module: str) -> list[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             base = [*base, *(node.module.split(".") if node.module else [])]
             # `from optim8 import functional` imports a module; `from optim8.functional import f` names one inside it.
-            found += [".".join([*base, alias.name]) if base == ["optim8"] else ".".join(base) for alias in node.names]
+            found += [".".join([*base, alias.name]) if len(base) <= 2 else ".".join(base) for alias in node.names]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
             name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
             if name in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
@@ -75,6 +97,8 @@ def python_violations(text: str, module: str) -> list[str]:
         down = PYTHON_LAYERS.index(target) < PYTHON_LAYERS.index(layer) or target == layer
         if not down:
             messages.append(f"{module} ({layer}) imports {name} ({target}), which lies above it")
+        if target == layer and layer in INNER_LAYERS:
+            messages += _inner_violation(module, name, INNER_LAYERS[layer])
         if target in COMPILED and layer != "_native":
             messages.append(f"{module} imports {name}; only optim8._native imports compiled modules")
     return messages
@@ -84,6 +108,21 @@ def csrc_part(path: str) -> str:
     """The innermost folder of CSRC_INCLUDES around a file of csrc; where there is none, the folder itself."""
     folders = [folder.as_posix() for folder in Path(path).parents]
     return next((folder for folder in folders if folder in CSRC_INCLUDES), folders[0])
+
+
+def _inner_violation(module: str, name: str, order: list[str]) -> list[str]:
+    """An import from one part of a package that does not point down within it."""
+    here, there = module.split(".")[2:3], name.split(".")[2:3]
+    if here == ["__init__"] or here == there:
+        return []
+    if not there:
+        return [f"{module} imports {name}, the package that it is in"]
+    unknown = [part for part in (*here, *there) if part not in order]
+    if unknown:
+        return [f"{module} imports {name}: {unknown[0]} has no place in INNER_LAYERS"]
+    if order.index(there[0]) < order.index(here[0]):
+        return []
+    return [f"{module} imports {name}, which lies above it in its package"]
 
 
 def csrc_violations(text: str, path: str) -> list[str]:
@@ -139,6 +178,10 @@ def test_csrc_includes_point_down(path: Path) -> None:
         ("optim8.optim.adam", "from optim8 import AdamW8bit"),
         ("optim8.optim.adam", "from .._cpu import step"),
         ("optim8.optim.adam", "import optim8"),
+        ("optim8.state.layout", "from optim8.state.moments import Codes"),
+        ("optim8.state.layout", "from optim8.step import run"),
+        ("optim8.step.run", "from optim8.step import stepper"),
+        ("optim8.state.layout", "from optim8.state.nowhere import what"),
     ],
 )
 def test_an_import_that_points_up_is_noticed(module: str, text: str) -> None:
@@ -153,6 +196,7 @@ def test_an_import_that_points_up_is_noticed(module: str, text: str) -> None:
         ("optim8.optim.adam", "from .base import Base\nfrom ..functional import steps\nfrom .. import _native"),
         ("optim8.optim.__init__", "from . import adam\nfrom .adam import Adam8bit"),
         ("optim8._native", "from optim8 import _cpu\nimport optim8._cuda"),
+        ("optim8.state.moments", "from optim8.state.layout import Layout\nfrom optim8.state import report"),
     ],
 )
 def test_an_import_that_points_down_is_allowed(module: str, text: str) -> None:

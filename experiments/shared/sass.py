@@ -10,9 +10,18 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from optim8 import rules
+from optim8.rules import Rule
+
 ROOT = Path(__file__).resolve().parents[2]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+
+
+def rules_by_type() -> dict[str, Rule]:
+    """The rules by the names of their structs, which stand in the names of kernels."""
+    lines = re.findall(r"X\((\w+), (\w+)\)", (ROOT / "csrc/core/rules/all.h").read_text())
+    return {struct: rules.rule(name) for name, struct in lines}
 
 
 def tool_folder() -> Path | None:

@@ -52,12 +52,11 @@ def round_trip(x: Tensor, code: Tensor, blocksize: int | None) -> Tensor:
 
 
 def round_trip_of_state(moments: Moments) -> Moments:
-    """Quantizes the moments as optim8's optimizers store them, and decodes them."""
-    from optim8 import codec
-    from optim8.optim import states
+    """The moments after quantization as optim8's optimizers store them."""
+    from optim8 import codec, rules
 
     found = {}
-    for moment in (states.EXP_AVG, states.EXP_AVG_SQ):
+    for moment in rules.rule("adamw").moments:
         values = moments[moment.name].contiguous()
         codes = torch.empty_like(values, dtype=torch.uint8)
         absmax = torch.empty(codec.blocks(values.numel()))

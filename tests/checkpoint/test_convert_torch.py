@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.convert_harness import CARRIERS, assert_holds, assert_same_step, ma
 from support.harness import bits, snapshot
 
 import optim8
+from optim8 import rules
 
 PAIRS = {"Adam8bit": torch.optim.Adam, "AdamW8bit": torch.optim.AdamW}
 HYPER: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.03}
@@ -280,8 +282,10 @@ def test_paged_optimizers_convert_too() -> None:
     }
 
 
-def test_a_rule_that_others_do_not_share_is_not_converted() -> None:
+def test_a_rule_that_others_do_not_share_is_not_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new optimizer may have moments of the same names with another meaning."""
+    known = {**rules.every(), "novel": dataclasses.replace(rules.rule("adamw"), name="novel")}
+    monkeypatch.setattr(rules, "every", lambda: known)
 
     class Novel(optim8.AdamW8bit):
         rule = "novel"

@@ -171,7 +171,7 @@ def kept_over_a_step(place: Place) -> None:
         for name, value in entry.items():
             assert bits(local(state["state"][index][name])) == bits(local(value)), name
     del state, now, entry, value
-    assert not optimizer._windows  # what nobody holds is not kept up
+    assert not optimizer.windows  # what nobody holds is not kept up
 
 
 def strange_tiles(place: Place) -> None:

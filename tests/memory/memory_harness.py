@@ -80,8 +80,7 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     found = {"parameters": sum(p.nbytes for p in model.parameters())}
     found["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     found |= {"codes": 0, "absmax": 0, "state32": 0}
-    store = getattr(optimizer, "_store", None)
-    segments = [] if store is None else store.segments
+    segments = getattr(getattr(optimizer, "memory", None), "segments", [])
     storages = {segment.span[0]: segment.memory.numel() for segment in segments}  # whole pages
     for state in optimizer.state.values():
         for name, tensor in state.items():

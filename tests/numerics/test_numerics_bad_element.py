@@ -79,7 +79,7 @@ def test_one_bad_element_stays_one_element(
                 absmax = values(optimizer.state[p][f"{name}_absmax"])
                 assert (absmax == values(clean.state[q][f"{name}_absmax"])).all(), name
         for i in places:
-            expected = _as_torch(case, hyper, old_p[i], old["exp_avg"].value[i], BAD[bad])
+            expected = _as_torch(case, hyper, old_p[i], old[next(iter(case.states))].value[i], BAD[bad])
             actual = values(p)[i]
             # Two roundings in float32 (decay, step), one to the parameter's dtype.
             unit = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
@@ -137,6 +137,8 @@ def test_a_huge_finite_gradient_leaves_the_others_finite(case: Case, huge: float
         assert np.isfinite(values(p)).all()
         for name, moment in moments(optimizer, case, p).items():
             assert np.isfinite(moment.value).all(), name
+        if not case.is_scale_free:
+            moved[300] = 0
         assert (moved <= 20 * case.hypers[0]["lr"] + 0.1 * np.abs(before)).all(), "an update grew out of all proportion"
 
 

@@ -10,7 +10,8 @@ import torch
 from cases import EVERY, Case
 from support.harness import ALL, bits, parameter, small_set, snapshot
 
-from optim8.optim import sharded
+from optim8.step.parts import LocalStep
+from optim8.step.scaling import UNSCALED
 
 ONE = pytest.mark.parametrize("case", EVERY[:1], ids=str)
 
@@ -197,11 +198,12 @@ def test_what_is_called_meanwhile_cannot_leave_a_step_half_done(case: Case, thre
     calls = []
 
     def fail() -> None:
-        calls.append(len(a._table))
+        calls.append(len(a.stepper._table))
         raise KeyboardInterrupt
 
-    with sharded.LocalStep(case.name, a._parts(None, None), a.state) as local:
-        table, _ = a._gather(local, [{}])
+    table = a.stepper._table
+    local_step = LocalStep(case.name, a.stepper._parts(a, None, UNSCALED), a.state)
+    a.stepper._gather(a, local_step)
     with pytest.raises(KeyboardInterrupt):
         table.run_cpu(threads, meanwhile=fail)
     table.clear()

@@ -16,7 +16,7 @@ from support.harness import bits, hostile, parameter, state_bits
 
 import optim8
 import optim8 as bnb
-from optim8.optim import overrides
+from optim8.step import overrides
 
 KINDS = ("Adam", "AdamW", "Lion")
 NAMES = [f"{paged}{kind}{size}" for paged in ("", "Paged") for kind in KINDS for size in ("", "8bit", "32bit")]

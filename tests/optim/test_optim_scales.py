@@ -13,9 +13,10 @@ from cases import CASES, Case
 from support.harness import ALL, bits, hostile, parameter, snapshot
 
 import optim8
-from optim8 import codec
-from optim8.optim import tiles
-from optim8.optim.states import EXP_AVG
+from optim8 import codec, rules
+from optim8.state import tiles
+
+EXP_AVG = rules.rule("lion").moments[0]
 
 LOST = r"\['exp_avg_codes'\] has values where 'exp_avg_absmax' is 0"
 

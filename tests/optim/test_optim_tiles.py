@@ -10,11 +10,12 @@ from support.convert_harness import converted_scales
 from support.harness import bits, hostile
 from support.rounding import Rounded
 
-from optim8 import codec
-from optim8.optim import tiles
-from optim8.optim.states import EXP_AVG, EXP_AVG_SQ, Moment
+from optim8 import codec, rules
+from optim8.rules import Moment
+from optim8.state import tiles
 
 BLOCK = reference.BLOCK
+EXP_AVG, EXP_AVG_SQ = rules.rule("adamw").moments
 SIGNED = pytest.mark.parametrize("moment", [EXP_AVG, EXP_AVG_SQ], ids=["signed", "unsigned"])
 
 

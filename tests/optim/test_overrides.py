@@ -15,6 +15,8 @@ from cases import Case
 from support.harness import ALL, bits, hostile, hostile_steps, parameter, state_bits
 
 import optim8
+from optim8.step import overrides, supply
+from optim8.step.scaling import UNSCALED
 
 # Every option that can be overridden, with a value that is not row 0's.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -331,7 +333,7 @@ def test_nothing_is_kept_alive_and_nothing_leaks() -> None:
     assert [ref() for ref in refs] == [None, None]
     fresh = optim8.AdamW8bit(twin.named_parameters(), min_8bit_size=0)
     assert {fresh.precision(p) for p in twin.parameters()} == {"8bit"}, "an override stays with its tensor"
-    assert not optim8.optim.overrides._made, "overrides of what is gone are gone"
+    assert not overrides._made, "overrides of what is gone are gone"
 
 
 def test_others_overrides_cost_a_step_nothing_by_parameter() -> None:
@@ -340,10 +342,11 @@ def test_others_overrides_cost_a_step_nothing_by_parameter() -> None:
     optimizer = optim8.AdamW8bit(params)
     with optim8.override(others[0], lr=0.1):
         hostile_steps(params, optimizer, 0, 1)
-        known = optimizer._resolved()
+        known = supply.resolve(optimizer)
         hostile_steps(params, optimizer, 1, 2)
-        assert optimizer._resolved() is known
-        assert [part[1] is optimizer.param_groups[0]["params"] for part in optimizer._parts(None, None)] == [True]
+        assert supply.resolve(optimizer) is known
+        parts = optimizer.stepper._parts(optimizer, None, UNSCALED)
+        assert [part.params is optimizer.param_groups[0]["params"] for part in parts] == [True]
 
 
 @pytest.mark.parametrize("to", [8, 32])
@@ -364,7 +367,7 @@ def test_paged_state_is_converted_where_it_lives(to: int) -> None:
         optim8.override(p, optim_bits=to)
     assert {paged.precision(p) for p in params} == {f"{to}bit"}
     tensors = [t for p in params for t in paged.state[p].values()]
-    assert all(any(map(segment.holds, tensors)) for segment in paged._store.segments), "a file is given up when unused"
+    assert all(any(map(segment.holds, tensors)) for segment in paged.memory.segments), "a file is given up when unused"
 
 
 def test_an_override_that_concerns_no_optimizer_is_reported_once() -> None:

@@ -24,7 +24,8 @@ from support.cuda_stub import Gpu, OnCuda, Torch, install, plain
 from support.harness import DTYPES, bits, hostile, snapshot, state_bits
 
 import optim8
-from optim8.paging import Pager, launches
+from optim8.paging import Pager
+from optim8.step import pending
 
 KIB = 2**10
 SHAPES: tuple[tuple[int, ...], ...] = ((600,), (257,), (0,), (5000,), (4, 6, 10, 10), (12_000,))
@@ -78,7 +79,7 @@ def check_bits(gpu: Gpu, case: Case, optim_bits: int, tiers: str) -> None:
     for p in made[2][0]:
         entry = optimizers[2].state[p]
         moment = optimizers[2].moments[0].values(entry)
-        pinned = any(segment.holds(moment) for segment in optimizers[2]._store.segments)
+        pinned = any(segment.holds(moment) for segment in optimizers[2].memory.segments)
         assert pinned == (not isinstance(moment, OnCuda) and p.numel() > 0)
 
 
@@ -166,7 +167,7 @@ def of_monitor(optimizer: Any, params: Any, earlier: Any) -> Any:
 
 def of_freed_segments(optimizer: Any, params: Any, earlier: Any) -> Any:
     optimizer.state.clear()
-    optimizer._store.keep_only([])
+    optimizer.memory.keep_only([])
     return len(optimizer._gpu.queue)
 
 
@@ -186,7 +187,7 @@ def look(gpu: Gpu, path: Path, deferred: bool) -> Any:
     del optimizer.__dict__["_gpu"]
     before = gpu.done
     held = steps(params, optimizer, 3, 4)
-    held += [segment.memory for segment in optimizer._store.segments]  # for the run in which nobody waits
+    held += [segment.memory for segment in optimizer.memory.segments]  # for the run in which nobody waits
     assert gpu.done == before + (not deferred), "a step waits"
     result = path(optimizer, params, earlier)
     gpu.drain()
@@ -199,11 +200,11 @@ def check_path(gpu: Gpu, path: Path) -> None:
     """With launches that are late, all is as with launches that are not; without the wait it is not."""
     expected = look(gpu, path, deferred=False)
     assert look(gpu, path, deferred=True) == expected
-    settle, launches.settle = launches.settle, lambda: None
+    wait, pending.wait = pending.wait, lambda: None
     try:
         assert look(gpu, path, deferred=True) != expected, "this check would not notice that nobody waits"
     finally:
-        launches.settle = settle
+        pending.wait = wait
 
 
 def check_end(gpu: Gpu) -> None:
@@ -232,7 +233,7 @@ def check_graph(gpu: Gpu) -> None:
     gpu.launched += 1
     optimizer.state_dict()
     assert not gpu.queue
-    launches._forget()
+    pending._forget()
 
 
 def check_capture_without_state(gpu: Gpu) -> None:

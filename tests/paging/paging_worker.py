@@ -26,8 +26,9 @@ from support.harness import bits, parameter
 
 import optim8
 from optim8 import _native
-from optim8.paging import Pager, files, tiers
+from optim8.paging import Pager, tiers
 from optim8.paging.streaming import Stream
+from optim8.state import mapped
 
 MIB = 2**20
 COUNT, SIZE = 8, MIB  # bfloat16 parameters of 2 MiB, with 8 MiB of 32-bit AdamW state or 2 MiB of 8-bit state each
@@ -43,7 +44,7 @@ def own_memory() -> int:
     them and reads them back as it likes."""
     pages = 0
     with Path("/proc/self/pagemap").open("rb", buffering=0) as map_:  # 8 bytes for each page, the highest bit: present
-        for segment in list(files._limited):
+        for segment in list(mapped._limited):
             first, end = (address // tiers.PAGE for address in segment.span)
             entries = np.frombuffer(os.pread(map_.fileno(), 8 * (end - first), 8 * first), np.uint64)
             pages += int((entries >> np.uint64(63)).sum())
@@ -93,7 +94,7 @@ def make(params: list[torch.nn.Parameter], paged: Any) -> Any:
 
 def drop(optimizer: Any) -> None:
     """Write the files of an optimizer's state back, and take them out of the page cache."""
-    for segment in optimizer._store.segments:
+    for segment in optimizer.memory.segments:
         if segment.handle is not None:
             os.fsync(segment.handle)
             os.posix_fadvise(segment.handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -160,7 +161,7 @@ def main() -> None:
     with phases.phase("training"):
         optimizer = make(params, pager)
         train(params, optimizer, 0, 2, asked["cold"])
-    ways = [optimizer._store._stream.way]
+    ways = [optimizer.memory._stream.way]
     with phases.phase("deepcopy"):
         twin = copy.deepcopy(optimizer, {id(p): p for p in params})
     del twin
@@ -175,9 +176,9 @@ def main() -> None:
     gc.collect()
     with phases.phase("training after loading"):
         train(params, loaded, 2, 4, asked["cold"])
-    ways.append(loaded._store._stream.way)
+    ways.append(loaded.memory._stream.way)
     digests = [digest(params, loaded)]
-    files.release([value for entry in loaded.state.values() for value in entry.values()])
+    mapped.release([value for entry in loaded.state.values() for value in entry.values()])
     with phases.phase("pickle"), (folder / "optimizer.pickle").open("wb") as file:
         pickle.dump(loaded, file)
     del loaded

@@ -100,7 +100,7 @@ def steps_like_a_resident_one(case: Case, optim_bits: int, pager: str, way: str,
         for params, optimizer in ((resident, a), (paged, b)):
             steps(params, optimizer, t, t + 1)
         assert snapshot(b) == snapshot(a), t
-        ways.add(b._store._stream.way)
+        ways.add(b.memory._stream.way)
     # Where nothing of a step is on the disk, there is nothing to copy.
     assert way in ways
     assert ways == {way} or (pager == "half in memory" and ways == {way, MAPPED})
@@ -122,7 +122,7 @@ def test_many_tensors_in_any_order_share_pages(way: str, tmp_path: Path) -> None
         optimizer.param_groups[0]["params"].reverse()
         optimizer.step()
         results.append(snapshot(optimizer))
-        assert paged is None or optimizer._store._stream.way == way
+        assert paged is None or optimizer.memory._stream.way == way
     assert results[0] == results[1]
 
 
@@ -151,14 +151,14 @@ def test_a_step_takes_the_way_that_the_page_cache_asks_for(tmp_path: Path) -> No
     optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget="1MiB", bucket="1MiB"))
     ways = []
     for cold in (False, False, True, True, True, False):
-        for segment in optimizer._store.segments if cold else ():
+        for segment in optimizer.memory.segments if cold else ():
             os.fsync(segment.handle)
             os.posix_fadvise(segment.handle, 0, 0, os.POSIX_FADV_DONTNEED)
         optimizer.step()
-        ways.append(optimizer._store._stream.way)
+        ways.append(optimizer.memory._stream.way)
     # The last one finds in the page cache what was not dropped after the step before: nothing, that went past it, but
     # the page where steps are counted.
-    spans = [segment.span for segment in optimizer._store.segments]
+    spans = [segment.span for segment in optimizer.memory.segments]
     assert optim8._native.cpu().share_in_memory(spans) < 0.2
     assert ways == [CACHED, CACHED, CACHED, DIRECT, DIRECT, DIRECT]
 
@@ -173,7 +173,7 @@ def test_a_step_past_the_page_cache_reads_its_state_once(tmp_path: Path) -> None
     p = parameter(torch.ones(2**24), torch.ones(2**24))
     optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget="4MiB", bucket="1MiB"))
     optimizer.step()
-    (segment,) = (segment for segment in optimizer._store.segments if segment.tier == tiers.DISK)
+    (segment,) = (segment for segment in optimizer.memory.segments if segment.tier == tiers.DISK)
     os.fsync(segment.handle)
     os.posix_fadvise(segment.handle, 0, 0, os.POSIX_FADV_DONTNEED)
     before = read_from_disk()
@@ -198,7 +198,7 @@ def test_pages_that_were_looked_at_are_let_go_of_by_the_next_step(way: str, tmp_
     codes.max()
     assert resident_kib(codes.data_ptr()) >= codes.nbytes // 1024
     optimizer.step()
-    assert optimizer._store._stream.way == way
+    assert optimizer.memory._stream.way == way
     assert resident_kib(codes.data_ptr()) < 256
 
 
@@ -301,7 +301,7 @@ def test_small_budgets_are_enough_to_copy(way: str, bucket: str, budget: str, tm
     optimizer = optim8.AdamW8bit([p], paged=Pager(directory=tmp_path, host_budget=budget, bucket=bucket))
     for _ in range(2):
         optimizer.step()
-        assert optimizer._store._stream.way == way
+        assert optimizer.memory._stream.way == way
 
 
 BOUND = """
@@ -364,7 +364,7 @@ def test_without_room_for_its_memory_a_step_stays_in_the_mapping(
             monkeypatch.setattr(optim8._native.cpu(), "DirectMemory", no_room)
         optimizer.step()
         results.append(snapshot(optimizer))
-        assert paged is None or optimizer._store._stream.way == MAPPED
+        assert paged is None or optimizer.memory._stream.way == MAPPED
     assert results[0] == results[1]
 
 

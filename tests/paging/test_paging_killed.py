@@ -34,7 +34,7 @@ p = parameter_and_gradient()
 budget = None if {way!r} == MAPPED else "256KiB"
 optimizer = ADAMW.make([p], paged=keep(Path({folder!r}), host_budget=budget, bucket="64KiB"))
 optimizer.step()
-assert optimizer._store._stream.way == {way!r}
+assert optimizer.memory._stream.way == {way!r}
 optimizer.note_checkpoint("runs/last.pt")
 if {between}:
     optimizer.step()

@@ -360,7 +360,7 @@ def test_a_state_dict_that_is_taken_leaves_the_noted_checkpoint_alone(tmp_path: 
         if t == 2:
             run.optimizer.note_checkpoint("last.pt")
         run.optimizer.state_dict()
-        noted = run.optimizer._store.kept.checkpoint
+        noted = run.optimizer.memory.kept.checkpoint
         assert (noted.what, noted.step) == (expected, min(t + 1, 3))
 
 
@@ -412,7 +412,7 @@ def test_the_placement_tells_of_the_copy(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_state_that_cannot_be_used_is_not_noted(tmp_path: Path) -> None:
     run = left(tmp_path, 1, 2)
-    run.optimizer._store.kept.journal.begin(1)  # a step that has not ended
+    run.optimizer.memory.kept.journal.begin(1)  # a step that has not ended
     with pytest.raises(RuntimeError, match="stepping was interrupted"):
         run.optimizer.note_checkpoint("last.pt")
     run.optimizer.close()

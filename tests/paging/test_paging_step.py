@@ -98,7 +98,7 @@ def test_buckets_cover_every_block_once_and_hold_what_they_may(monkeypatch: pyte
 
     def spied(stream: Stream, rows: Any, *arguments: Any) -> None:
         # The rows last as long as the step.
-        cut[:] = [_native.cpu().Buckets(rows, [s.span for s in optimizer._store.segments], 64 * KIB)]
+        cut[:] = [_native.cpu().Buckets(rows, [s.span for s in optimizer.memory.segments], 64 * KIB)]
         cut.append(_native.cpu().Buckets(rows, [], 64 * KIB))
         step(stream, rows, *arguments)
 
@@ -106,8 +106,8 @@ def test_buckets_cover_every_block_once_and_hold_what_they_may(monkeypatch: pyte
     params = params_of(torch.float32)
     optimizer = optim8.AdamW8bit(params, min_8bit_size=256, paged=Pager(bucket="64KiB"))
     steps(params, optimizer, 0, 3)
-    (segment, *_) = optimizer._store.segments
-    spans = [s.span for s in optimizer._store.segments]
+    (segment, *_) = optimizer.memory.segments
+    spans = [s.span for s in optimizer.memory.segments]
     buckets, nothing_paged = cut
     in_buckets = [buckets[i] for i in range(len(buckets))]
     assert len(buckets) > 5

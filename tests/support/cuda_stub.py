@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from optim8 import _native
+from optim8.state import allocation
 
 # The exchange table tells where a tensor really is; without it native code asks for attributes, as with older torch.
 if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
@@ -50,10 +51,12 @@ class Torch(TorchFunctionMode):
         args = tuple(torch.device("cpu") if isinstance(value, torch.device) else value for value in args)
         kwargs = {k: torch.device("cpu") if isinstance(v, torch.device) else v for k, v in kwargs.items()}
         out = func(*args, **kwargs)
-        if not devices or not isinstance(out, torch.Tensor):
-            return out
-        there = OnCuda if devices[0].type == "cuda" else torch.Tensor
-        return out if type(out) is there else out.clone().as_subclass(there)
+        if devices and isinstance(out, torch.Tensor):
+            there = OnCuda if devices[0].type == "cuda" else torch.Tensor
+            out = out if type(out) is there else out.clone().as_subclass(there)
+        if isinstance(out, torch.Tensor) and self.gpu.deferred:
+            self.gpu.held.append(out)
+        return out
 
 
 class Gpu:
@@ -62,6 +65,7 @@ class Gpu:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.queue: list[Callable[[], None]] = []
+        self.held: list[torch.Tensor] = []  # memory of a stream goes to nobody else before its launches have run
         self.launched = self.done = 0
         self.deferred = self.capturing = False
         self.cuda_stream = 7
@@ -78,10 +82,23 @@ class Gpu:
         return call
 
     def step(self, rows: int, count: int, device: int, *scalars: Any) -> None:
-        # Rows travel in a kernel's parameters: the caller may overwrite them at once.
+        # Rows and their scalars travel in a kernel's parameters: the caller may overwrite them at once.
         copied_rows = ctypes.create_string_buffer(ctypes.string_at(rows, count * self.module.row_size))
+        copied_scalars = []
+        for row in range(count):
+            place = ctypes.c_void_p.from_buffer(copied_rows, row * self.module.row_size + self.module.scalars_offset)
+            if place.value is not None:
+                copied_scalars.append(
+                    ctypes.create_string_buffer(ctypes.string_at(place.value, 4 * self.module.scalars_size))
+                )
+                place.value = ctypes.addressof(copied_scalars[-1])
         plain_scalars = tuple(map(plain, scalars))
-        self.queue.append(lambda: self.module.step(ctypes.addressof(copied_rows), count, device, *plain_scalars))
+
+        def launch() -> None:
+            assert len(copied_scalars) in (0, count)  # they live as long as the launch
+            self.module.step(ctypes.addressof(copied_rows), count, device, *plain_scalars)
+
+        self.queue.append(launch)
         self.launched += 1
         if not self.deferred:
             self.run_to(self.launched)
@@ -90,6 +107,8 @@ class Gpu:
         while self.done < mark:
             self.queue.pop(0)()
             self.done += 1
+        if not self.queue and not self.deferred:
+            self.held.clear()
 
     def drain(self) -> None:
         self.run_to(self.launched)
@@ -118,6 +137,11 @@ def install(path: str) -> Gpu:
         def synchronize(self) -> None:
             gpu.run_to(self.mark)
 
+    def cut(flat: torch.Tensor, *places: Any) -> list[torch.Tensor]:
+        tensors = native_cut(plain(flat), *places)
+        return [t.as_subclass(OnCuda) for t in tensors] if isinstance(flat, OnCuda) else tensors
+
+    native_cut, allocation.cut = allocation.cut, cut
     torch.cuda.Event = Event  # type: ignore[assignment, misc]
     torch.cuda.current_stream = lambda device=None: gpu  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: gpu.drain()
