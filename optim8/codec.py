@@ -7,7 +7,7 @@ import torch
 
 from optim8 import _native
 
-# Values of one absmax in optimizer state: csrc/core/codec.h says it. A tree without its compiled module imports too.
+# Values of one absmax in optimizer state: csrc/core/codec.h defines it. 256 serves a tree without a compiled module.
 BLOCK: int = getattr(_native.cpu_or_none(), "step_block", 256)
 _PART = 2**14 * BLOCK  # values that _keep_negative looks at in one go
 _CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def quantize(
     state never becomes 0.
 
     The largest magnitude of a block keeps its value, so that quantizing what was dequantized changes nothing.
-    `as_step`: as a step does it, which loses 0.7 % of a largest magnitude that is negative: there is no code for -1.
+    `as_step`: quantize as a step does. It loses 0.7 % of a largest magnitude that is negative: there is no code for -1.
     """
     table = code_table(signed, values.device)
     values, codes = flat(values), flat(codes)
@@ -113,7 +113,7 @@ def _keep_negative(table: torch.Tensor, values: torch.Tensor, codes: torch.Tenso
     chosen = ((rows == -absmax[:, None]).any(dim=1) & (absmax > 0)).nonzero()[:, 0]
     if not chosen.numel():
         return
-    # One more value in each block, the largest, is what sets its scale.
+    # Each block gets one more value, the largest, which sets its scale.
     scales = absmax[chosen] / -table[0]
     longer = torch.cat((rows[chosen], scales[:, None]), dim=1)
     new_codes, new_absmax = torch.empty_like(longer, dtype=torch.uint8), torch.empty_like(scales)

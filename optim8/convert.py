@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optim8.checkpoint.formats import bitsandbytes, torch_optim
-from optim8.checkpoint.formats.common import check_rule
+from optim8.checkpoint.formats.common import Format, check_rule
 from optim8.optim import BlockwiseOptimizer
 from optim8.rules import Moment
 from optim8.state import report as reports
@@ -25,7 +25,7 @@ __all__ = ["Note", "Report", "Row", "report", "to_bitsandbytes", "to_torch", "wi
 
 
 def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
-    """The state as a dict that `torch.optim.Adam` or `AdamW` loads; for Lion, that `lion_pytorch.Lion` loads.
+    """The state as a dict that `torch.optim.Adam`, `AdamW` or `SGD` loads; for Lion, that `lion_pytorch.Lion` loads.
 
     Codes become float32, exactly (torch's `load_state_dict` then rounds to the dtype of the parameter). Groups keep
     their hyper-parameters and options; those that exist only here are left out. The optimizer is not changed, and the
@@ -46,7 +46,7 @@ def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
         >>> theirs.step()
     """
     who = "to_torch"
-    _check(who, optimizer)
+    _check(who, optimizer, torch_optim.FORMAT)
     for index, group in enumerate(optimizer.param_groups):
         for at, param in enumerate(group["params"]):
             changed = sorted(optimizer.overridden(param).keys() - hypers.EXTRA_DEFAULTS)
@@ -63,16 +63,16 @@ def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
 
     Codes are taken over as they are; where a parameter does not lie row after row (channels last), they are quantized
     anew, since blocks run row after row there. The layout is the flat one, which every version reads. The optimizer is
-    not changed, and the dict shares no memory with it. What others keep in a parameter's state is left out. Overrides
-    are in no state dict, there as here: repeat them.
+    not changed, and the dict shares no memory with it. What others keep in a parameter's state is left out. No
+    state dict holds overrides, neither theirs nor ours: repeat them.
 
     Raises:
         TypeError: no optimizer of this library.
-        ValueError: parameters are DTensors; a group maximizes, or is Adam's with a weight decay (bitsandbytes' Adam
-            decouples it).
+        ValueError: the rule is SGD, which cannot be converted; parameters are DTensors; a group maximizes, or is Adam's
+            with a weight decay (bitsandbytes' Adam decouples it).
     """
     who = "to_bitsandbytes"
-    _check(who, optimizer)
+    _check(who, optimizer, bitsandbytes.FORMAT)
     return _written(who, optimizer, bitsandbytes.write_group, bitsandbytes.write_entry, bitsandbytes.as_source)
 
 
@@ -104,10 +104,10 @@ def with_exact_zeros(state_dict: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check(who: str, optimizer: Any) -> None:
+def _check(who: str, optimizer: Any, known: Format) -> None:
     if not isinstance(optimizer, BlockwiseOptimizer):
         raise TypeError(f"{who}: optimizer must be one of optim8, got {type(optimizer).__name__}.")
-    check_rule(who, optimizer.rule)
+    check_rule(who, known, optimizer.rule)
     if any(shards.is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
         raise ValueError(
             f"{who}: parameters must be whole, got DTensors. Gather the state with get_optimizer_state_dict and "

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -67,24 +68,26 @@ class Hyper:
     default: bool | float | tuple[float, float]
     least: float
     below: float
+    is_flag: bool = field(init=False)
+    is_pair: bool = field(init=False)
+    is_number: bool = field(init=False)
 
-    @property
-    def is_flag(self) -> bool:
-        return isinstance(self.default, bool)
-
-    @property
-    def is_pair(self) -> bool:
-        return isinstance(self.default, tuple)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_flag", isinstance(self.default, bool))
+        object.__setattr__(self, "is_pair", isinstance(self.default, tuple))
+        object.__setattr__(self, "is_number", not (self.is_flag or self.is_pair))
 
 
 @dataclass(frozen=True)
 class Rule:
     """An update rule: its states in order, and its hyper-parameters.
 
+    torch_name: the optimizer of torch.optim with the same rule; None: there is none.
     functional_name: what optimizer_update_* of the functional API call it; None: they do not have it.
     """
 
     name: str
+    torch_name: str | None
     functional_name: str | None
     moments: tuple[Moment, ...]
     hypers: tuple[Hyper, ...]
@@ -114,8 +117,8 @@ def every() -> dict[str, Rule]:
         ImportError: the compiled module is missing; says what to do.
     """
     return {
-        name: Rule(name, functional_name, tuple(Moment(state, signed) for state, signed in states), _hypers(hypers))
-        for name, functional_name, states, hypers in _native.cpu().rules()
+        name: Rule(name, torch_name, functional_name, tuple(starmap(Moment, states)), _hypers(hypers))
+        for name, torch_name, functional_name, states, hypers in _native.cpu().rules()
     }
 
 

@@ -23,6 +23,7 @@ LION_HYPERS: tuple[dict[str, Any], ...] = (
 )
 
 
+
 @dataclass(frozen=True)
 class Case:
     """What the tests need to know of one optimizer. Everything else must hold for any optimizer."""
@@ -32,12 +33,18 @@ class Case:
     states: Mapping[str, bool]  # state -> whether its code is signed
     hypers: Sequence[Mapping[str, Any]]  # no row holds a default
     defaults: Mapping[str, Any]  # of what torch.optim has no class for
+    training: Mapping[str, Any]  # with which 200 steps learn something
     torch_class: type[torch.optim.Optimizer] | None = None  # the 32-bit optimizer with the same meaning
     decay_in_gradient: bool = False  # weight decay passes through the moments
     is_scale_free: bool = True  # the size of an update does not depend on that of the gradients
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def state(self) -> str:
+        """The name of the first state."""
+        return next(iter(self.states))
 
     @property
     def cls(self) -> Any:
@@ -62,6 +69,7 @@ CASES = {
             {"exp_avg": True, "exp_avg_sq": False},
             ADAM_HYPERS,
             {},
+            {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 1e-4},
             torch_class=torch.optim.Adam,
             decay_in_gradient=True,
         ),
@@ -71,6 +79,7 @@ CASES = {
             {"exp_avg": True, "exp_avg_sq": False},
             ADAM_HYPERS,
             {},
+            {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.05},
             torch_class=torch.optim.AdamW,
         ),
         Case(
@@ -79,6 +88,7 @@ CASES = {
             {"exp_avg": True},
             LION_HYPERS,
             {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
+            {"lr": 2e-3, "betas": (0.92, 0.98), "weight_decay": 0.1},
         ),
     )
 }

@@ -12,9 +12,9 @@
 
 namespace optim8 {
 
-// The dynamic code, also with other numbers of bits: as core/codec.h has it, decades of 10, each split evenly into
-// twice as many cells as the one below. Bits that the exponent does not need refine the top decade by a grid of its
-// own.
+// The dynamic code, also with other numbers of bits. As in core/codec.h, it consists of decades of 10, each split
+// evenly into twice as many cells as the one below. Bits that the exponent does not need refine the top decade by a
+// grid of its own.
 inline std::vector<float> dynamic_map(bool with_sign, int max_exponent_bits, int total_bits) {
     const Arguments check{"create_dynamic_map"};
     if (total_bits < 2 || total_bits > 8 || max_exponent_bits < 1 || max_exponent_bits >= total_bits)

@@ -1,4 +1,5 @@
 // Gathering the tensors of a step from Python objects.
+#include "bind/checks.h"
 #include "bind/step_table.h"
 #include "core/codec.h"
 #include "core/rule_table.h"
@@ -7,22 +8,6 @@
 #include <iterator>
 
 namespace optim8 {
-
-// One parameter's place, for messages. `names`: those of the group's parameters, or None.
-struct Place {
-    const std::string& owner;
-    int64_t group, index;
-    const py::object& names;
-
-    [[noreturn]] void fail(const std::string& what) const {
-        const bool named = py::isinstance<py::list>(names) && index < PyList_GET_SIZE(names.ptr());
-        const std::string name =
-            named ? " " + std::string(py::repr(py::handle(PyList_GET_ITEM(names.ptr(), index)))) : "";
-        throw py::value_error(owner + ": parameter " + std::to_string(index) + name + " of group " +
-                              std::to_string(group) + " " + what);
-    }
-};
-
 namespace {
 
 constexpr const char* step_name = "step";
@@ -63,79 +48,6 @@ const Names& names() {
     return *all;
 }
 
-// What a tensor without memory is, for messages: "a FakeTensor (torch.strided, on cpu)".
-std::string kind_of(py::handle tensor) {
-    const std::string type = py::str(py::type::handle_of(tensor).attr("__name__"));
-    return "a " + type + " (" + std::string(py::str(tensor.attr("layout"))) + ", on " +
-           std::string(py::str(tensor.attr("device"))) + ")";
-}
-
-constexpr const char* no_values_advice =
-    "Give it values if it is on meta; step outside of what traces with such tensors (FakeTensorMode, torch.func, "
-    "make_fx, torch.export).";
-
-View view_of(PyObject* object, const Place& place, const char* what, const char* advice) {
-    View view;
-    if (!read_view(object, view)) {
-        const bool strided = std::string(py::str(py::handle(object).attr("layout"))) == "torch.strided";
-        place.fail(std::string(what) + " is not a dense tensor with memory of its own, got " + kind_of(object) + ". " +
-                   (strided ? no_values_advice : advice));
-    }
-    return view;
-}
-
-// Whether the memory was taken away, as FSDP does; a tracer's tensor never had any.
-bool was_freed(py::handle tensor) {
-    try {
-        return tensor.attr("untyped_storage")().attr("nbytes")().cast<int64_t>() == 0;
-    } catch (const py::error_already_set&) {
-        return false;  // no storage either
-    }
-}
-
-void check_memory(PyObject* object, const View& view, const Place& place, const char* what) {
-    if (view.data != nullptr || view.size == 0) return;
-    if (was_freed(object))
-        place.fail(std::string(what) + " has no memory, got " + view.describe() +
-                   " that was freed. Step while it is there.");
-    place.fail(std::string(what) + " has no values, got " + kind_of(object) + ", " + view.describe() + ". " +
-               no_values_advice);
-}
-
-void check_param(const View& p, const Place& place) {
-    if (!p.has_storage())
-        place.fail("must be float32, bfloat16 or float16, got " + p.describe() +
-                   ". Convert the model, or leave this parameter out.");
-}
-
-// A slice has gaps and is stepped all the same; elements of one address cannot be. Each stride must pass over all that
-// the smaller ones reach.
-void check_apart(const View& p, const Place& place) {
-    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, extent
-    for (int d = 0; d < p.ndim; ++d)
-        if (p.shape[d] > 1) dims.emplace_back(p.strides[d], p.shape[d]);
-    std::sort(dims.begin(), dims.end());
-    int64_t reach = 1;
-    for (const auto& [stride, extent] : dims) {
-        if (stride < reach)
-            place.fail("must have an address for each element, got " + p.describe() +
-                       " that is expanded or overlaps. Give it memory of its own with "
-                       "`param.data = param.data.contiguous()`.");
-        reach += stride * (extent - 1);
-    }
-}
-
-void check_grad(const View& p, const View& g, const Place& place) {
-    if (!g.same_device(p))
-        place.fail("has a gradient on another device: parameter " + p.describe() + ", gradient " + g.describe() +
-                   ". Move one of them.");
-    if (!g.same_shape(p))
-        place.fail("has a gradient of another shape: parameter " + p.describe() + ", gradient " + g.describe() + ".");
-    if (!g.has_storage() || (g.storage() != p.storage() && g.storage() != Storage::Float32))
-        place.fail("needs a gradient of its own dtype or float32: parameter " + p.describe() + ", gradient " +
-                   g.describe() + ". Cast the gradient.");
-}
-
 std::string quoted(const Key& key) { return "state['" + key.text + "']"; }
 
 // These two run for every tensor of every step: no text is made unless they fail.
@@ -147,7 +59,7 @@ PyObject* entry_of(InOrder& entries, const Key& key, const Place& place) {
     return value;
 }
 
-// Code that knows torch's names puts values beside codes, to reset state for one; they would be ignored.
+// Code that knows torch's names may put values beside codes, for instance to reset state. A step would ignore them.
 void check_one_kind(PyObject* entry, const StateKeys& keys, Precision precision, const Place& place) {
     const bool codes = precision == Precision::Bits8;
     const auto states = static_cast<Py_ssize_t>(keys.values.size());
@@ -170,93 +82,9 @@ View state_view(PyObject* value, const Key& key, const Place& place, Hint& hint)
 
 }  // namespace
 
-void Hint::add(const void* line, int lines) {
-    if (count_ < most) ranges_[count_++] = Range{static_cast<const char*>(line), lines};
-}
+TensorQueries::TensorQueries() : grad(names().grad), is_neg(names().is_neg), is_zero(names().is_zero) {}
 
-void Hint::add(PyObject* object, const View& view) {
-    add(object, 1);
-    // Shapes of up to five dimensions lie within torch's tensor object; storage before, dtype and strides behind.
-    if (view.shape != nullptr && view.owned.empty()) add(reinterpret_cast<const char*>(view.shape) - 64, 4);
-}
-
-void Hint::add_own(PyObject* object, const View& view) {
-    add(object, view);
-    // A small storage was often allocated along with the object that describes it.
-    constexpr int64_t small = 64 * 1024;
-    if (view.size > 0 && view.bytes() <= small) add(static_cast<const char*>(view.data) - 384, 6);
-}
-
-void Hint::add_dict(PyObject* object) {
-    add(object, 1);
-    add(reinterpret_cast<PyDictObject*>(object)->ma_keys, 4);
-}
-
-void Hint::prefetch() const {
-    for (int r = 0; r < count_; ++r)
-        for (int l = 0; l < ranges_[r].lines; ++l) __builtin_prefetch(ranges_[r].begin + 64 * l);
-}
-
-void DeviceRows::count() {
-    for (size_t r = 0; r < steps.size(); ++r) *steps[r] = next_steps[r];
-}
-
-DeviceRows& StepTable::rows_on(const View& param, bool count_on_device) {
-    for (DeviceRows& known : devices_)
-        if (known.on_cpu == param.on_cpu() && known.device == param.device && known.count_on_device == count_on_device)
-            return known;
-    devices_.push_back(DeviceRows{param.on_cpu(), param.device, count_on_device, {}, {}, {}});
-    return devices_.back();
-}
-
-bool StepTable::reaches(const View& param, const View& state) const {
-    if (state.same_device(param)) return true;
-    if (!state.on_cpu()) return false;
-    const auto begin = reinterpret_cast<uintptr_t>(state.data), end = begin + static_cast<uintptr_t>(state.bytes());
-    return std::any_of(host_.begin(), host_.end(), [&](const Span& span) {
-        return state.size == 0 || (span.first <= begin && end <= span.second);
-    });
-}
-
-std::vector<DeviceRows*> StepTable::elsewhere() {
-    std::vector<DeviceRows*> found;
-    for (DeviceRows& known : devices_)
-        if (!known.on_cpu && !known.rows.empty()) found.push_back(&known);
-    return found;
-}
-
-void StepTable::clear() {
-    for (DeviceRows& known : devices_) {
-        known.rows.clear();
-        known.steps.clear();
-        known.next_steps.clear();
-    }
-    options_.clear();
-    scalars_.clear();
-    host_.clear();
-    params_ = py::list();
-    memory_.clear();
-    grads_.clear();
-    asked_ = 0;
-    next_entry_ = 0;
-    ask_ = Asked();
-}
-
-std::optional<std::pair<int64_t, int64_t>> StepTable::same_memory() {
-    if (memory_ == apart_) return std::nullopt;
-    std::vector<std::pair<const void*, int64_t>> places;
-    for (size_t i = 0; i < memory_.size(); ++i)
-        if (memory_[i] != nullptr) places.emplace_back(memory_[i], static_cast<int64_t>(i));
-    std::sort(places.begin(), places.end());
-    for (size_t i = 1; i < places.size(); ++i)
-        if (places[i].first == places[i - 1].first) return std::make_pair(places[i - 1].second, places[i].second);
-    apart_ = memory_;
-    return std::nullopt;
-}
-
-Asked::Asked() : grad(names().grad), is_neg(names().is_neg), is_zero(names().is_zero) {}
-
-bool Asked::is_lazy(PyObject* tensor, const View& view) {
+bool TensorQueries::is_lazy(PyObject* tensor, const View& view) {
     return is_neg.of(tensor) || (view.data == nullptr && is_zero.of(tensor));
 }
 
@@ -274,7 +102,7 @@ void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p,
     PyObject* count = entry_of(values_of, names().step, place);
     for (size_t s = 0; s < keys.values.size(); ++s) {
         PyObject* tensor = nullptr;
-        if (s == 0) {  // what the first state is, all are
+        if (s == 0) {  // all states have the precision of the first
             tensor = values_of.is_next(keys.values[s].object) ? nullptr : values_of.find(keys.codes[s].object);
             row.precision = tensor != nullptr ? Precision::Bits8 : Precision::Bits32;
         }
@@ -325,7 +153,7 @@ Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, c
             if (given == nullptr && PyErr_Occurred()) throw py::error_already_set();
             held = py::reinterpret_borrow<py::object>(given);
         }
-        if (!held) held = ask_.grad.of(param);
+        if (!held) held = queries_.grad.of(param);
         if (held.is_none()) {
             entries.pass(param);
             continue;
@@ -339,7 +167,7 @@ Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, c
         check_param(p, place);
         const View g = view_of(grad, place, "has a gradient that",
                                "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
-        const bool lazy = ask_.is_lazy(grad, g);
+        const bool lazy = queries_.is_lazy(grad, g);
         if (!lazy) {
             check_memory(grad, g, place, "has a gradient that");
             hint.add_own(grad, g);

@@ -12,7 +12,8 @@ namespace optim8 {
 
 inline int64_t bytes_of(int64_t values, Storage storage) { return values * (storage == Storage::Float32 ? 4 : 2); }
 
-// Without midpoints, and with a code of any kind: CPU and CUDA find these in different places. `blocksize` is positive.
+// A job without midpoints, with a code of any kind: CPU and CUDA find these in different places. `blocksize` is
+// positive.
 inline QuantizeJob quantize_blockwise_job(const Arguments& check, py::handle A, py::handle code, int64_t blocksize,
                                           py::handle out, py::handle absmax) {
     const View values = check.floats("A", A);

@@ -22,7 +22,7 @@
 
 namespace optim8 {
 
-// What a step lacks before it can run: indices of parameters. Of one parameter everything is said at once.
+// What a step lacks before it can run: indices of parameters. All that one parameter lacks is noted at once.
 struct Lacks {
     std::vector<int64_t> gaps;    // the parameter has gaps between its elements
     std::vector<int64_t> state;   // there is a gradient but no state yet
@@ -31,7 +31,7 @@ struct Lacks {
     std::vector<int64_t> step;    // the count of steps must move to the parameter's device
 };
 
-// Where the objects of one parameter lay when they were last asked. Never read through.
+// Where the objects of one parameter lay when they were last asked. Nobody reads through these addresses.
 class Hint {
   public:
     void forget() { count_ = 0; }
@@ -54,7 +54,7 @@ class Hint {
     int count_ = 0;
 };
 
-// The rows of one device, and where their steps are counted on the host; on the device, each row knows.
+// The rows of one device, and the counts of their steps if the host counts; if the device counts, each row has its own.
 struct DeviceRows {
     bool on_cpu;
     int32_t device;
@@ -67,11 +67,11 @@ struct DeviceRows {
 };
 
 // What is asked of tensors beyond their views. Types may be patched between two steps, so it lasts for one.
-struct Asked {
+struct TensorQueries {
     Attribute grad;
     Question is_neg, is_zero;
 
-    Asked();
+    TensorQueries();
     // Whether a tensor's memory does not hold its values: lazily negated, or zeros without memory.
     bool is_lazy(PyObject* tensor, const View& view);
 };
@@ -96,8 +96,8 @@ class StepTable {
     Lacks add(py::list params, py::dict state, const std::string& rule, const StepOptions& options,
               const std::string& owner, int64_t group, py::dict grads, const py::object& names_of);
 
-    // Two of `params` whose values begin at the same address: threads would step them at once. Where the addresses
-    // are those of the last step that had none, it does not look.
+    // Finds two of `params` whose values begin at the same address: threads would step them at once. It does not
+    // search where the addresses are those of the last step that had no such pair.
     std::optional<std::pair<int64_t, int64_t>> same_memory();
 
     // Steps every row on the CPU and counts the step. `meanwhile` is called once, with the GIL, by this thread while
@@ -132,7 +132,7 @@ class StepTable {
     std::vector<Hint> hints_;        // by order of asking
     size_t asked_ = 0;
     Py_ssize_t next_entry_ = 0;  // where in the optimizer's state the next parameter's entry is expected
-    Asked ask_;
+    TensorQueries queries_;
 };
 
 }  // namespace optim8

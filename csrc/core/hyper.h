@@ -12,7 +12,7 @@ struct StepOptions {
     double value[max_hypers] = {};  // of the rule's hyper-parameters, in its order
     bool maximize = false;
     double gradient_scale = 1;  // every gradient is multiplied by it (1 / loss scale)
-    // On a CUDA device: steps are counted there, so that whether a step is made at all may be decided there.
+    // The CUDA device counts the steps, so that it may also decide whether a step is made at all.
     bool count_on_device = false;
     const float* device_lr = nullptr;  // where lr stands in device memory, instead of its value; needs count_on_device
 };

@@ -1,6 +1,6 @@
-// One tensor of a step: addresses, size, and how its numbers are stored. What bindings hand to the kernels, for every
-// rule the same struct: it is short, and what takes part by its size (the launch table of CUDA) has one of its own for
-// each rule.
+// One tensor of a step: addresses, size, and how its numbers are stored. Bindings hand it to the kernels. Every rule
+// has the same struct, since it is short; code to which the size matters (the launch table of CUDA) has a struct of
+// its own for each rule.
 #pragma once
 
 #include "core/hyper.h"

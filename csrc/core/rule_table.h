@@ -16,19 +16,21 @@ struct HyperInfo {
 
 struct RuleInfo {
     const char* name;
-    const char* functional_name;  // or null
+    const char *torch_name, *functional_name;  // or null
     RuleId id;
     int states, hypers;
     State state[max_states];
     HyperInfo hyper[max_hypers];
     AnyScalars (*derive)(const StepOptions&, double step);
+    const char* (*conflict)(const StepOptions&);
 };
 
 template <class Rule>
 constexpr RuleInfo info_of(const char* name, RuleId id) {
     static_assert(state_count<Rule> >= 1 && state_count<Rule> <= max_states, "a row has room for so many states");
     static_assert(hyper_count<Rule> <= max_hypers, "options have room for so many hyper-parameters");
-    RuleInfo info{name, Rule::functional_name, id, state_count<Rule>, hyper_count<Rule>, {}, {}, nullptr};
+    RuleInfo info{name,    Rule::torch_name, Rule::functional_name, id, state_count<Rule>, hyper_count<Rule>, {}, {},
+                  nullptr, nullptr};
     for (int s = 0; s < info.states; ++s) info.state[s] = Rule::states[s];
     for (int i = 0; i < info.hypers; ++i) {
         const auto& h = Rule::hypers[i];
@@ -37,6 +39,7 @@ constexpr RuleInfo info_of(const char* name, RuleId id) {
     info.derive = [](const StepOptions& options, double step) {
         return any_of<Rule>(derive<Rule>(hypers_of<Rule>(options), step));
     };
+    info.conflict = [](const StepOptions& options) { return Rule::conflict(hypers_of<Rule>(options).of_rule); };
     return info;
 }
 

@@ -1,4 +1,4 @@
-// Checks of the arguments of native calls. Python checks first, with messages for users; these hold whoever calls.
+// Checks of the arguments of native calls. Python checks first, with messages for users; these bind every caller.
 #pragma once
 
 #include "tensors/view.h"

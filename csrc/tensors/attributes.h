@@ -7,9 +7,9 @@
 
 namespace optim8 {
 
-// A name of a type, remembered for as long as the objects are of that type: its descriptor, if it is one of those
-// written in C (PyGetSetDescr_Type, PyMethodDescr_Type), which can then be called without looking for it. Where a
-// type overrides the name or how it finds names, nothing is remembered and every object is asked by name.
+// Looks a name up in a type, and remembers its descriptor for as long as the objects are of that type, if it is one of
+// those written in C (PyGetSetDescr_Type, PyMethodDescr_Type): they can be called without another search. Where a type
+// overrides the name or how it finds names, nothing is remembered and every object is asked by name.
 class Descriptor {
   public:
     Descriptor(PyObject* name, PyTypeObject* kind) : name_(name), kind_(kind) {}

@@ -10,7 +10,7 @@ namespace optim8 {
 namespace py = pybind11;
 
 // DLPack capsules of tensors in the memory of `flat`, contiguous. Each begins at an element of it, and keeps it alive.
-// ValueError where one does not lie within it.
+// Throws ValueError where one does not lie within it.
 py::list cut(py::handle flat, const std::vector<int64_t>& begins, const std::vector<std::vector<int64_t>>& shapes,
              const std::vector<std::vector<int64_t>>& strides);
 

@@ -97,7 +97,7 @@ bool read_by_attributes(PyObject* object, View& view) {
 }
 
 // Whether a tensor's storage has no memory. torch adds the offset of a view even then, so that its address is the
-// offset; memory lies so low in few processes, and there the storage is asked.
+// offset. Few processes have memory at such low addresses; where one may, the storage is asked.
 bool is_offset_of_nothing(PyObject* object, const View& view) {
     constexpr uintptr_t beyond_any_offset = uintptr_t{1} << 40;
     if (reinterpret_cast<uintptr_t>(view.data) >= beyond_any_offset || view.data == nullptr) return false;

@@ -1,5 +1,5 @@
 // What native code knows of a torch tensor: its true address, size, layout, type and device, read from the tensor
-// object itself, so that no caller can hand over a size that is not so. Needs no torch header: torch describes its
+// object itself, so that no caller can hand over a wrong size. Needs no torch header: torch describes its
 // tensors through the DLPack exchange table (2.10 and later) or, slower, through their Python attributes.
 #pragma once
 
@@ -70,7 +70,7 @@ struct View {
 // True with `view` filled, false where the object is no tensor with plain strided memory.
 bool read_view(PyObject* object, View& view);
 
-// The same, for an argument: TypeError that names function and argument otherwise.
+// The same, for an argument; where there is no view, throws TypeError that names function and argument.
 View require_view(const char* who, const char* argument, py::handle object);
 
 }  // namespace optim8

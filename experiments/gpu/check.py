@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from shared.subjects import optimizers
 from torch import Tensor
 
 import optim8
@@ -19,7 +20,7 @@ import optim8.functional as F
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 255, 256, 257, 4095, 100003)
-OPTIMIZERS = (optim8.Adam8bit, optim8.AdamW8bit, optim8.Lion8bit)
+OPTIMIZERS = optimizers()
 STEPS = 10
 
 
@@ -143,7 +144,7 @@ def compare_large(compare: Comparison, quick: bool) -> None:
         found = [list(hostile(size + 1, dtype, seed + i))[kind] for i, size in enumerate(sizes)]
         return [x[1:] if i == 1 else x[:-1] for i, x in enumerate(found)]
 
-    for make in OPTIMIZERS[1:]:
+    for make in OPTIMIZERS:
         for dtype in dtypes:
             start, gradients = values(1, 0, dtype), [values(kind, 1000 * kind, dtype) for kind in (1, 4)]
             made = []

@@ -67,15 +67,17 @@ def make_parameters(case: Case, dtype: torch.dtype) -> list[Parameter]:
     return parameters
 
 
-def optim8_subjects(small: bool) -> dict[str, Make]:
-    """optim8's optimizers; for small tensors also with 8-bit state, which they would not have by default."""
+def optimizers() -> list[Make]:
+    """optim8's 8-bit optimizers, those that are paged by name left out."""
     import optim8
 
-    subjects: dict[str, Make] = {
-        "optim8 AdamW8bit": optim8.AdamW8bit,
-        "optim8 Adam8bit": optim8.Adam8bit,
-        "optim8 Lion8bit": optim8.Lion8bit,
-    }
+    names = [name for name in optim8.__all__ if name.endswith("8bit") and not name.startswith("Paged")]
+    return [getattr(optim8, name) for name in names]
+
+
+def optim8_subjects(small: bool) -> dict[str, Make]:
+    """optim8's optimizers; for small tensors also with 8-bit state, which they would not have by default."""
+    subjects: dict[str, Make] = {f"optim8 {make.__name__}": make for make in optimizers()}
     if small:
         for name, make in list(subjects.items()):
             subjects[f"{name} min_8bit_size=0"] = functools.partial(make, min_8bit_size=0)

@@ -9,7 +9,7 @@ import torch
 from optim8.checkpoint import formats
 from optim8.checkpoint.formats import Format, own
 from optim8.rules import Moment
-from optim8.state.conversion import Target, filled
+from optim8.state.conversion import Target, new_states
 from optim8.state.layout import bits_of, others, under_present_names
 from optim8.state.moments import check_values
 from optim8.state.shards import copy_beside, is_dtensor
@@ -37,7 +37,7 @@ def adopt_states(optimizer: Stateful) -> None:
     for at, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             entry = optimizer.state.get(param) if param in optimizer.state.given else None
-            if not entry or is_dtensor(param):  # shards are given by nobody
+            if not entry or is_dtensor(param):  # nobody puts in shards
                 continue
             entry = under_present_names(moments, entry)
             optimizer.state[param] = entry
@@ -49,8 +49,7 @@ def adopt_states(optimizer: Stateful) -> None:
         known = formats.of_states([entry for _, _, entry, _ in part])
         if known is None:  # the step says what it lacks
             continue
-        if known is not own.FORMAT:
-            formats.common.check_rule(owner, optimizer.rule)
+        formats.common.check_rule(owner, known, optimizer.rule)
         for param, entry in _adopted(moments, known, part, optimizer.memory):
             optimizer.state.put(param, entry)
     if given:
@@ -68,7 +67,7 @@ def _adopted(
         check_values(where, moments, source, bits)
         sources.append((Target(param, bits, where), source))
     result = []
-    for (target, source), entry in zip(sources, filled(moments, sources, memory), strict=True):
+    for (target, source), entry in zip(sources, new_states(moments, sources, memory), strict=True):
         entry.update({key: copy_beside(value, target.param) for key, value in others(moments, source).items()})
         result.append((target.param, entry))
     return result

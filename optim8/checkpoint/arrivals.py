@@ -1,7 +1,7 @@
-"""State dicts as those had them who saved them: without what torch.distributed.checkpoint.state_dict mixes in.
+"""Restores a state dict as it was saved: takes out what torch.distributed.checkpoint.state_dict has mixed in.
 
-Where it loads a whole dict, it hands over the optimizer's own state dict, into which it has put what the other has
-under the same keys, and on rank 0 also what stands under other keys: inbox.py.
+Where torch loads a whole dict, it hands over the optimizer's own state dict, into which it has put the loaded values:
+on every rank those under keys that both dicts have, and on rank 0 also those under other keys (inbox.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def sort(
     state: Mapping[Any, dict[str, Any]],
     state_dict: dict[str, Any],
 ) -> dict[str, Any]:
-    """A state dict as it was saved. Others are given back as they are; whether it fits is not asked here.
+    """A state dict as it was saved. One that torch did not mix comes back as it is. Does not check whether it fits.
 
     Args:
         owner: names the optimizer, for messages.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optim8.checkpoint.optimizer import Checkpointed
-from optim8.checkpoint.pickling import PagedStates, copied_states
+from optim8.checkpoint.pickling import PagedStates, copy_states
 from optim8.paging import Store
 from optim8.state.layout import under_present_names
 from optim8.state.states import States
@@ -16,7 +16,7 @@ from optim8.step import hypers, pending, supply
 from optim8.step.memory import Memory
 
 
-def pickled(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
+def pickle_state(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
     """What pickle gets of an optimizer; `state`: what torch.optim would give it."""
     optimizer.windows.sync()
     if isinstance(optimizer.memory, Store):
@@ -26,7 +26,7 @@ def pickled(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def copied(optimizer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
+def copy_optimizer(optimizer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
     """A deep copy, whose parameters deepcopy and `memo` give; `state`: what torch.optim would copy."""
     optimizer.windows.sync()
     cls: Any = type(optimizer)
@@ -37,13 +37,13 @@ def copied(optimizer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
         return twin
     del state["state"]
     pending.wait()
-    store, states = copied_states(optimizer.memory, optimizer.moments, optimizer.state, memo)
+    store, states = copy_states(optimizer.memory, optimizer.moments, optimizer.state, memo)
     twin.memory = store
     twin.__setstate__({**deepcopy(state, memo), "state": states})
     return twin
 
 
-def unpickled(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+def read_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """What torch.optim gets of a pickle, of a copy, or of a state dict that was read."""
     if isinstance(state.get("state"), PagedStates):
         optimizer.memory = state["state"].store
@@ -56,7 +56,7 @@ def unpickled(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete(optimizer: Any) -> None:
-    """Bring what a pickle, maybe an older version's, has given into the form of this one."""
+    """Bring an optimizer that a pickle has filled, maybe an older version's, into the form of this version."""
     optimizer.state = States(optimizer.state)
     for param, entry in optimizer.state.items():
         if isinstance(param, torch.Tensor) and isinstance(entry, dict):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 
 from optim8.checkpoint import pickling
 from optim8.paging import Pager
 from optim8.rules import Moment
 
-_FORMER: dict[str, dict[str, object]] = {
+_FORMER: dict[str, Mapping[str, object]] = {
     # 0.1.0
     "optim8.optim.states": {"Moment": Moment},
     "optim8.optim.carried": {name: getattr(pickling, name) for name in ("_Part", "_allocated", "_filled")},
@@ -17,9 +18,9 @@ _FORMER: dict[str, dict[str, object]] = {
 }
 
 
-def register() -> None:
-    """Have pickle find what stood in modules that are gone."""
-    for name, contents in _FORMER.items():
+def register(optimizers: Mapping[str, object]) -> None:
+    """Let pickle find what stood in modules that are gone; `optimizers`: those with bitsandbytes' names."""
+    for name, contents in {**_FORMER, "optim8.optim.names": optimizers}.items():
         module = ModuleType(name, "Gone; its names are here for pickles of earlier versions.")
         vars(module).update(contents)
         sys.modules.setdefault(name, module)

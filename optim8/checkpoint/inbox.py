@@ -2,8 +2,9 @@
 
 It loads a whole dict into the optimizer's own. With `broadcast_from_rank0=True` only rank 0 has the dict that is
 loaded; to the others torch sends those tensors for which the optimizer's own state dict has the key, and copies the
-part of each rank into the local tensor there. So that moments in another precision arrive, and scales that are not
-tiles, a sharded state has every key that a dict may bring: where the optimizer has nothing, an empty tensor stands.
+part of each rank into the local tensor there. Moments in another precision must arrive too, and scales that are
+not tiles. So a sharded state has every key that a dict may bring; where the optimizer has nothing, an empty tensor
+keeps the key open.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from optim8.rules import Moment
 
 
 class Inbox(torch.Tensor):
-    """A local tensor of a state dict. What torch copies into it and does not fit is kept beside. Copied or saved, it is
-    an ordinary tensor.
+    """A local tensor of a state dict. It keeps what torch copies into it and does not fit in `came`. Copied or
+    saved, it is an ordinary tensor.
 
     came: what did not fit, or None.
     touched: whether anything was copied into it by its own method, as torch does where it loads a whole dict.
@@ -60,8 +61,8 @@ def absent_keys(moments: Sequence[Moment], bits: int) -> list[str]:
 
 
 def nothing(param: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What stands under a key that is only kept open: it has a dimension more than the parameter, and no other tensor
-    of a state has 0 in all of them."""
+    """The tensor under a key that is only kept open. It has one dimension more than the parameter, and size 0 in all
+    of them, as no other tensor of a state has."""
     return torch.empty((0,) * (param.dim() + 1), dtype=torch.float32, device=device)
 
 

@@ -24,7 +24,7 @@ def resume(optimizer: Checkpointed, first: int) -> None:
 
 
 def load_state_dict(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """What BlockwiseOptimizer.load_state_dict says."""
+    """Do what BlockwiseOptimizer.load_state_dict describes."""
     owner, rule = f"{type(optimizer).__name__}.load_state_dict", rules.rule(optimizer.rule)
     if not isinstance(state_dict, dict):
         raise TypeError(
@@ -43,14 +43,14 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any]) -> None:
         known.read_group(f"{owner}: param_groups[{index}]", rule.name, group)
         for index, group in enumerate(state_dict["param_groups"])
     ]
-    groups = read.merged_groups(owner, optimizer.param_groups, deepcopy(saved))
+    groups = read.merge_groups(owner, optimizer.param_groups, deepcopy(saved))
     for group in groups:
         group.update({**hypers.EXTRA_DEFAULTS, **group})
         hypers.normalize_group(owner, rule, group)
     with optimizer.turn:
         supply.resolve(optimizer)
         bits_wanted = partial(supply.bits_wanted, optimizer)
-        state = read.loaded_state(
+        state = read.read_state(
             owner, rule.moments, known, state_dict, groups, bits_wanted, optimizer.memory, optimizer.state
         )
         optimizer.__setstate__({"state": state, "param_groups": groups})
@@ -62,8 +62,8 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 
 def check_before_step(optimizer: Checkpointed) -> None:
-    """Look once at state that was there before the first step: nobody knows whose hands it went through; and at what
-    others keep with it.
+    """Check once the state that was there before the first step, since any code may have changed it, and what others
+    keep with it.
 
     Raises:
         ValueError: scales were lost, parameters are not those of a kept directory, or it would lose what others keep.
@@ -80,11 +80,11 @@ def _check_scales(optimizer: Checkpointed) -> None:
     for at, group in enumerate(optimizer.param_groups):
         for index, param in enumerate(group["params"]):
             entry = optimizer.state.get(param) or {}
-            where = f"{type(optimizer).__name__}: {hypers.called(group, index)} of group {at}: state"
+            where = f"{type(optimizer).__name__}: {hypers.name_of(group, index)} of group {at}: state"
             for moment in optimizer.moments:
                 codes, absmax = entry.get(moment.codes), entry.get(moment.absmax)
                 if not (type(codes) is type(absmax) is torch.Tensor and codes.dtype == torch.uint8):
-                    continue  # of what else is wrong the step tells itself
+                    continue  # the step itself reports what else is wrong
                 if absmax.shape == (codec.blocks(codes.numel()),) and codes.stride() == dense_stride(codes):
                     check_scales_of(where, moment, codec.flat(codes), absmax)
 

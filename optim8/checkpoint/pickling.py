@@ -15,7 +15,7 @@ from optim8.paging import Pager
 from optim8.paging.store import Store
 from optim8.rules import Moment
 from optim8.state.allocation import allocate
-from optim8.state.conversion import Target, converted
+from optim8.state.conversion import Target, convert
 from optim8.state.layout import bits_of, keys_of, layout_of, others
 from optim8.state.mapped import copy
 from optim8.state.shards import local
@@ -33,7 +33,7 @@ def _is_state(moments: Sequence[Moment], param: Any, entry: Any) -> bool:
     return isinstance(param, torch.Tensor) and isinstance(entry, dict) and not keys.isdisjoint(entry)
 
 
-def copied_states(
+def copy_states(
     store: Store, moments: tuple[Moment, ...], state: dict[Any, Any], memo: dict[int, Any]
 ) -> tuple[Store, defaultdict[Any, Any]]:
     """State for a deep copy of its optimizer, whose parameters deepcopy and `memo` give."""
@@ -47,15 +47,15 @@ def copied_states(
         if _is_state(moments, param, entry):
             params.append(deepcopy(param, memo))
             targets.append((Target(local(params[-1]), bits_of(moments, entry)), entry))
-    for param, entry in zip(params, converted(moments, targets, twin), strict=True):
+    for param, entry in zip(params, convert(moments, targets, twin), strict=True):
         # What others keep is the copy's own too.
         fresh[param] = {**entry, **deepcopy(others(moments, entry), memo)}
     return twin, fresh
 
 
 class PagedStates:
-    """Paged state on its way through pickle. Pickled, it is what to allocate, and then the state part by part, each
-    written to its place before the next is read."""
+    """Paged state on its way through pickle. The pickle says what to allocate, then holds the state part by part:
+    unpickling writes each part to its place before it reads the next."""
 
     def __init__(self, store: Store, moments: tuple[Moment, ...], state: dict[Any, Any]) -> None:
         self.store, self.moments, self.state = store, tuple(moments), state
@@ -97,8 +97,8 @@ class _Empty:
 
 
 class _Part:
-    """Some bytes of a tensor; unpickling it writes them. They are pickled as one number, as the state of an object:
-    whatever else holds bytes, and what is in a tuple, pickle remembers to the end."""
+    """Some bytes of a tensor; unpickling it writes them. They are pickled as one number, as the state of an object,
+    because pickle keeps anything else that holds bytes, and what is in a tuple, in memory to the end."""
 
     def __init__(self, home: PagedStates | _Empty, place: int, name: str, at: int) -> None:
         self.home, self.place, self.name, self.at = home, place, name, at

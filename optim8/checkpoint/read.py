@@ -1,4 +1,4 @@
-"""State dicts read: everything is checked and copied before an optimizer changes."""
+"""Reads state dicts: checks and copies everything before an optimizer changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from optim8.state.shards import copy_beside, local
 from optim8.step.memory import Memory
 
 
-def merged_groups(owner: str, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_groups(owner: str, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved groups with the optimizer's parameters and their names; options that were not saved keep their present
     values.
 
@@ -45,7 +45,7 @@ def merged_groups(owner: str, groups: list[dict[str, Any]], saved: list[dict[str
 
 
 def _check_names(owner: str, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """State goes by position, as in torch.optim; so a parameter that the optimizer has may not stand elsewhere."""
+    """Raise ValueError where a saved name stands in another place here: state goes by position, as in torch.optim."""
     places = {name: (at, i) for at, group in enumerate(groups) for i, name in enumerate(group.get("param_names", ()))}
     for at, loaded in enumerate(saved):
         for i, (id_, name) in enumerate(zip(loaded["params"], loaded.get("param_names", ()))):
@@ -69,7 +69,7 @@ class _Saved:
     layout: Layout
 
 
-def loaded_state(
+def read_state(
     owner: str,
     moments: tuple[Moment, ...],
     known: Format,

@@ -25,11 +25,11 @@ def prepare(optimizer: Checkpointed) -> None:
     shards.check_can_save(type(optimizer).__name__, optimizer.param_groups)
 
 
-def saved(optimizer: Checkpointed, packed: dict[str, Any]) -> dict[str, Any]:
-    """The dict that torch.optim has packed, with what ours have beside."""
+def complete(optimizer: Checkpointed, packed: dict[str, Any]) -> dict[str, Any]:
+    """The dict that torch.optim has packed, with what only ours have added."""
     owner, moments = type(optimizer).__name__, optimizer.moments
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    groups = [hypers.saved(group) for group in packed["param_groups"]]
+    groups = [hypers.to_save(group) for group in packed["param_groups"]]
     state = {
         key: own.with_dim_order(moments, entry) if isinstance(entry, dict) else entry
         for key, entry in packed["state"].items()

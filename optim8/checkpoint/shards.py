@@ -28,8 +28,8 @@ from optim8.state.shards import (
 
 
 def check_can_save(owner: str, groups: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError where FullyShardedDataParallel would gather 8-bit state as if it were values. The same on every
-    rank, so that none waits for another."""
+    """Raise ValueError where FullyShardedDataParallel would gather 8-bit state as if it were values. Every rank
+    decides the same, so that none waits for another."""
     for index, group in enumerate(groups):
         if group["optim_bits"] == 8 and any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
             raise ValueError(
@@ -117,7 +117,7 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
     cut = shard_of(where, moment.key(8 if isinstance(source, Tiled) else 32), values, param)
     if not isinstance(source, Tiled):
         return cut
-    tiles.size_of(where, moment, source.tiles, param.numel())  # of the whole, so that no rank goes on alone
+    tiles.size_of(where, moment, source.tiles, param.numel())  # checks the whole, so that no rank goes on alone
     cut_tiles = shard_of(where, moment.absmax, source.tiles, param)
     return Codes(*tiles.to_absmax(where, moment, cut, cut_tiles, dense_stride(shard)))
 

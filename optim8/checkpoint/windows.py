@@ -1,8 +1,8 @@
 """The tiles of sharded state that state dicts hold: copies that stay in step with the state.
 
-What torch.optim puts into a state dict is the state itself: torch.distributed.checkpoint loads into it, and a dict that
-lives on over a step tells of the newest state. Tiles are computed, so what others write into them is brought to the
-state, and what a step does to the state, to them. A dict that nobody holds any more costs nothing.
+torch.optim puts the state itself into a state dict: torch.distributed.checkpoint loads into it, and a dict that
+outlives a step shows the newest state. Tiles are computed, so a window copies what others write into them to the state,
+and what a step does to the state to the tiles. A dict that nobody holds any more costs nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Window:
         self._then = self.absmax.clone()
 
     def sync(self) -> None:
-        """Bring what was written to the state; where nothing was, what the state is now to the tiles.
+        """Copy what was written into the tiles to the state; where nothing was, copy the present state to the tiles.
 
         Raises:
             ValueError: these are no tiles; the state is as it was.
@@ -85,7 +85,7 @@ class Windows:
         """Bring what was written into tiles to the state.
 
         Raises:
-            ValueError: names the state whose tiles are none any more.
+            ValueError: what was written into tiles is none; names the state.
         """
         if self._open and not is_capturing():
             pending.wait()
@@ -102,8 +102,8 @@ class Windows:
                 window.show()
 
     def _close(self, reference: weakref.ref[torch.Tensor]) -> None:
-        """Nobody holds the tiles any more: what was written goes to the state now, so that whoever looks finds it; if
-        that cannot be, at the next step, which tells of what is wrong."""
+        """Nobody holds the tiles any more: copy what was written to the state now, so that whoever looks finds it. If
+        that fails, the next step copies it, and reports what is wrong."""
         if sys.is_finalizing() or is_capturing() or not self._turn.acquire(blocking=False):
             return  # tensors cannot be made any more, or this thread may not
         try:

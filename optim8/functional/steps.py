@@ -210,7 +210,7 @@ def _run(
     param, gradient = p.detach(), g.detach()
     if gradient.stride() != param.stride():
         gradient = dense_grad(param, gradient)
-    options = _native.cpu().StepOptions(rule.name, hypers, gradient_scale=gnorm_scale)
+    options = _native.cpu().StepOptions(who, rule.name, hypers, gradient_scale=gnorm_scale)
     state = {**entry, "step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")}
     step_array(who, rule.name, options, param, gradient, state)
     torch.autograd.graph.increment_version([p])

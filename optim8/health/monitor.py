@@ -68,8 +68,8 @@ class Monitor:
         for index, position, group, param, grad in measures.trained(self.optimizer):
             name, target = self._called(group, index, position, param)
             entry = self.optimizer.state.get(param) or {}
-            in_8_bits = bits_of(self.optimizer.moments, entry) == 8
-            seen = (0, {}) if skipped or not in_8_bits else measures.moments(self.optimizer, group, param, self.sample)
+            looks = not skipped and bits_of(self.optimizer.moments, entry) == 8
+            seen = measures.moments(self.optimizer, group, param, self.sample) if looks else (0, {})
             step = int(entry["step"]) + 1 if entry else 1
             health = ParameterHealth(name, measures.nonfinite(grad), grad.numel(), *seen)
             self.latest[name] = health
@@ -119,20 +119,20 @@ def monitor(
 ) -> Monitor:
     """Watch what 8 bits do to an optimizer's state, and write it to TensorBoard.
 
-    At every `every`-th step, before it, for each parameter with 8-bit state: the relative quantization error of its
-    moments, the share of codes at the ends of the table, a histogram of the codes, and of moments that are never
-    negative the share of positive values at the smallest code; for every parameter: the number of gradient elements
-    that are NaN or infinite. The moments are computed on a copy; training does not change. Waits for a GPU at those
-    steps only.
+    Before every `every`-th step, it writes for each parameter with 8-bit state the relative quantization error of its
+    moments, the share of codes at the ends of the table, a histogram of the codes, and for moments that are never
+    negative the share of positive values at the smallest code. For every parameter it writes the number of gradient
+    elements that are NaN or infinite. It computes the moments on a copy, so training does not change. It waits for a
+    GPU at those steps only.
 
     Args:
         optimizer: one of optim8's.
         writer: a torch.utils.tensorboard.SummaryWriter, or anything with its `add_scalar` and `add_histogram`.
         every: steps between two looks, at least 1.
         model: gives the names; else those of an optimizer made from `named_parameters()`, else places in its groups.
-        limit: of the relative error, in (0, 1]; a moment above it is reported once, by a warning that names the
-            parameter and the override to use.
-        sample: of a larger parameter this many values are looked at, in blocks spread evenly; at least 256.
+        limit: of the relative error, in (0, 1]; a moment above it causes one warning, which names the parameter and
+            the override to use.
+        sample: how many values of a larger parameter to look at, in blocks spread evenly; at least 256.
 
     Returns:
         a handle: `.latest`, `.remove()`; usable in a `with` statement.

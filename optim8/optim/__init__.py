@@ -1,6 +1,7 @@
 """The optimizers: drop-in replacements for those of torch.optim, with state in 8 bits."""
 
 from optim8.checkpoint import former_names
+from optim8.optim import aliases
 from optim8.optim.absent import ABSENT
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
 from optim8.optim.aliases import (
@@ -46,6 +47,6 @@ __all__ = [
     "override",
 ]
 
-# Code for bitsandbytes imports these along with others; __all__ is what there is.
-globals().update(ABSENT)
-former_names.register()
+# Code written for bitsandbytes may import these names along with others. __all__ lists only optimizers that exist.
+globals().update({name: cls for name, cls in ABSENT.items() if name not in __all__})
+former_names.register(vars(aliases))

@@ -1,4 +1,4 @@
-"""What an optimizer tells of its state, and does with it, beside torch.optim's contract."""
+"""Methods beyond torch.optim's contract, by which an optimizer reports on its state, resets it and writes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optim8.step.memory import Memory
 
 
 class StateAccess(torch.optim.Optimizer):
-    """An optimizer that answers for its state."""
+    """An optimizer whose user can inspect, reset and write its state."""
 
     rule: ClassVar[str]
     state: States
@@ -33,11 +33,11 @@ class StateAccess(torch.optim.Optimizer):
 
     @property
     def turn(self) -> Any:
-        """Held by the thread that steps or loads: native code may not see state or scratch change meanwhile."""
+        """The lock of the thread that steps or loads: state and scratch must not change while native code uses them."""
         raise NotImplementedError
 
     def precision(self, param: torch.Tensor) -> str:
-        """How the state of `param` is kept, or will be once it has had a gradient: "8bit" or "32bit".
+        """The precision of the state of `param`, now or once it has had a gradient: "8bit" or "32bit".
 
         Raises:
             ValueError: the optimizer does not have this parameter.
@@ -50,22 +50,23 @@ class StateAccess(torch.optim.Optimizer):
         raise ValueError(f"{type(self).__name__}.precision: the tensor must be a parameter of this optimizer.")
 
     def overridden(self, param: torch.Tensor) -> dict[str, Any]:
-        """The options that `param` has otherwise than its group (optim8.override)."""
+        """The options that overrides give `param` in place of its group's (optim8.override)."""
         supply.resolve(self)
         return dict(supply.changes_of(self, param))
 
     def reset_state(self, params: torch.Tensor | Iterable[torch.Tensor] | None = None) -> None:
-        """Forget what the state of parameters has learnt: their next step is a first one, bit for bit.
+        """Reset the state of parameters, so that their next step equals a first step, bit for bit.
 
-        Zeroing state by hand would not do: 8-bit state consists of codes, and code 0 is not the value 0. State stays
-        where it lies (in a file, in a CUDA graph) unless it has another precision than new state would have. What
-        others keep with a parameter's state stays as it is.
+        Do not write zeros into 8-bit state by hand: it consists of codes, and code 0 is not the value 0. State keeps
+        its memory (in a file, in a CUDA graph) unless new state would have another precision. What others keep with a
+        parameter's state stays as it is.
 
         Args:
             params: parameters of this optimizer, one or several; None: all.
 
         Raises:
-            TypeError, ValueError: something else than parameters of this optimizer; nothing was reset.
+            TypeError: `params` holds something other than tensors; nothing was reset.
+            ValueError: a tensor is no parameter of this optimizer; nothing was reset.
         """
         reset.reset_state(self, params)
 
@@ -73,8 +74,8 @@ class StateAccess(torch.optim.Optimizer):
         """Where the state of each parameter is: in memory of its device, in memory of the host, or on the disk.
 
         Returns:
-            One optim8.paging.Place for each parameter, in order; printed, a table, which also has the copy of the state
-            at the checkpoint that was noted last, if there is one.
+            One optim8.paging.Place for each parameter, in order. Printed, they are a table. It also shows the copy of
+            the state at the checkpoint that was noted last, if there is one.
         """
         adopt_states(self)
         supply.resolve(self)
@@ -93,23 +94,23 @@ class StateAccess(torch.optim.Optimizer):
         return Placement(places, *copy)
 
     def flush(self) -> None:
-        """Write state that is kept in a directory to the disk; waits for it.
+        """Write state that is kept in a directory to the disk, and wait until it is there.
 
-        After it the directory is a checkpoint of this step, which may be copied, also when the power fails. Without
-        it that holds once the optimizer is gone. Does nothing for other state.
+        The directory is then a checkpoint of this step: you may copy it, and it survives a power failure. Without
+        this call it becomes one when the optimizer is gone. Does nothing for other state.
         """
         self.memory.flush()
 
     def close(self) -> None:
         """Write state that is kept in a directory to the disk, and give the directory back, so that another optimizer
-        can go on with it; this one cannot be stepped any more. The end of the optimizer does the same."""
+        can go on with it. This one cannot be stepped any more. The same happens when the optimizer is freed."""
         self.memory.close()
 
     def note_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Say that the parameters, and whatever else a run needs, were saved to `path` as they are now. All state is
-        written to the disk, and copied there. A run that is killed later is resumed from here, with the same bits:
-        with the parameters of `path` and Pager(..., resume=True). The copy is as large as the state and replaces that
-        of the checkpoint before.
+        """Say that the parameters, and whatever else a run needs, were saved to `path` as they are now. The optimizer
+        writes all state to the disk, and copies it there. If the run is killed later, another resumes from here, with
+        the same bits: it loads the parameters of `path` and uses Pager(..., resume=True). The copy is as large as the
+        state and replaces that of the checkpoint before.
 
         Raises:
             ValueError: the optimizer keeps no directory.

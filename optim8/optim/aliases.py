@@ -1,24 +1,26 @@
 """The names of bitsandbytes.optim, for code that was written for it: `import optim8 as bnb`.
 
-`Adam`, `AdamW`, `Lion` keep state in 32 bits unless `optim_bits=8`; names that end in `32bit` always; names that begin
-with `Paged` keep state in a file (optim8.paging). What an argument means is what it means in torch.optim: Adam's
+that begin with `Paged` keep state in a file (optim8.paging). An argument means what it means in torch.optim: Adam's
 weight decay is an L2 penalty here. docs/migrate.md lists what differs.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
+from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.lion import Lion8bit, PagedLion8bit
+
+T = TypeVar("T", bound=BlockwiseOptimizer)
 
 
 class _In32Bits:
-    """Before an optimizer among the bases: its default is optim_bits=32."""
+    """Stands before an optimizer among the bases of a class, and makes optim_bits=32 the default."""
 
     def __init_subclass__(cls) -> None:
-        """The signature of the optimizer behind, with this default: programs that are configured by it read it."""
+        """Give the class the optimizer's signature with this default: programs read it to learn their options."""
         super().__init_subclass__()
         behind = next((base for base in cls.__bases__ if not issubclass(base, _In32Bits)), None)
         if behind is not None:
@@ -27,14 +29,14 @@ class _In32Bits:
             changed = [{"optim_bits": in_32_bits}.get(p.name, p) for p in signature.parameters.values()]
             cls.__signature__ = signature.replace(parameters=changed)  # type: ignore[attr-defined]
 
-    if not TYPE_CHECKING:  # which sees the arguments of the optimizer behind
+    if not TYPE_CHECKING:  # type checkers see the arguments of the optimizer behind
 
         def __init__(self, params: Any, *args: Any, optim_bits: Any = 32, **kwargs: Any) -> None:
             super().__init__(params, *args, optim_bits=optim_bits, **kwargs)
 
 
 class _Always32Bits(_In32Bits):
-    """As _In32Bits; 8 is refused."""
+    """Does what _In32Bits does, and refuses optim_bits=8."""
 
     if not TYPE_CHECKING:
 
@@ -47,49 +49,18 @@ class _Always32Bits(_In32Bits):
                 )
 
 
-class Adam(_In32Bits, Adam8bit):
-    """Adam8bit with 32-bit state unless `optim_bits=8`."""
+def _names(optimizer: type[T]) -> tuple[type[T], type[T]]:
+    """The classes that bitsandbytes has beside `<Name>8bit`: `<Name>`, whose state is in 32 bits unless
+    `optim_bits=8`, and `<Name>32bit`, whose state is always in 32 bits."""
+    stem = optimizer.__name__.removesuffix("8bit")
+    own = {"__module__": __name__, "__doc__": f"{stem}8bit with 32-bit state unless `optim_bits=8`."}
+    always = {**own, "__doc__": f"{stem}8bit with 32-bit state."}
+    return type(stem, (_In32Bits, optimizer), own), type(f"{stem}32bit", (_Always32Bits, optimizer), always)
 
 
-class Adam32bit(_Always32Bits, Adam8bit):
-    """Adam8bit with 32-bit state."""
-
-
-class AdamW(_In32Bits, AdamW8bit):
-    """AdamW8bit with 32-bit state unless `optim_bits=8`."""
-
-
-class AdamW32bit(_Always32Bits, AdamW8bit):
-    """AdamW8bit with 32-bit state."""
-
-
-class Lion(_In32Bits, Lion8bit):
-    """Lion8bit with 32-bit state unless `optim_bits=8`."""
-
-
-class Lion32bit(_Always32Bits, Lion8bit):
-    """Lion8bit with 32-bit state."""
-
-
-class PagedAdam(_In32Bits, PagedAdam8bit):
-    """PagedAdam8bit with 32-bit state unless `optim_bits=8`."""
-
-
-class PagedAdam32bit(_Always32Bits, PagedAdam8bit):
-    """PagedAdam8bit with 32-bit state."""
-
-
-class PagedAdamW(_In32Bits, PagedAdamW8bit):
-    """PagedAdamW8bit with 32-bit state unless `optim_bits=8`."""
-
-
-class PagedAdamW32bit(_Always32Bits, PagedAdamW8bit):
-    """PagedAdamW8bit with 32-bit state."""
-
-
-class PagedLion(_In32Bits, PagedLion8bit):
-    """PagedLion8bit with 32-bit state unless `optim_bits=8`."""
-
-
-class PagedLion32bit(_Always32Bits, PagedLion8bit):
-    """PagedLion8bit with 32-bit state."""
+Adam, Adam32bit = _names(Adam8bit)
+AdamW, AdamW32bit = _names(AdamW8bit)
+Lion, Lion32bit = _names(Lion8bit)
+PagedAdam, PagedAdam32bit = _names(PagedAdam8bit)
+PagedAdamW, PagedAdamW32bit = _names(PagedAdamW8bit)
+PagedLion, PagedLion32bit = _names(PagedLion8bit)

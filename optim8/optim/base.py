@@ -1,4 +1,4 @@
-"""What every optimizer is to its user: torch.optim's contract. A subclass is a declaration."""
+"""The base of every optimizer. It fulfils torch.optim's contract; a subclass only declares its rule and defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from optim8.paging import Store
 from optim8.paging.pager import pager_of
 from optim8.rules import Moment
 from optim8.state.states import States
-from optim8.step import hypers, overrides, scaling
+from optim8.step import arguments, hypers, overrides, scaling
 from optim8.step.memory import Memory
 from optim8.step.stepper import Stepper
 
@@ -35,9 +35,9 @@ class BlockwiseOptimizer(StateAccess):
 
     always_paged: ClassVar[bool] = False
 
-    # With fused=True as in torch.optim: GradScaler.step calls the step also where a gradient is infinite, and hands
-    # over its scale and what it found (grad_scale, found_inf) instead of looking at them, which would wait for a GPU.
-    # Otherwise it unscales the gradients itself and leaves such a step out. Libraries that clip look at this too.
+    # fused=True sets it, as in torch.optim. GradScaler.step then calls the step even where a gradient is infinite: it
+    # hands over its scale and what it found (grad_scale, found_inf) and does not read them, since that would wait for
+    # a GPU. Otherwise it unscales the gradients itself and leaves such a step out. Libraries that clip read this too.
     _step_supports_amp_scaling = False
 
     state_checked: bool  # whether all state was made or looked at here
@@ -45,7 +45,7 @@ class BlockwiseOptimizer(StateAccess):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         owner = type(self).__name__
         _native.cpu()  # a missing build is an error here, not at the first step
-        defaults = hypers.completed(owner, defaults)
+        defaults = arguments.complete(owner, defaults)
         pager = pager_of(owner, defaults.pop("paged", None), self.always_paged)
         hypers.normalize_group(owner, rules.rule(self.rule), defaults)
         self.memory, self.state_checked, self.known_overrides = Memory(), False, None
@@ -57,7 +57,7 @@ class BlockwiseOptimizer(StateAccess):
         overrides.register(self)
 
     def _open(self, store: Store) -> None:
-        """State from here on lives where `store` says; that which an earlier run left there is taken."""
+        """Keep state where `store` says from now on, and take over what an earlier run left there."""
         self.memory = store
         store.watch(self.param_groups, self.state)
         try:
@@ -75,29 +75,29 @@ class BlockwiseOptimizer(StateAccess):
 
     @property
     def stepper(self) -> Stepper:
-        """Steps the parameters; nothing of it is saved or copied with the optimizer."""
+        """The object that steps the parameters. It is neither saved nor copied with the optimizer."""
         known: Stepper | None = self.__dict__.get("_stepper")
         return self.__dict__.setdefault("_stepper", Stepper()) if known is None else known
 
     @property
     def turn(self) -> Any:
-        """Held by the thread that steps or loads: native code may not see state or scratch change meanwhile."""
+        """The lock of the thread that steps or loads: state and scratch must not change while native code uses them."""
         return self.__dict__.setdefault("_turn", RLock())  # setdefault: two threads that ask first get the same
 
     @property
     def windows(self) -> Windows:
-        """What state dicts show of sharded state."""
-        known: Windows = self.__dict__.setdefault("_windows", Windows(self.turn))
-        return known
+        """The tiles of sharded state that state dicts hold."""
+        known: Windows | None = self.__dict__.get("_windows")
+        return self.__dict__.setdefault("_windows", Windows(self.turn)) if known is None else known
 
     def __getstate__(self) -> dict[str, Any]:
-        return copying.pickled(self, super().__getstate__())
+        return copying.pickle_state(self, super().__getstate__())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copying.copied(self, super().__getstate__(), memo)
+        return copying.copy_optimizer(self, super().__getstate__(), memo)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(copying.unpickled(self, state))
+        super().__setstate__(copying.read_state(self, state))
         copying.complete(self)
         if "defaults" in state:  # a copy or a pickle
             self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
@@ -144,7 +144,7 @@ class BlockwiseOptimizer(StateAccess):
         self._update()
         return loss
 
-    # Native calls cannot be traced. The closure stays outside: what it compiles stays compiled.
+    # Dynamo cannot trace native calls. The closure stays outside, so that what it compiles stays compiled.
     @_disable_dynamo
     def _update(self) -> None:
         scales = scaling.of(self)
@@ -170,18 +170,17 @@ class BlockwiseOptimizer(StateAccess):
             ValueError: parameters are those of FullyShardedDataParallel, and their state may be 8-bit.
         """
         save.prepare(self)
-        return save.saved(self, super().state_dict())
+        return save.complete(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.
 
-        What others keep in a parameter's state comes back with a dict of our own, on the parameter's device.
-        State saved here keeps its precision. Dicts of torch.optim's Adam and AdamW, bitsandbytes, torchao and
-        lion-pytorch are recognised (docs/migrate.md): their state comes to the precision that `precision` says; codes
-        of the same table and block size are taken over as they are. The dict is checked whole before the optimizer
-        changes. Codes of a parameter that lies otherwise in memory are quantized anew, since blocks run in memory
-        order; the state of a channels-last parameter says its order (`dim_order`), so its codes may be made contiguous
-        on the way, as safetensors asks.
+        State saved here keeps its precision, and brings back what others keep in it, on the parameter's device. Dicts
+        of torch.optim's namesake, bitsandbytes, torchao and lion-pytorch are recognised (docs/migrate.md): their state
+        is converted to the precision that `precision` tells; codes of the same table and block size are taken over as
+        they are. The whole dict is checked before the optimizer changes. Blocks run in memory order: if a parameter
+        lies otherwise in memory than it did, its codes are quantized anew. The state of a channels-last parameter
+        records its order (`dim_order`), so you may make its codes contiguous on the way, as safetensors asks.
 
         Raises:
             TypeError: it is no dict.

@@ -41,14 +41,14 @@ class GlobalOptimManager:
         return cls._instance
 
     def initialize(self) -> None:
-        """Begin anew: every override that was made through the manager ends. Those of `optim8.override` stay."""
+        """Begin anew: end every override that was made through the manager. Those of `optim8.override` stay."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def register_parameters(self, params: Iterable[Any]) -> None:
-        """Accept parameters or groups. Nothing needs to be registered: an override is of the tensor itself, also after
-        `model.to(...)`.
+        """Accept parameters or groups. You need not register any: an override belongs to the tensor itself,
+        also after `model.to(...)`.
 
         Raises:
             TypeError: these are no parameters.
@@ -71,7 +71,7 @@ class GlobalOptimManager:
         """Override one option (`key`, `value`) or several (`key_value_dict`) of one parameter or several.
 
         Raises:
-            ValueError: an option is unknown or its value not possible; both forms are used, or none.
+            ValueError: an option is unknown or its value not possible; the call uses both forms, or neither.
         """
         who = "override_config"
         if (key is None) == (key_value_dict is None):
@@ -90,7 +90,7 @@ class GlobalOptimManager:
         """Override options of the parameter that `module` has under a name.
 
         Raises:
-            ValueError: there is none, or an option is unknown or its value not possible.
+            ValueError: the module has no such parameter, or an option is unknown or its value not possible.
         """
         who = "register_module_override"
         self._handles.append(overriding.override_module_parameter(who, module, param_name, config))

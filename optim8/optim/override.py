@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from optim8.step import hypers
+from optim8.step import arguments, hypers
 from optim8.step.overrides import Find, Groups, OverrideHandle, add
 
 
@@ -23,23 +23,24 @@ def override(
     Args:
         target: a parameter; a module, for all parameters in it; or a shell pattern, such as "*.embed.*", for names.
             `*` also matches dots. Names are those of optimizers made from `named_parameters()`.
-        module: with a pattern: names are those of `module.named_parameters()`, for any optimizer.
-        **changes: `lr`, `betas`, `eps`, `weight_decay`, `optim_bits`, `min_8bit_size`, as for a parameter group.
+        module: only with a pattern, which then matches the names of `module.named_parameters()`, for any optimizer.
+        **changes: hyper-parameters of the optimizer's rule (`lr`, `betas`, `eps`, `weight_decay`, `momentum`, ...),
+            `optim_bits`, `min_8bit_size`, as for a parameter group.
 
     Returns:
         a handle: `handle.remove()` ends the override, as does the end of `with override(...):`.
 
-    An overridden `lr` is not moved by schedulers. Later overrides win, option by option. State that exists already is
-    brought to the new precision by the optimizer's next `step`, `precision` or `state_dict`: widened exactly, or
-    quantized. Overrides are no part of a state dict. They stay with the tensor: a copy of a parameter has none, and
-    where a model's parameters are replaced later (as fully_shard does), override the module or a pattern.
+    Schedulers do not move an overridden `lr`. Later overrides win, option by option. The optimizer's next `step`,
+    `precision` or `state_dict` brings state that exists already to the new precision: it widens codes exactly, or
+    quantizes. A state dict holds no overrides. They stay with the tensor: a copy of a parameter has none. Where a
+    model's parameters are replaced later (as fully_shard does), override the module or a pattern.
 
-    An override of trainable parameters that no optimizer has is reported by a warning of the first step of any.
+    If no optimizer has the trainable parameters of an override, the first step of any optimizer warns.
 
     Raises:
         TypeError: the target is none of these, or `module` is no module.
-        ValueError: an option is unknown or its value not possible; the target has no parameters. A pattern that
-            matches no name of any optimizer is reported by the first optimizer that would use it.
+        ValueError: an option is unknown or its value not possible; the target has no parameters. For a pattern
+            that matches no name of any optimizer, the first optimizer that would use it raises the error.
 
     Example:
         >>> import torch, optim8
@@ -74,21 +75,21 @@ def override(
 def override_module_parameter(
     who: str, module: torch.nn.Module, name: str, changes: dict[str, Any], *, idle: bool = True
 ) -> OverrideHandle:
-    """Override the parameter that a module has under a name, whatever tensor that is by then."""
+    """Override the parameter that a module has under a name, whichever tensor an optimizer finds there."""
     if not isinstance(module, torch.nn.Module) or not isinstance(getattr(module, name, None), torch.Tensor):
         raise ValueError(f"{who}: a {type(module).__name__} has no parameter {name!r}.")
     return add(checked(who, changes), _of_module(module, lambda found: found == name), idle=idle)
 
 
 def checked(who: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Options of an override, checked; those of bitsandbytes that change nothing are taken out."""
+    """Check the options of an override, and leave out those of bitsandbytes that change nothing."""
     known = hypers.overridable()
-    changes = hypers.without_neutral(who, changes)
+    changes = arguments.without_neutral(who, changes)
     if not changes:
         raise ValueError(f"{who}: name at least one option: {', '.join(known)}.")
     for name in changes:
         if name not in known:
-            close = hypers.did_you_mean(name, known)
+            close = arguments.did_you_mean(name, known)
             raise ValueError(f"{who}: {name!r} cannot be overridden.{close} Options are {', '.join(known)}.")
     return hypers.normalize_changes(who, changes)
 

@@ -1,4 +1,4 @@
-"""State made what it is before a first step, where it lies."""
+"""Resets state, in its memory, to what it is before a first step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _chosen(
 
 @torch.no_grad()
 def reset_state(optimizer: Any, params: torch.Tensor | Iterable[torch.Tensor] | None) -> None:
-    """What StateAccess.reset_state says."""
+    """Do what StateAccess.reset_state describes."""
     chosen = _chosen(f"{type(optimizer).__name__}.reset_state", optimizer.param_groups, params)
     memory, moments = optimizer.memory, optimizer.moments
     with optimizer.turn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -45,17 +45,16 @@ class Arena:
                 "each. Step outside of it (FakeTensorMode, FunctionalTensorMode, tracing)."
             )
 
-    def cut(self) -> list[torch.Tensor]:
-        """The tensors for which room was made, in order. The storage of each is all of its room."""
+    def cut(self) -> Iterator[torch.Tensor]:
+        """The tensors for which room was made, in order, each made when it is asked for. The storage of each is all of
+        its room."""
         rooms = [end - begin for begin, end in zip(self.begins, [*self.begins[1:], self.size])]
         exact = [part.size == room for part, room in zip(self.parts, rooms, strict=True)]
         shapes = [part.shape if fits else (room,) for part, room, fits in zip(self.parts, rooms, exact, strict=True)]
         strides = [part.stride if fits else (1,) for part, fits in zip(self.parts, exact, strict=True)]
         tensors = cut(self.flat, self.begins, shapes, strides)
-        return [
-            tensor if fits else tensor.as_strided(part.shape, part.stride)
-            for tensor, part, fits in zip(tensors, self.parts, exact, strict=True)
-        ]
+        for tensor, part, fits in zip(tensors, self.parts, exact, strict=True):
+            yield tensor if fits else tensor.as_strided(part.shape, part.stride)
 
 
 class Allocator(Protocol):
@@ -71,7 +70,7 @@ class Allocator(Protocol):
         """The tier of each new state of `sizes` bytes, of parameters on `device`."""
 
     def allocate(self, tier: str, device: torch.device, arenas: Sequence[Arena]) -> None:
-        """Memory of a tier for arenas of the state of parameters on `device`, filled."""
+        """Give memory of a tier to arenas of the state of parameters on `device`, and fill it."""
 
     def reaches(self, tensor: torch.Tensor, param: torch.Tensor) -> bool:
         """Whether the state of a parameter may lie where `tensor` does."""
@@ -135,7 +134,7 @@ def _allocate(layouts: Sequence[Layout], device: torch.device, tier: str, alloca
             homes.append(arena)
     allocator.allocate(tier, device, list(arenas.values()))
     # Parameter by parameter, so that the small objects a step must look at lie together.
-    tensors = {id(arena): iter(arena.cut()) for arena in arenas.values()}
+    tensors = {id(arena): arena.cut() for arena in arenas.values()}
     home = iter(homes)
     return [{part.key: next(tensors[id(next(home))]) for part in layout.parts} for layout in layouts]
 
@@ -145,13 +144,12 @@ def cut(
     begins: Sequence[int],
     shapes: Sequence[tuple[int, ...]],
     strides: Sequence[tuple[int, ...]],
-) -> list[torch.Tensor]:
-    """Tensors in the memory of a flat one, each with a storage of its own from an element on: torch saves and copies a
-    tensor with its whole storage, and who saves the state of one parameter does not mean that of all."""
+) -> Iterator[torch.Tensor]:
+    """Tensors in the memory of a flat one, each with a storage of its own that begins at an element. torch saves and
+    copies a tensor with its whole storage, and saving the state of one parameter must not save that of all."""
     if flat.device.type == "meta":  # the planner counts allocations
-        return [flat.as_strided(*at) for at in zip(shapes, strides, begins, strict=True)]
-    from_capsule = torch.utils.dlpack.from_dlpack
-    return [from_capsule(capsule) for capsule in _native.cpu().cut(flat, list(begins), list(shapes), list(strides))]
+        return (flat.as_strided(*at) for at in zip(shapes, strides, begins, strict=True))
+    return map(torch.utils.dlpack.from_dlpack, _native.cpu().cut(flat, list(begins), list(shapes), list(strides)))
 
 
 def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:

@@ -45,7 +45,7 @@ def fill_state(moments: Sequence[Moment], source: Entry, entry: dict[str, Any], 
         fill(moment, source[moment.name], entry, name)
 
 
-def filled(
+def new_states(
     moments: tuple[Moment, ...], wanted: Sequence[tuple[Target, Entry]], allocator: Allocator
 ) -> list[dict[str, Any]]:
     """New states with the values of sources."""
@@ -56,7 +56,7 @@ def filled(
     return fresh
 
 
-def converted(
+def convert(
     moments: tuple[Moment, ...], wanted: Sequence[tuple[Target, dict[str, Any]]], allocator: Allocator
 ) -> list[dict[str, Any]]:
     """States of an optimizer, laid out anew for the parameters as they are now. What others keep there stays as it is.
@@ -66,13 +66,13 @@ def converted(
         wanted: (what is to be made, the present state).
         allocator: decides where the state lives.
     """
-    fresh = filled(moments, [(target, as_sources(moments, entry)) for target, entry in wanted], allocator)
+    fresh = new_states(moments, [(target, as_sources(moments, entry)) for target, entry in wanted], allocator)
     for (_, entry), new in zip(wanted, fresh, strict=True):
         new.update(others(moments, entry))
     return fresh
 
 
 def zero(layout: Layout, entry: Mapping[str, Any]) -> None:
-    """Make a state of this layout what new state is, where it lies."""
+    """Reset a state of this layout, in its memory, to what new state is."""
     for part in layout.parts:
         fill_tensor(entry[part.key], part.fill)

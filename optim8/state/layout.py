@@ -1,4 +1,4 @@
-"""Which tensors the state of a parameter consists of: their keys, shapes, strides, bytes. Nobody else answers this.
+"""Which tensors the state of a parameter consists of: their keys, shapes, strides, bytes. Only this module decides it.
 
 State in 8 bits is `name_codes` (uint8, of the parameter's shape and strides) and `name_absmax` (float32, one for each
 256 consecutive values in memory order) for each moment; in 32 bits `name` alone, float32. Codes never stand under
@@ -117,7 +117,7 @@ def state_bytes(moments: tuple[Moment, ...], shape: Sequence[int], bits: int) ->
 
 
 def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:
-    """In how many bits a state is: 8 where it has scales, else 32. What the first moment is, all are."""
+    """The bits of a state: 8 where it has scales, else 32. All moments have the bits of the first."""
     return 8 if moments[0].absmax in entry else 32
 
 
@@ -133,8 +133,8 @@ def others(moments: Sequence[Moment], entry: Mapping[str, Any]) -> dict[str, Any
 
 
 def under_present_names(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state as version 0.1.0 kept it, with codes under `name`, under the names of today; any other as it
-    is."""
+    """A parameter's state under the names of today: version 0.1.0 kept codes under `name`. Any other state comes back
+    as it is."""
     if not any(moment.absmax in entry and moment.name in entry for moment in moments):
         return entry
     codes = {moment.name: moment.codes for moment in moments if moment.absmax in entry}
@@ -142,8 +142,8 @@ def under_present_names(moments: Sequence[Moment], entry: dict[str, Any]) -> dic
 
 
 def dense_stride(param: torch.Tensor) -> tuple[int, ...]:
-    """The strides of a parameter's state: its own, or where it has gaps, as a slice has, those of torch.empty_like,
-    without gaps in the same order of dimensions."""
+    """The strides of a parameter's state: the parameter's own, or where it has gaps, as a slice has, those of
+    torch.empty_like, which keep the order of the dimensions and leave no gaps."""
     own, shape = tuple(param.stride()), param.shape
     if param.is_contiguous():
         return own

@@ -1,4 +1,4 @@
-"""Copies into and out of state that may lie in memory-mapped files under a limit on what is in memory of them."""
+"""Copies into and out of state that may lie in memory-mapped files, of which only a limited part may be in memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Mapping(Protocol):
         """Whether the tensor's values lie in it."""
 
 
-# Only what is in here may be released: an object keeps its mapping alive, so no address in it is anything else's.
+# Only what is in here may be released: an object keeps its mapping alive, so nothing else can have its addresses.
 _limited: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def limit(mapping: Mapping) -> None:
-    """Have the pages of a mapping leave memory behind each copy, for as long as the mapping lives."""
+    """Take the pages of a mapping out of memory after each copy, for as long as the mapping lives."""
     _limited.add(mapping)
 
 
@@ -37,7 +37,7 @@ def copy(goal: torch.Tensor, source: torch.Tensor) -> None:
         goal.copy_(source)
         release((goal, source))
         return
-    # Alike and dense, so that the order in memory is one order of the elements of both.
+    # Both are dense and laid out alike, so their elements have the same order in memory.
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in (goal, source)]
     for begin in range(0, goal.numel(), _CHUNK):
         to, of = (tensor[begin : begin + _CHUNK] for tensor in flat)

@@ -32,7 +32,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Tiled:
-    """A quantized moment as sharded state is saved: tiles.py. Becomes Codes before it is read.
+    """A quantized moment in the form in which sharded state is saved (tiles.py). It is made into Codes to be read.
 
     codes: uint8, of the parameter's shape.
     tiles: float32 [..., 2].
@@ -85,7 +85,7 @@ def check_values(where: str, moments: Sequence[Moment], entry: Entry, bits: int)
 def check_scales(where: str, moment: Moment, codes: torch.Tensor, scales: torch.Tensor) -> None:
     """Raise ValueError where codes stand for values and their scale is 0, as when scales were lost on the way.
 
-    Other libraries write any code into a block of zeros, but one and the same.
+    Other libraries may write any code into a block of zeros, but the same code throughout the block.
 
     Args:
         where: names the state, for messages.

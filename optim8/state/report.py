@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Note:
-    """What the values of a state say of how the next steps will go.
+    """A remark on values of a state that will affect the next steps.
 
     name: where it stands, such as "state[0]['exp_avg']".
     count: how many values it concerns.
@@ -43,7 +43,7 @@ class Note:
 
 @dataclass
 class Report:
-    """The rows of the conversions that ran while it was asked for, in order, and notes of what was odd in what they
+    """The rows of the conversions that ran while the report was asked for, in order, and notes on odd values that they
     read."""
 
     rows: list[Row] = field(default_factory=list)
@@ -96,7 +96,7 @@ def report() -> Iterator[Report]:
 
 
 def note(name: str, concerned: Callable[[], torch.Tensor], text: str) -> None:
-    """Note how many values a mask has, where a report was asked for and there are any."""
+    """Note how many values a mask marks, if a report was asked for and the mask marks any."""
     asked = current()
     count = int(concerned().sum()) if asked is not None else 0
     if asked is not None and count:

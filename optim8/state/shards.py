@@ -41,7 +41,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ways(param: Any) -> dict[int, int]:
-    """For each dimension that is sharded, over how many ranks."""
+    """The number of ranks over which each sharded dimension is split, by dimension."""
     counts: dict[int, int] = {}
     for size, placement in zip(param.device_mesh.shape, param.placements, strict=True):
         if hasattr(placement, "dim"):
@@ -55,8 +55,8 @@ def ways(param: Any) -> dict[int, int]:
 
 
 def alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a storage of its own. A DTensor around a view that begins within a storage can neither be
-    copied nor saved by torch; and whoever saves one around a part of a storage saves all of that."""
+    """The same memory as a storage of its own. torch can neither copy nor save a DTensor around a view that begins
+    within a storage; and it saves the whole storage with a DTensor around a part of it."""
     if tensor.numel() == 0:
         return torch.empty_like(tensor)
     return torch.utils.dlpack.from_dlpack(tensor).as_strided(tensor.shape, tensor.stride())

@@ -1,7 +1,7 @@
-"""State that others put into an optimizer, instead of asking load_state_dict.
+"""State that others put into an optimizer themselves, without load_state_dict.
 
-torch.distributed.optim.ZeroRedundancyOptimizer loads so: it writes each saved entry into the state of the optimizer
-that it wraps, whatever library it is of.
+torch.distributed.optim.ZeroRedundancyOptimizer loads this way: it writes each saved entry into the state of the
+optimizer that it wraps, whatever library it is of.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from typing_extensions import TypedDict
 
 from optim8 import _native, rules
 from optim8.rules import Hyper, Rule
@@ -27,73 +25,13 @@ EXTRA_DEFAULTS = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8}
 
 
 def overridable() -> dict[str, Hyper | None]:
-    """What one parameter may have otherwise than its group: the hyper-parameters of all rules, and EXTRA_DEFAULTS."""
+    """The options that one parameter may override: the hyper-parameters of all rules, and EXTRA_DEFAULTS."""
     hypers = {hyper.name: hyper for rule in rules.every().values() for hyper in rule.hypers}
     return {**hypers, **dict.fromkeys(EXTRA_DEFAULTS)}
 
 
-class BitsandbytesArguments(TypedDict, total=False):
-    """What bitsandbytes' optimizers take besides: `args` is read for what it has of `optim_bits`, `min_8bit_size` and
-    the last four, which are accepted with the value that changes nothing."""
-
-    args: object
-    is_paged: bool
-    percentile_clipping: int
-    block_wise: bool
-    max_unorm: float
-    skip_zeros: bool
-
-
-# Arguments of bitsandbytes' optimizers: the one value that is honoured, and what to do instead of the others.
-_NEUTRAL: dict[str, tuple[Any, str]] = {
-    "percentile_clipping": (100, "Clip with torch.nn.utils.clip_grad_norm_."),
-    "block_wise": (True, "State is always scaled by blocks of 256 values."),
-    "max_unorm": (0.0, "Clip with torch.nn.utils.clip_grad_norm_."),
-    "skip_zeros": (False, "Leave parameters without a gradient at grad=None."),
-}
-
-
-def without_neutral(owner: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without those of bitsandbytes that have the value which changes nothing; others are refused."""
-    for name, (neutral, advice) in _NEUTRAL.items():
-        if name in given and given[name] != neutral:
-            raise ValueError(f"{owner}: {name} must be {neutral}, got {given[name]!r}. {advice}")
-    return {name: value for name, value in given.items() if name not in _NEUTRAL}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: " Did you mean 'weight_decay'?", or nothing."""
-    close = difflib.get_close_matches(name, known, 1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def completed(owner: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of an optimizer from its arguments, with what bitsandbytes also takes (`kwargs`) in our names.
-
-    Raises:
-        TypeError: an argument is not known.
-        ValueError: an argument cannot be honoured.
-    """
-    defaults = dict(defaults)
-    extra: dict[str, Any] = defaults.pop("kwargs", {})
-    args, is_paged = extra.pop("args", None), extra.pop("is_paged", False)
-    if args is not None:
-        there = [name for name in (*EXTRA_DEFAULTS, *_NEUTRAL) if hasattr(args, name)]
-        extra = {**extra, **{name: getattr(args, name) for name in there}}
-    for name, value in without_neutral(owner, extra).items():
-        if name not in EXTRA_DEFAULTS:
-            close = did_you_mean(name, [*defaults, *BitsandbytesArguments.__annotations__])
-            raise TypeError(f"{owner}: {name!r} is no argument of this optimizer.{close}")
-        defaults[name] = value
-    if is_paged and defaults.get("paged") is None:
-        defaults["paged"] = True
-    elif is_paged and not defaults["paged"]:
-        raise ValueError(f"{owner}: is_paged=True contradicts paged=False. Leave one out.")
-    return defaults
-
-
 def _number(owner: str, name: str, value: Any, least: float, below: float = math.inf) -> float | torch.Tensor:
-    """The value as a float; a tensor stays one, since it may be changed in place."""
+    """The value as a float; a tensor stays one, since its owner may change it in place."""
     if type(value) is float and least <= value < below:
         return value  # every step comes here
     one = value
@@ -152,7 +90,7 @@ def _plain(owner: str, hyper: Hyper, value: Any) -> Any:
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number of any type as an int; None where it is none."""
+    """The value as an int where it is a whole number of any type, else None."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or not isinstance(value, Real) or float(value) % 1 != 0:
@@ -167,8 +105,23 @@ def normalize_group(owner: str, rule: Rule, group: dict[str, Any]) -> None:
     Raises:
         ValueError, TypeError: the first option that cannot be honoured; options before it may be stored already.
     """
+    _normalize_options(owner, rule, group)
+    conflict = _native.cpu().conflict(rule.name, group)
+    if conflict is not None:
+        raise ValueError(f"{owner}: {conflict}")
+
+
+def _normalize_options(owner: str, rule: Rule, group: dict[str, Any]) -> None:
+    """Do what normalize_group does, except to check for options that do not go together."""
     for hyper in rule.hypers:
-        group[hyper.name] = _plain(owner, hyper, group[hyper.name])
+        value, least, below = group[hyper.name], hyper.least, hyper.below
+        if type(value) is float and hyper.is_number and least <= value < below:
+            continue  # every step comes here
+        if hyper.is_pair and type(value) is tuple and len(value) == 2:
+            first, second = value
+            if type(first) is type(second) is float and least <= first < below and least <= second < below:
+                continue
+        group[hyper.name] = _plain(owner, hyper, value)
     if group.get("amsgrad"):
         raise ValueError(
             f"{owner}: amsgrad=True is not supported (it needs a third state). "
@@ -209,26 +162,26 @@ def normalize_changes(owner: str, changes: dict[str, Any]) -> dict[str, Any]:
     return {name: plain[name] for name in changes}
 
 
-def saved(value: Any) -> Any:
+def to_save(value: Any) -> Any:
     """A value of a group as it is saved: numpy's scalars, which torch.load(weights_only=True) refuses, as Python's."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) in (list, tuple):
-        return type(value)(map(saved, value))
+        return type(value)(map(to_save, value))
     if type(value) is dict:
-        return {key: saved(item) for key, item in value.items()}
+        return {key: to_save(item) for key, item in value.items()}
     return value
 
 
-def called(group: dict[str, Any], index: int) -> str:
+def name_of(group: dict[str, Any], index: int) -> str:
     """A parameter of a group, for messages: "parameter 3", or with its name where the optimizer was given names."""
     names = group.get("param_names") or ()
     return f"parameter {index} {names[index]!r}" if index < len(names) else f"parameter {index}"
 
 
 def check_params(owner: str, group_index: int, group: dict[str, Any]) -> None:
-    """Raise ValueError where a parameter of a group can never be stepped; what can still change is checked by each
-    step.
+    """Raise ValueError where a parameter of a group can never be stepped; each step checks what can still
+    change.
 
     A frozen parameter may be of any kind, such as the integer weights of a quantized model: it gets no gradient.
     """
@@ -237,21 +190,21 @@ def check_params(owner: str, group_index: int, group: dict[str, Any]) -> None:
         first = places.setdefault(id(param), index)
         if first != index:
             raise ValueError(
-                f"{owner}: {called(group, index)} of group {group_index} is {called(group, first)} again; it would be "
-                "stepped twice. Pass each once, as `model.parameters()` or `list(dict.fromkeys(params))` does."
+                f"{owner}: {name_of(group, index)} of group {group_index} is {name_of(group, first)} again; it would "
+                "be stepped twice. Pass each once, as `model.parameters()` or `list(dict.fromkeys(params))` does."
             )
         if not param.requires_grad:
             continue
         if param.layout != torch.strided or param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             kind = str(param.dtype) if param.layout == torch.strided else str(param.layout)
             raise ValueError(
-                f"{owner}: {called(group, index)} of group {group_index} must be dense and float32, bfloat16 or "
+                f"{owner}: {name_of(group, index)} of group {group_index} must be dense and float32, bfloat16 or "
                 f"float16, got {kind.removeprefix('torch.')} {tuple(param.shape)}. Convert it, or leave it out."
             )
 
 
 def bits_of_new_state(options: dict[str, Any], param: torch.Tensor) -> int:
-    """In how many bits new state of `param` is under these options, those of its group or its own: 8 or 32."""
+    """The bits of new state of `param`, 8 or 32, under these options, which are its group's or its own."""
     return 8 if options["optim_bits"] == 8 and param.numel() >= options["min_8bit_size"] else 32
 
 
@@ -266,7 +219,7 @@ def step_options(
     Raises:
         ValueError, TypeError: an option cannot be honoured.
     """
-    normalize_group(owner, rule, group)  # a user or a scheduler may have edited it
+    _normalize_options(owner, rule, group)  # a user or a scheduler may have edited it
     if group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
         raise ValueError(f"{owner}: capturable=True needs CUDA parameters, got one on cpu. Use capturable=False.")
     lr = group["lr"]
@@ -276,7 +229,7 @@ def step_options(
             if param.device != lr.device:
                 raise ValueError(
                     f"{owner}: lr on {lr.device} needs all parameters of its group there, got "
-                    f"{called(group, index)} on {param.device}. Use a number, or a group for each device."
+                    f"{name_of(group, index)} on {param.device}. Use a number, or a group for each device."
                 )
         if lr.dtype != torch.float32:
             raise ValueError(f"{owner}: lr on {lr.device} must be float32, got {lr.dtype}. Use lr.float().")
@@ -284,6 +237,7 @@ def step_options(
     if amp_on_device and any(param.device.type == "cpu" for param in group["params"]):
         raise ValueError(f"{owner}: a GradScaler on {found_inf.device} needs parameters there, got one on cpu.")  # type: ignore[union-attr]
     return _native.cpu().StepOptions(
+        owner,
         rule.name,
         group,
         maximize=bool(group["maximize"]),

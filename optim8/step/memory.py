@@ -46,13 +46,13 @@ class Memory(Resident):
         return iter(())
 
     def check_reach(self, params: Iterable[torch.Tensor]) -> None:
-        """Raise ValueError where state of these parameters can only be out of their reach."""
+        """Raise ValueError where this memory can hold no state that the devices of these parameters reach."""
 
     def check_before_step(self, groups: Groups) -> None:
         """Raise ValueError where the parameters are not those whose state this is."""
 
     def check_others(self, where: str, others: dict[Any, Any]) -> None:
-        """Raise ValueError where what others keep with a parameter's state would be lost."""
+        """Raise ValueError where this memory would lose what others keep with a parameter's state."""
 
     def prepare(self, groups: Groups, state: dict[Any, Any]) -> None:
         """Get ready for a step over this state."""

@@ -24,8 +24,8 @@ Find: TypeAlias = Callable[[Groups], dict[int, torch.Tensor] | None]
 class _Override:
     """One call of `override`.
 
-    find: gives the parameters that are meant, by id, where names are those of these groups; None once the target is
-        gone.
+    find: given an optimizer's groups, which may hold the names to match, finds the parameters that are meant, by id;
+        None once the target is gone.
     glob: the pattern, where names are those of optimizers.
     idle: whether nobody has looked for it, so that it may be for nothing.
     """
@@ -138,7 +138,7 @@ def resolve(owner: str, groups: Groups) -> Resolved:
 
 
 def _check_idle(owner: str, made: _Override, groups: Groups) -> None:
-    """Say so where an override concerns no parameter of any optimizer."""
+    """Report an override that concerns no parameter of any optimizer."""
     for other in _optimizers:
         theirs = {id(param) for group in other.param_groups for param in group["params"]}
         if theirs & (made.find(other.param_groups) or {}).keys():
@@ -182,7 +182,7 @@ def _split(
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    # A tensor (lr) is itself only: it may be changed in place.
+    # A tensor (lr) equals only itself, since its owner may change it in place.
     return a.keys() == b.keys() and all(a[k] is b[k] or (_plain(a[k]) and a[k] == b[k]) for k in a)
 
 

@@ -33,8 +33,8 @@ class Part:
 class LocalStep:
     """The parts of a step as native code takes them, and for each the states of its parameters.
 
-    Where there are no DTensors these are the optimizer's own objects. A DTensor is stood in for by its local shard, a
-    tensor with gaps by a dense copy.
+    Where there are no DTensors these are the optimizer's own objects. A local shard stands in for its DTensor, and a
+    dense copy for a tensor with gaps.
 
     Args:
         owner: names the optimizer, for messages.
@@ -81,7 +81,7 @@ class LocalStep:
         self.parts[number] = Part(part.group, params, part.options, part.names, grads)
 
     def lay_out(self, number: int, indices: Iterable[int]) -> None:
-        """Take copies of the gradients at these indices of a part that lie as the parameters do."""
+        """Use copies of the gradients at these indices of a part, which have the strides of the parameters."""
         part = self.parts[number]
         for index in indices:
             part.grads[index] = dense_grad(part.params[index], self._grad(part, index))
@@ -94,7 +94,7 @@ class LocalStep:
         return grad
 
     def copy_back(self) -> None:
-        """Give tensors with gaps what their copies have become."""
+        """Write the stepped dense copies back into the tensors with gaps."""
         for param, copy in self._copies:
             param.copy_(copy)
 

@@ -1,5 +1,5 @@
-"""Steps that GPUs may still be at while their state lies in memory of the host. A step does not wait; whoever reads,
-writes or frees such memory on the host waits here first."""
+"""Steps that GPUs may still run over state in memory of the host. A step does not wait; whoever reads, writes or frees
+such memory on the host waits here first."""
 
 from __future__ import annotations
 

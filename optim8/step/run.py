@@ -12,7 +12,7 @@ from optim8 import _native
 
 
 def is_capturing() -> bool:
-    """Whether what runs now goes into a CUDA graph: nothing may be looked at, and the replays do not come by here."""
+    """Whether a CUDA graph captures what runs now. Then nothing may read device values, and replays skip this code."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -27,7 +27,7 @@ def check_not_capturing(who: str, params: Iterable[torch.Tensor]) -> None:
 
 
 def mark_stepped(table: Any) -> None:
-    """As an in-place operation of torch does: a graph that saved a parameter must notice that it changes."""
+    """Tell autograd that the parameters change, as torch's in-place operations do: a graph may have saved them."""
     torch.autograd.graph.increment_version(table.params)
 
 
@@ -55,8 +55,8 @@ def run_step(
 def steps_elsewhere(
     table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
 ) -> Callable[[], None]:
-    """The part of run_step for rows that are not on the CPU, with the same arguments and errors: what can be found
-    wrong is found at once, the call that comes back steps the rows."""
+    """The part of run_step for rows that are not on the CPU, with the same arguments and errors. It makes every
+    check that it can at once; the function that it returns steps the rows."""
     elsewhere = table.elsewhere()
     modules = [_native.module_for(torch.device("cuda", rows.device), who) for rows in elsewhere]
     for rows in elsewhere:

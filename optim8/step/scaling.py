@@ -24,12 +24,12 @@ class Scaling:
 
     @property
     def skips(self) -> bool:
-        """Whether the step is known to be left out, without a look at a device."""
+        """Whether the step is left out, as far as one knows without reading from a device."""
         found = self.found_inf
         return found is not None and found.device.type == "cpu" and bool(found.item())
 
     def unscale(self, groups: Iterable[dict[str, Any]]) -> None:
-        """As torch's fused optimizers: after a step that was handed a scale, gradients are without it."""
+        """Take the scale out of the gradients after a step that was handed one, as torch's fused optimizers do."""
         if self.scale is None:
             return
         by_device: dict[torch.device, list[torch.Tensor]] = {}

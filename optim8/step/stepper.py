@@ -120,7 +120,7 @@ class Stepper:
         return parts
 
     def _gather(self, optimizer: Stateful, local_step: LocalStep) -> list[Any]:
-        """Fill the table; gives for each part what is still missing."""
+        """Fill the table, and return for each part what is still missing."""
         self._table.clear()
         if optimizer.memory.pinned_spans:
             self._table.allow_host(optimizer.memory.pinned_spans)
@@ -138,7 +138,7 @@ class Stepper:
         places = {id(p): (part.group, i) for part in local_step.parts for i, p in enumerate(part.params)}
         one, other = (places[id(self._table.params[row])] for row in same)
         groups = optimizer.param_groups
-        names = [hypers.called(groups[at], i) + f" of group {at}" for at, i in (one, other)]
+        names = [hypers.name_of(groups[at], i) + f" of group {at}" for at, i in (one, other)]
         raise ValueError(
             f"{type(optimizer).__name__}: {names[1]} has the memory of {names[0]}: a step would change it twice at "
             "once. Tie them by sharing one Parameter, and pass it once."
@@ -146,7 +146,7 @@ class Stepper:
 
 
 def _supply(optimizer: Stateful, local_step: LocalStep, lacks: Sequence[Any]) -> None:
-    """What a step found missing, so that the next gather lacks nothing."""
+    """Make what a step found missing, so that the next gather lacks nothing."""
     owner, moments = type(optimizer).__name__, optimizer.moments
     new: list[tuple[dict[str, Any], torch.Tensor]] = []
     moved: list[tuple[torch.Tensor, int]] = []

@@ -1,4 +1,4 @@
-"""The states of an optimizer's parameters: in which precision they are, new ones, and other layouts."""
+"""The states of an optimizer's parameters: tells their precision, makes new ones, and lays old ones out anew."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from optim8.rules import Moment
 from optim8.state.allocation import allocate
-from optim8.state.conversion import Target, converted
+from optim8.state.conversion import Target, convert
 from optim8.state.layout import bits_of, dense_stride, layout_of
 from optim8.state.shards import local
 from optim8.state.states import States
@@ -32,26 +32,26 @@ class Stateful(Protocol):
 
 
 def changes_of(optimizer: Stateful, param: torch.Tensor) -> dict[str, Any]:
-    """The options that `param` has otherwise than its group, by the overrides that `resolve` has seen."""
+    """The options that `param` has in place of its group's, by the overrides that `resolve` has seen."""
     known = optimizer.known_overrides
     return {} if known is None else known.by_id.get(id(param), {})
 
 
 def bits_wanted(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> int:
-    """In how many bits new state of a parameter of a group is."""
+    """The bits that new state of a parameter of a group gets, 8 or 32."""
     changes = changes_of(optimizer, param)
     return hypers.bits_of_new_state({**group, **changes} if changes else group, param)
 
 
 def bits_now(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> int:
-    """In how many bits the state of a parameter of a group is, or will be."""
+    """The bits that the state of a parameter of a group has, or will have: 8 or 32."""
     entry = optimizer.state.get(param)
     return bits_of(optimizer.moments, entry) if entry else bits_wanted(optimizer, group, param)
 
 
 def allocate_states(optimizer: Stateful, wanted: Sequence[tuple[dict[str, Any], torch.Tensor]]) -> None:
     """Zero state for parameters, each with its group."""
-    # In how many bits depends on the whole parameter; its state is that of the local shard.
+    # The whole parameter decides the bits; the state is made for the local shard.
     shards = [(local(param), bits_wanted(optimizer, group, param)) for group, param in wanted]
     layouts = [(shard, layout_of(optimizer.moments, shard, bits)) for shard, bits in shards]
     for (_, param), entry in zip(wanted, allocate(layouts, optimizer.memory), strict=True):
@@ -59,7 +59,7 @@ def allocate_states(optimizer: Stateful, wanted: Sequence[tuple[dict[str, Any], 
 
 
 def convert_states(optimizer: Stateful, wanted: Sequence[tuple[torch.Tensor, int]], name: str = "") -> None:
-    """Lay out the states of parameters anew for the parameters as they are now, in so many bits.
+    """Lay out the states of parameters anew, each for the parameter as it is now and in the bits given with it.
 
     Args:
         name: for a report, formatted with the parameter's shape; "" for none.
@@ -70,13 +70,13 @@ def convert_states(optimizer: Stateful, wanted: Sequence[tuple[torch.Tensor, int
     targets = [
         (Target(local(param), bits, name.format(tuple(param.shape))), optimizer.state[param]) for param, bits in wanted
     ]
-    for (param, _), entry in zip(wanted, converted(optimizer.moments, targets, optimizer.memory), strict=True):
+    for (param, _), entry in zip(wanted, convert(optimizer.moments, targets, optimizer.memory), strict=True):
         optimizer.state.put(param, entry)
     optimizer.memory.keep_only(optimizer.state.values())
 
 
 def relay_states(optimizer: Stateful) -> None:
-    """Lay out the states of parameters whose strides have changed anew."""
+    """Lay out anew the states of parameters whose strides have changed."""
     moments = optimizer.moments
     convert_states(
         optimizer,
@@ -90,8 +90,8 @@ def relay_states(optimizer: Stateful) -> None:
 
 
 def resolve(optimizer: Stateful) -> overrides.Resolved | None:
-    """The overrides of this optimizer, or None where none was ever made. Where they have changed, existing state is
-    brought to the precision that they ask for."""
+    """The overrides of this optimizer, or None where none was ever made. Where they have changed, brings existing
+    state to the precision that they ask for."""
     if overrides.none_made():
         return None
     known = optimizer.known_overrides

@@ -49,6 +49,16 @@ def test_a_relative_of_adam_with_the_same_states_is_refused(other: Any, name: st
     check(name, saved(other), r"param_groups\[0\]\['amsgrad'\] is missing, .* another optimizer")
 
 
+@pytest.mark.parametrize("option", ["weight_decouple", "decoupled_weight_decay"])
+def test_a_decoupled_decay_is_not_taken_for_that_of_sgd(option: str) -> None:
+    """SGD's is an L2 penalty."""
+    state_dict = saved(torch.optim.SGD, momentum=0.9, weight_decay=0.1)
+    state_dict["param_groups"][0].update({option: True})
+    check("SGD8bit", state_dict, rf"\['{option}'\] is True and weight_decay is 0\.1, which is an L2 penalty here")
+    state_dict["param_groups"][0].update({option: False})
+    check("SGD8bit", state_dict, None)
+
+
 # What pytorch_optimizer 4.1, timm 1.0 and others write beside the options that are honoured.
 ADAM: dict[str, tuple[dict[str, Any], str | None]] = {
     "a cautious one": ({"caution": True}, r"\['caution'\] is True, which changes the update"),

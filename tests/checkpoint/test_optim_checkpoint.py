@@ -180,31 +180,46 @@ def test_a_saved_checkpoint_is_small(case: Case, device: torch.device) -> None:
     assert exact <= file.getbuffer().nbytes <= 1.05 * exact + 20_000
 
 
-Break = Callable[[dict[str, Any]], Any]
+Change = Callable[[torch.Tensor], Any]
+Break = Callable[[dict[str, Any], str, str], Any]  # of a state dict and the keys of the first state: codes, absmax
+
+
+def _codes(i: int, change: Change) -> Break:
+    return lambda d, codes, absmax: d["state"][i].update({codes: change(d["state"][i][codes])})
+
+
+def _absmax(i: int, change: Change) -> Break:
+    return lambda d, codes, absmax: d["state"][i].update({absmax: change(d["state"][i][absmax])})
+
+
+def _dict(change: Callable[[dict[str, Any]], Any]) -> Break:
+    return lambda d, codes, absmax: change(d)
+
+
 BROKEN: dict[str, Break] = {
-    "a group too many": lambda d: d["param_groups"].append(copy.deepcopy(d["param_groups"][0])),
-    "a parameter too few": lambda d: d["param_groups"][0]["params"].pop(),
-    "codes of another shape": lambda d: d["state"][0].update(exp_avg_codes=d["state"][0]["exp_avg_codes"][:-1].clone()),
-    "codes of another order": lambda d: d["state"][4].update(exp_avg_codes=d["state"][4]["exp_avg_codes"].flatten()),
-    "codes as float": lambda d: d["state"][4].update(exp_avg_codes=d["state"][4]["exp_avg_codes"].float()),
-    "codes as int8": lambda d: d["state"][0].update(exp_avg_codes=d["state"][0]["exp_avg_codes"].to(torch.int8)),
-    "no codes": lambda d: d["state"][4].pop("exp_avg_codes"),
-    "no absmax": lambda d: d["state"][4].pop("exp_avg_absmax"),
-    "short absmax": lambda d: d["state"][0].update(exp_avg_absmax=d["state"][0]["exp_avg_absmax"][:-1]),
-    "long absmax": lambda d: d["state"][4].update(exp_avg_absmax=torch.ones(9999)),
-    "absmax as float16": lambda d: d["state"][4].update(exp_avg_absmax=d["state"][4]["exp_avg_absmax"].half()),
-    "negative absmax": lambda d: d["state"][4]["exp_avg_absmax"].neg_().sub_(1),
-    "absmax NaN": lambda d: d["state"][4]["exp_avg_absmax"].fill_(float("nan")),
-    "no step": lambda d: d["state"][4].pop("step"),
-    "step of two numbers": lambda d: d["state"][4].update(step=torch.ones(2)),
-    "negative step": lambda d: d["state"][4].update(step=torch.tensor(-1.0)),
-    "a moment of another rule": lambda d: d["state"][4].update(max_exp_avg_sq=torch.ones(2, 3, 10, 20)),
-    "an order of other dimensions": lambda d: d["state"][4].update(dim_order=torch.tensor([0, 2, 3])),
-    "an order with a dimension twice": lambda d: d["state"][4].update(dim_order=torch.tensor([0, 2, 2, 1])),
-    "an order of fractions": lambda d: d["state"][4].update(dim_order=torch.tensor([0.0, 2.0, 3.0, 1.0])),
-    "codes that are a list": lambda d: d["state"][0].update(exp_avg_codes=d["state"][0]["exp_avg_codes"].tolist()),
-    "no state at all": lambda d: d.pop("state"),
-    "a state for no parameter": lambda d: d["state"].update({17: d["state"].pop(4)}),
+    "a group too many": _dict(lambda d: d["param_groups"].append(copy.deepcopy(d["param_groups"][0]))),
+    "a parameter too few": _dict(lambda d: d["param_groups"][0]["params"].pop()),
+    "codes of another shape": _codes(0, lambda t: t[:-1].clone()),
+    "codes of another order": _codes(4, lambda t: t.flatten()),
+    "codes as float": _codes(4, lambda t: t.float()),
+    "codes as int8": _codes(0, lambda t: t.to(torch.int8)),
+    "no codes": lambda d, codes, absmax: d["state"][4].pop(codes),
+    "no absmax": lambda d, codes, absmax: d["state"][4].pop(absmax),
+    "short absmax": _absmax(0, lambda t: t[:-1]),
+    "long absmax": _absmax(4, lambda t: torch.ones(9999)),
+    "absmax as float16": _absmax(4, lambda t: t.half()),
+    "negative absmax": _absmax(4, lambda t: t.neg().sub(1)),
+    "absmax NaN": _absmax(4, lambda t: torch.full_like(t, float("nan"))),
+    "no step": _dict(lambda d: d["state"][4].pop("step")),
+    "step of two numbers": _dict(lambda d: d["state"][4].update(step=torch.ones(2))),
+    "negative step": _dict(lambda d: d["state"][4].update(step=torch.tensor(-1.0))),
+    "a moment of another rule": _dict(lambda d: d["state"][4].update(max_exp_avg_sq=torch.ones(2, 3, 10, 20))),
+    "an order of other dimensions": _dict(lambda d: d["state"][4].update(dim_order=torch.tensor([0, 2, 3]))),
+    "an order with a dimension twice": _dict(lambda d: d["state"][4].update(dim_order=torch.tensor([0, 2, 2, 1]))),
+    "an order of fractions": _dict(lambda d: d["state"][4].update(dim_order=torch.tensor([0.0, 2.0, 3.0, 1.0]))),
+    "codes that are a list": _codes(0, lambda t: t.tolist()),
+    "no state at all": _dict(lambda d: d.pop("state")),
+    "a state for no parameter": _dict(lambda d: d["state"].update({17: d["state"].pop(4)})),
 }
 
 
@@ -218,7 +233,7 @@ def test_an_inconsistent_checkpoint_is_refused_whole(case: Case, what: str, devi
     optimizer = case.make(others)
     _steps(others, optimizer, 5, 7)
     broken = copy.deepcopy(donor.state_dict())
-    BROKEN[what](broken)
+    BROKEN[what](broken, f"{case.state}_codes", f"{case.state}_absmax")
     before = snapshot(optimizer)
     with pytest.raises((ValueError, TypeError, KeyError)) as error:
         optimizer.load_state_dict(broken)

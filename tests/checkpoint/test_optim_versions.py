@@ -17,17 +17,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 
 import optim8
 
-FOLDER = Path(__file__).parents[1] / "data" / "v0.1.0"
+DATA = Path(__file__).parents[1] / "data"
+# 0.1.0, and a later commit whose codes have keys of their own.
+FOLDERS = pytest.mark.parametrize("folder", [DATA / "v0.1.0", DATA / "33be66e"], ids=lambda folder: folder.name)
 
-spec = importlib.util.spec_from_file_location("write_v010", FOLDER / "write.py")
+spec = importlib.util.spec_from_file_location("write_v010", DATA / "v0.1.0" / "write.py")
 assert spec is not None
 assert spec.loader is not None
 write = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(write)
 
 
-def load(name: str, **options: Any) -> Any:
-    return torch.load(FOLDER / name, weights_only=True, **options)
+def load(path: Path, **options: Any) -> Any:
+    return torch.load(path, weights_only=True, **options)
 
 
 def assert_goes_on(params: Any, optimizer: Any, after: list[torch.Tensor]) -> None:
@@ -47,25 +49,28 @@ def fill(params: Any, values: list[torch.Tensor]) -> None:
             p.copy_(value)
 
 
+@FOLDERS
 @pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "Lion8bit"])
-def test_a_state_dict_of_version_0_1_goes_on(name: str) -> None:
-    saved = load("state_dicts.pt")[name]
+def test_a_state_dict_of_an_earlier_version_goes_on(folder: Path, name: str) -> None:
+    saved = load(folder / "state_dicts.pt")[name]
     params, optimizer = write.make(getattr(optim8, name))
     optimizer.load_state_dict(saved["state_dict"])
     fill(params, saved["params"])
     assert_goes_on(params, optimizer, saved["after"])
 
 
+@FOLDERS
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
-def test_a_pickle_of_version_0_1_goes_on(name: str) -> None:
-    params, optimizer = torch.load(FOLDER / f"{name}.pickle.pt", weights_only=False)
-    assert_goes_on(params, optimizer, load("pickles_after.pt")[name])
+def test_a_pickle_of_an_earlier_version_goes_on(folder: Path, name: str) -> None:
+    params, optimizer = torch.load(folder / f"{name}.pickle.pt", weights_only=False)
+    assert_goes_on(params, optimizer, load(folder / "pickles_after.pt")[name])
 
 
-def test_a_kept_directory_of_version_0_1_goes_on(tmp_path: Path) -> None:
-    folder = shutil.copytree(FOLDER / "kept", tmp_path / "kept")
-    saved = load("kept_after.pt")
-    pager = optim8.paging.Pager(directory=folder, keep=True, resume=True)
+@FOLDERS
+def test_a_kept_directory_of_an_earlier_version_goes_on(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "kept", tmp_path / "kept")
+    saved = load(folder / "kept_after.pt")
+    pager = optim8.paging.Pager(directory=copy, keep=True, resume=True)
     params, optimizer = write.make(optim8.AdamW8bit, paged=pager)
     fill(params, saved["params"])
     assert_goes_on(params, optimizer, saved["after"])
@@ -83,9 +88,10 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@FOLDERS
 @pytest.mark.parametrize("shard", [False, True])
-def test_sharded_state_of_version_0_1_goes_on(one_rank: None, shard: bool) -> None:
-    saved, model = load("sharded.pt"), write.net()
+def test_sharded_state_of_an_earlier_version_goes_on(one_rank: None, folder: Path, shard: bool) -> None:
+    saved, model = load(folder / "sharded.pt"), write.net()
     fill(model.parameters(), saved["params"])
     if shard:
         from torch.distributed.fsdp import fully_shard

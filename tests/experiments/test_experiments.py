@@ -12,6 +12,8 @@ import pytest
 import torch
 from experiments_harness import EXPERIMENTS, read, run
 
+import optim8
+
 # Every matrix has at least 4096 entries, so all but the norms' gains gets 8-bit state. Eight steps: the checkpoint
 # lies between two evaluations.
 TINY = ["--steps=8", "--batch=2", "--layers=1", "--heads=2", "--width=64", "--context=64", "--threads=1"]
@@ -167,6 +169,25 @@ def test_benchmark_counts_bytes_and_ratios(benchmark: Path) -> None:
         assert row["parameters"] == reference["parameters"]
         assert row["lower_quartile_ms"] <= row["median_ms"] <= row["upper_quartile_ms"]
     assert {row["parameters"] for row in rows} == {2**18, 2**16}
+
+
+def test_builds_are_compared_in_one_run(tmp_path: Path) -> None:
+    """A build with itself: every step is timed for both, and a first step too."""
+    itself = Path(optim8.__file__).parents[1]
+    done = run("compare_builds.py", itself, "--quick", "--repeats", 1, "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "result.json")["timings"]
+    assert sum("first step" in row["subject"] for row in rows) == len({row["threads"] for row in rows})
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["before"]["median_ms"] / row["after"]["median_ms"])
+        assert row["before"]["repeats"] == row["after"]["repeats"] == 1
+
+
+def test_a_build_that_is_not_there_is_told(tmp_path: Path) -> None:
+    done = run("compare_builds.py", tmp_path, "--quick", "--repeats", 1, "--json", tmp_path / "result.json")
+    assert done.returncode != 0
+    assert "no optim8" in done.stderr
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_report_finds_a_wrong_number_and_mends_it(

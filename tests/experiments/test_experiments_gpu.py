@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import EVERY
 from experiments_harness import EXPERIMENTS, read
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -133,7 +134,8 @@ def test_measure_gives_shares_and_ratios(tmp_path: Path) -> None:
             assert row["times"] == pytest.approx(row["ms"] / steps[workload, dtype, "optim8 AdamW8bit"]["ms"]), subject
             assert row["of_copy"] == pytest.approx(row["bytes_per_second"] / found["copy_bytes_per_second"])
     ours = [row for row in steps.values() if row["subject"].startswith(("optim8", "torch "))]
-    assert len(ours) == 2 * (2 * 5 + 8)
+    count = len(EVERY)  # with torch's two; twice where tensors are small, and some also with 8-bit state then
+    assert len(ours) == 2 * (2 * (count + 2) + (2 * count + 2))
     assert [row for row in ours if "error" in row] == []
     missing = {row["subject"] for row in found["steps"] if "not installed" in row.get("error", "")}
     assert missing == {"bitsandbytes", "torchao", "flashoptim"}

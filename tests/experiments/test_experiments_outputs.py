@@ -23,6 +23,7 @@ SCRIPTS = sorted(
 # One process for all: importing torch takes longer than all that is looked at here. What a script would start, fails.
 HELP = """
 import contextlib, io, os, runpy, subprocess, sys
+import torch  # which may look for libraries of CUDA by a process of its own
 
 def refuse(*arguments, **_):
     raise AssertionError(f"--help runs {arguments}")

@@ -296,5 +296,11 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) ->
 
 
 def test_every_case_is_watched() -> None:
-    assert {name for case in EVERY for name in case.states} == {"exp_avg", "exp_avg_sq"}
+    """Of each case's states each is watched, and nothing else."""
+    for case in EVERY:
+        params, optimizer = made(case, torch.device("cpu"), torch.float32)
+        watch = optim8.monitor(optimizer, Writer(), every=1)
+        optimizer.step()
+        assert len(watch.latest) == len(params)
+        assert all(health.moments.keys() == case.states.keys() for health in watch.latest.values())
     assert reference.BLOCK == 256

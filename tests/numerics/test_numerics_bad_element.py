@@ -79,12 +79,13 @@ def test_one_bad_element_stays_one_element(
                 absmax = values(optimizer.state[p][f"{name}_absmax"])
                 assert (absmax == values(clean.state[q][f"{name}_absmax"])).all(), name
         for i in places:
-            expected = _as_torch(case, hyper, old_p[i], old[next(iter(case.states))].value[i], BAD[bad])
+            expected = _as_torch(case, hyper, old_p[i], old[case.state].value[i], BAD[bad])
             actual = values(p)[i]
             # Two roundings in float32 (decay, step), one to the parameter's dtype.
             unit = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
             tolerance = (4 * 2.0**-24 + unit) * (abs(old_p[i]) + hyper["lr"])
-            assert np.isnan(actual) if np.isnan(expected) else abs(actual - expected) <= tolerance
+            same = np.isnan(actual) if np.isnan(expected) else actual == expected
+            assert same or abs(actual - expected) <= tolerance
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,6 +129,9 @@ def test_a_block_of_nothing_but_bad_elements(case: Case, device: torch.device) -
 def test_a_huge_finite_gradient_leaves_the_others_finite(case: Case, huge: float, device: torch.device) -> None:
     """Its square overflows. The others of its block lose small moments, which is what a block maximum means."""
     p, optimizer = _warm(case, 0, torch.float32, 8, device)
+    scale = np.ones(600)
+    if not case.is_scale_free:  # an update is as large as the gradients that its own element had
+        scale[[77, 300]] = 50, abs(huge)
     for i in range(5):
         p.grad = torch.full((600,), 0.1, device=device)
         p.grad[300] = huge if i == 0 else 0.0
@@ -137,9 +141,8 @@ def test_a_huge_finite_gradient_leaves_the_others_finite(case: Case, huge: float
         assert np.isfinite(values(p)).all()
         for name, moment in moments(optimizer, case, p).items():
             assert np.isfinite(moment.value).all(), name
-        if not case.is_scale_free:
-            moved[300] = 0
-        assert (moved <= 20 * case.hypers[0]["lr"] + 0.1 * np.abs(before)).all(), "an update grew out of all proportion"
+        limit = 20 * case.hypers[0]["lr"] * scale + 0.1 * np.abs(before)
+        assert (moved <= limit).all(), "an update grew out of all proportion"
 
 
 @pytest.mark.parametrize("state_bits", [8, 32])

@@ -128,7 +128,7 @@ SCHEDULERS = {
     "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 3),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8),  # also moves the betas
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8),  # also moves the betas, or the momentum
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-1, 2, cycle_momentum=False),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.5)], [2]
@@ -152,7 +152,7 @@ def test_schedulers(case: Case, kind: str, lr_is_a_tensor: bool, device: torch.d
         group = optimizer.param_groups[0]
         now = {key: group[key] for key in hyper}
         now["lr"] = float(now["lr"])
-        seen.append((now["lr"], now["betas"]))
+        seen.append(tuple(now.values()))
         before = (values(p), values(p.grad), moments(optimizer, case, p))
         optimizer.step()
         assert_step(optimizer, case, p, before, now, t)

@@ -11,6 +11,8 @@ import torch
 from cases import Case
 from support.harness import ALL, bits, parameter, snapshot
 
+from optim8 import rules
+
 NAN, INF = float("nan"), float("inf")
 
 # Options that no optimizer takes. What names the option must be in the message.
@@ -26,6 +28,12 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     ("betas", 0.9),
     ("eps", -1e-8),
     ("eps", NAN),
+    ("momentum", -0.1),
+    ("momentum", NAN),
+    ("momentum", (0.9, 0.99)),
+    ("dampening", NAN),
+    ("nesterov", "yes"),
+    ("nesterov", True),  # without a momentum, or with dampening
     ("weight_decay", -0.1),
     ("weight_decay", NAN),
     ("min_8bit_size", -1),
@@ -68,7 +76,7 @@ def test_edges_of_what_is_allowed(case: Case) -> None:
     p = parameter(torch.ones(3), torch.ones(3))
     for options in (
         {"lr": 0.0},
-        {"betas": (0.0, 0.0)},
+        *({hyper.name: (0.0, 0.0)} for hyper in rules.rule(case.cls.rule).hypers if hyper.is_pair),
         {"weight_decay": 0.0},
         {"min_8bit_size": 0},
         {"optim_bits": 32},
@@ -256,16 +264,17 @@ def test_a_frozen_parameter_that_thaws_is_checked_by_the_step(case: Case, device
     assert (params[0] == 1).all()
 
 
-@pytest.mark.parametrize("wrong", [(0.9, 1.0), (0.9,), (0.9, NAN), -1.0, NAN, "much"], ids=str)
+@pytest.mark.parametrize("wrong", [(0.9, 1.0), (0.9,), (0.9, NAN), 0.9, -1.0, NAN, "much"], ids=str)
 @ALL
 def test_options_that_a_group_got_later(case: Case, wrong: Any, device: torch.device) -> None:
     """With b = 1 the bias correction divides by 0: torch.optim raises too, and not by moving everything to 1e34."""
-    name = "betas" if isinstance(wrong, tuple) else "weight_decay"
+    pairs = [hyper.name for hyper in rules.rule(case.cls.rule).hypers if hyper.is_pair]
+    name = pairs[0] if pairs and (isinstance(wrong, tuple) or wrong == 0.9) else "weight_decay"
+    if name == "weight_decay" and wrong == 0.9:
+        wrong = -0.9
     params = [parameter(torch.ones(700, device=device), torch.ones(700, device=device)) for _ in range(2)]
     optimizer = case.make([{"params": params[:1]}, {"params": params[1:]}])
     optimizer.step()
-    if name not in optimizer.param_groups[1]:
-        name = "momentum"
     optimizer.param_groups[1][name] = wrong
     before = snapshot(optimizer)
     with pytest.raises((ValueError, TypeError), match=name):
@@ -287,7 +296,7 @@ def test_a_state_that_was_tampered_with_is_noticed(case: Case, part: str, device
     params = [parameter(torch.ones(700, device=device), torch.ones(700, device=device)) for _ in range(2)]
     optimizer = case.make(params)
     optimizer.step()
-    name = part if part == "step" else f"{next(iter(case.states))}_{part}"
+    name = part if part == "step" else f"{case.state}_{part}"
     optimizer.state[params[1]][name] = torch.zeros(2, dtype=torch.uint8, device=device)
     values_before = [p.detach().clone() for p in params]
     with pytest.raises((ValueError, TypeError, RuntimeError), match=r"(parameter|index) 1"):

@@ -18,7 +18,12 @@ from optim8.state import tiles
 
 EXP_AVG = rules.rule("lion").moments[0]
 
-LOST = r"\['exp_avg_codes'\] has values where 'exp_avg_absmax' is 0"
+
+def lost(state: str) -> str:
+    return rf"\['{state}_codes'\] has values where '{state}_absmax' is 0"
+
+
+LOST = lost(EXP_AVG.name)
 
 
 def trained(case: Case, device: torch.device, **more: Any) -> tuple[torch.nn.Parameter, Any]:
@@ -34,9 +39,9 @@ def trained(case: Case, device: torch.device, **more: Any) -> tuple[torch.nn.Par
 def test_a_dict_whose_scales_were_lost_is_refused(case: Case, block: int, device: torch.device) -> None:
     p, optimizer = trained(case, device)
     state = copy.deepcopy(optimizer.state_dict())
-    state["state"][0]["exp_avg_absmax"][block] = 0
+    state["state"][0][f"{case.state}_absmax"][block] = 0
     before = snapshot(optimizer, [p])
-    with pytest.raises(ValueError, match=LOST):
+    with pytest.raises(ValueError, match=lost(case.state)):
         optimizer.load_state_dict(state)
     assert snapshot(optimizer, [p]) == before
 

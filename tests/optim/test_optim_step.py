@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, exported_names
+from cases import CASES, EVERY, Case, exported_names
 from support.harness import (
     ALL,
     DTYPES,
@@ -96,11 +96,14 @@ def test_a_large_tensor(case: Case, device: torch.device) -> None:
 
 def _doubled(hyper: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = hyper[name]
+    if isinstance(value, bool):
+        return {**hyper, name: not value}
     return {**hyper, name: tuple(0.9 * b + 0.05 for b in value) if isinstance(value, tuple) else 2 * value + 1e-3}
 
 
-@pytest.mark.parametrize("wrong", ["lr", "betas", "weight_decay", "maximize", "t"])
-@ALL
+@pytest.mark.parametrize(
+    ("case", "wrong"), [(case, wrong) for case in EVERY for wrong in (*case.hypers[0], "maximize", "t")], ids=str
+)
 def test_the_comparison_can_fail(case: Case, wrong: str, device: torch.device) -> None:
     """Each scalar of the step is noticed when the reference is given another one, so none is ignored unnoticed."""
     n, t, hyper = 4095, 3, dict(case.hypers[0])

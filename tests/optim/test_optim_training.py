@@ -28,11 +28,6 @@ class PlainLion(torch.optim.Optimizer):
 
 
 PLAIN = {"Lion8bit": PlainLion}
-HYPER: dict[str, dict[str, Any]] = {
-    "Adam8bit": {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 1e-4},
-    "AdamW8bit": {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.05},
-    "Lion8bit": {"lr": 2e-3, "betas": (0.92, 0.98), "weight_decay": 0.1},
-}
 
 
 def _train(make: Any, seed: int, device: torch.device) -> tuple[float, float]:
@@ -61,7 +56,7 @@ def _train(make: Any, seed: int, device: torch.device) -> tuple[float, float]:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @ALL
 def test_200_steps_end_within_one_percent_of_32bit(case: Case, seed: int, device: torch.device) -> None:
-    hyper = HYPER[case.name]
+    hyper = case.training
     plain = case.torch_class or PLAIN[case.name]
     start, expected = _train(lambda params: plain(params, **hyper), seed, device)
     _, actual = _train(lambda params: case.make(params, hyper), seed, device)

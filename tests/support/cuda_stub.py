@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -137,9 +137,9 @@ def install(path: str) -> Gpu:
         def synchronize(self) -> None:
             gpu.run_to(self.mark)
 
-    def cut(flat: torch.Tensor, *places: Any) -> list[torch.Tensor]:
+    def cut(flat: torch.Tensor, *places: Any) -> Iterator[torch.Tensor]:
         tensors = native_cut(plain(flat), *places)
-        return [t.as_subclass(OnCuda) for t in tensors] if isinstance(flat, OnCuda) else tensors
+        return (t.as_subclass(OnCuda) for t in tensors) if isinstance(flat, OnCuda) else tensors
 
     native_cut, allocation.cut = allocation.cut, cut
     torch.cuda.Event = Event  # type: ignore[assignment, misc]

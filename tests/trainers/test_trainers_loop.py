@@ -14,6 +14,8 @@ from support.harness import ALL, bits, state_bits
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
+from optim8 import rules
+
 STEPS = 6
 # How each schedule is made. `test_no_schedule_is_left_out` compares with what torch has.
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
@@ -33,7 +35,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
         [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)]
     ),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, 2),  # moves betas too
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, 2),  # moves betas or momentum too
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=STEPS + 1),
     "SWALR": lambda o: SWALR(o, 1e-4, anneal_epochs=3),
@@ -73,15 +75,17 @@ def ended(model: torch.nn.Module, optimizer: Any) -> list[Any]:
 @pytest.mark.parametrize("name", SCHEDULES)
 @ALL
 def test_schedule(case: Case, name: str, device: torch.device) -> None:
-    """A schedule moves lr (or betas), and a step takes what it says: as if the options were set by hand."""
+    """A schedule moves lr, betas or momentum, and a step takes what it says: as if the options were set by hand."""
     model, twin = network(device), network(device)
     optimizer, by_hand = (case.make(m.parameters(), min_8bit_size=4096) for m in (model, twin))
     schedule = SCHEDULES[name](optimizer)
     seen = set()
     for t in range(STEPS):
         for group, other in zip(optimizer.param_groups, by_hand.param_groups, strict=True):
-            other.update(lr=float(group["lr"]), betas=group["betas"])
-            seen.add((float(group["lr"]), tuple(group["betas"])))
+            now = {hyper.name: group[hyper.name] for hyper in rules.rule(case.cls.rule).hypers}
+            now["lr"] = float(now["lr"])
+            other.update(now)
+            seen.add(tuple(now.values()))
         for m, o in ((model, optimizer), (twin, by_hand)):
             o.zero_grad()
             loss_of(m, t, device).backward()

@@ -43,14 +43,22 @@ double option_of(const HyperInfo& hyper, const py::dict& group) {
     return number;
 }
 
-StepOptions options_of(const std::string& rule, const py::dict& group, bool maximize, double gradient_scale,
-                       bool count_on_device, uintptr_t device_lr) {
+StepOptions values_of(const RuleInfo& rule, const py::dict& group, bool without_lr) {
     StepOptions options;
-    const RuleInfo& info = rule_of(rule);
-    for (int i = 0; i < info.hypers; ++i) {
-        const bool elsewhere = device_lr != 0 && std::string("lr") == info.hyper[i].name;
-        options.value[i] = elsewhere ? 0.0 : option_of(info.hyper[i], group);
-    }
+    for (int i = 0; i < rule.hypers; ++i)
+        if (!without_lr || std::string("lr") != rule.hyper[i].name) options.value[i] = option_of(rule.hyper[i], group);
+    return options;
+}
+
+py::object conflict(const std::string& rule, const py::dict& group) {
+    const char* text = rule_of(rule).conflict(values_of(rule_of(rule), group, true));
+    return text == nullptr ? py::object(py::none()) : py::str(text);
+}
+
+StepOptions options_of(const std::string& owner, const std::string& rule, const py::dict& group, bool maximize,
+                       double gradient_scale, bool count_on_device, uintptr_t device_lr) {
+    StepOptions options = values_of(rule_of(rule), group, device_lr != 0);
+    if (const char* text = rule_of(rule).conflict(options)) throw py::value_error(owner + ": " + text);
     options.maximize = maximize;
     options.gradient_scale = gradient_scale;
     options.count_on_device = count_on_device;
@@ -69,9 +77,7 @@ py::list rules() {
             const HyperInfo& h = rule.hyper[i];
             hypers.append(py::make_tuple(h.name, h.part, h.initial, h.least, h.below, h.is_flag));
         }
-        const py::object functional =
-            rule.functional_name == nullptr ? py::object(py::none()) : py::str(rule.functional_name);
-        all.append(py::make_tuple(rule.name, functional, states, hypers));
+        all.append(py::make_tuple(rule.name, rule.torch_name, rule.functional_name, states, hypers));
     }
     return all;
 }
@@ -80,14 +86,18 @@ py::list rules() {
 
 void bind_step(py::module_& m) {
     m.def("rules", &rules,
-          "Every rule: (name, name in the functional API or None, [(state, whether its code is signed)], [(option, "
+          "Every rule: (name, name in torch.optim or None, name in the functional API or None, [(state, whether its "
+          "code is signed)], [(option, "
           "place in its pair or -1, default, at "
           "least, below, whether it is a flag)]).");
+    m.def("conflict", &conflict, py::arg("rule"), py::arg("group"),
+          "What is wrong with the options of a group of which each is within its bounds, or None.");
     m.def("cut", &cut, py::arg("flat"), py::arg("begins"), py::arg("shapes"), py::arg("strides"),
           "DLPack capsules of tensors in the memory of a flat one.");
     py::class_<StepOptions>(m, "StepOptions", "The options of a parameter group in a step, and what the step adds.")
-        .def(py::init(&options_of), py::arg("rule"), py::arg("group"), py::kw_only(), py::arg("maximize") = false,
-             py::arg("gradient_scale") = 1.0, py::arg("count_on_device") = false, py::arg("device_lr") = 0)
+        .def(py::init(&options_of), py::arg("owner"), py::arg("rule"), py::arg("group"), py::kw_only(),
+             py::arg("maximize") = false, py::arg("gradient_scale") = 1.0, py::arg("count_on_device") = false,
+             py::arg("device_lr") = 0)
         .def_readonly("count_on_device", &StepOptions::count_on_device);
     py::class_<Lacks>(m, "Lacks", "What a step lacks before it can run: indices of parameters.")
         .def_readonly("gaps", &Lacks::gaps)

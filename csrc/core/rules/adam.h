@@ -7,8 +7,9 @@
 OPTIM8_BEGIN
 
 template <bool decoupled>
-struct AdamFamily {
+struct AdamFamily : RuleDefaults {
     static constexpr State states[] = {{"exp_avg", Code::Signed}, {"exp_avg_sq", Code::Positive}};
+    static constexpr const char* torch_name = decoupled ? "AdamW" : "Adam";
     // The field's "adam" takes weight decay off the parameter.
     static constexpr const char* functional_name = decoupled ? "adam" : nullptr;
     static constexpr bool states_need_param = !decoupled;

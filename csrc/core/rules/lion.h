@@ -6,7 +6,7 @@
 
 OPTIM8_BEGIN
 
-struct Lion {
+struct Lion : RuleDefaults {
     static constexpr State states[] = {{"exp_avg", Code::Signed}};
     static constexpr const char* functional_name = "lion";
     static constexpr bool states_need_param = false;

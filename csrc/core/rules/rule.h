@@ -1,13 +1,12 @@
 // What a rule says of itself beside its formula: the names, order and codes of its states, and its hyper-parameters
 // with their defaults and bounds. core/rules/all.h collects this, and Python reads it from there.
 //
-// A rule is a struct with
+// A rule is a struct that inherits RuleDefaults, with
 //   states[]   State: from 1 to max_states
 //   Hypers     a struct of doubles: the hyper-parameters as the user set them; `lr` is one of them
 //   hypers[]   Hyper<Hypers>: for each of these its name, default and bounds
 //   Scalars    what `update` needs of them, in float32
 //   derive     (Hypers, step, from 1) -> Scalars: once a step, in double; each scalar is rounded once
-//   functional_name   what optimizer_update_* of the functional API call it; null: they do not have it
 //   states_need_param   whether the new states depend on the parameter
 //   update     (parameter, gradient, states, Scalars): over any number type (core/number.h), in place
 #pragma once
@@ -29,31 +28,45 @@ struct State {
 
 enum class HyperKind { Number, Flag };
 
+template <class Hypers>
+using Member = double Hypers::*;
+
 // A hyper-parameter: an option of a parameter group, at least `least` and below `below`; or one number of a pair.
 // part: its place in the pair; -1 where it is an option of its own.
 template <class Hypers>
 struct Hyper {
     const char* name;
     int part;
-    double Hypers::* member;
+    Member<Hypers> member;
     double initial;
     HyperKind kind = HyperKind::Number;
     double least = 0, below = std::numeric_limits<double>::infinity();
 };
 
 template <class H>
-constexpr Hyper<H> number(const char* name, double H::* member, double initial) {
+constexpr Hyper<H> number(const char* name, Member<H> member, double initial) {
     return {name, -1, member, initial};
 }
 // A rate of decay, in [0, 1).
 template <class H>
-constexpr Hyper<H> beta(const char* name, int part, double H::* member, double initial) {
+constexpr Hyper<H> beta(const char* name, int part, Member<H> member, double initial) {
     return {name, part, member, initial, HyperKind::Number, 0, 1};
 }
 template <class H>
-constexpr Hyper<H> flag(const char* name, double H::* member, bool initial) {
+constexpr Hyper<H> flag(const char* name, Member<H> member, bool initial) {
     return {name, -1, member, initial ? 1.0 : 0.0, HyperKind::Flag, 0, 2};
 }
+
+// What a rule may say beside that, but need not.
+struct RuleDefaults {
+    static constexpr const char* torch_name = nullptr;       // the optimizer of torch.optim with the same rule
+    static constexpr const char* functional_name = nullptr;  // what optimizer_update_* of the functional API call it
+    // Says what is wrong with values that are each within their bounds, as "a needs b"; null: nothing.
+    template <class Hypers>
+    static const char* conflict(const Hypers&) {
+        return nullptr;
+    }
+};
 
 template <class Rule>
 constexpr int state_count = static_cast<int>(sizeof(Rule::states) / sizeof(State));
@@ -62,8 +75,8 @@ constexpr int hyper_count = static_cast<int>(sizeof(Rule::hypers) / sizeof(Rule:
 template <class Rule, int s>
 constexpr Code code_of = Rule::states[s].code;
 
-// base^exponent for a whole exponent, by squaring: float64 multiplications in an order of its own, so that host and
-// device agree, which their libraries' pow do not promise.
+// base^exponent for a whole exponent, by squaring. The order of the float64 multiplications is fixed, so host and
+// device agree; their libraries' pow does not promise that.
 OPTIM8_HD double power(double base, double exponent) {
     constexpr double most = 9007199254740992.0;  // 2^53
     double result = 1;

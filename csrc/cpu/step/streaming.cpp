@@ -60,10 +60,10 @@ SharedPages shared_pages(const Buckets& buckets) {
 
 // Threads that each take a bucket, read it, step it and write it, and then take the next one. While some wait for the
 // disk, others step.
-class Copied {
+class CopyingStep {
   public:
-    Copied(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
-           const Streaming& how)
+    CopyingStep(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
+                const Streaming& how)
         : buckets_(buckets),
           files_(files),
           how_(how),
@@ -95,7 +95,7 @@ class Copied {
     bool run() {
         const size_t resident = next_;
         if (slots_.empty() || resident == buckets_.size()) return false;
-        DiskThreads disk(slots_.size(), how_.threads, &Copied::serve, this);
+        DiskThreads disk(slots_.size(), how_.threads, &CopyingStep::serve, this);
         if (disk.none()) return false;
         // No more threads than `threads` step at a time. While this one and its team do, one of the disk may.
         const int own = resident > 0 ? std::max(1, how_.threads - 1) : 0;
@@ -118,7 +118,7 @@ class Copied {
     };
 
     struct Allowing {
-        Copied& step;
+        CopyingStep& step;
         int threads;
         ~Allowing() { step.allow(threads); }
     };
@@ -131,7 +131,7 @@ class Copied {
     }
 
     static void* serve(void* self) {
-        static_cast<Copied*>(self)->serve();
+        static_cast<CopyingStep*>(self)->serve();
         return nullptr;
     }
 
@@ -271,7 +271,7 @@ class Copied {
 
 bool step_copied(const Buckets& buckets, const std::vector<PagedFile>& files, const DirectMemory& memory,
                  const Streaming& how) {
-    return !buckets.empty() && Copied(buckets, files, memory, how).run();
+    return !buckets.empty() && CopyingStep(buckets, files, memory, how).run();
 }
 
 }  // namespace optim8

@@ -8,7 +8,7 @@ from typing import Any
 from optim8.checkpoint.formats import bitsandbytes, common, groups, own, torch_optim, torchao
 from optim8.checkpoint.formats.common import Format, check_rule, fail
 
-# The first that claims a dict reads it. torch.optim claims what has no state, since its options are everybody's.
+# The first that claims a dict reads it. torch.optim claims dicts without state, since every library has its options.
 FORMATS: tuple[Format, ...] = (own.FORMAT, bitsandbytes.FORMAT, torchao.FORMAT, torch_optim.FORMAT)
 
 
@@ -16,8 +16,8 @@ def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
     """The format of a state dict.
 
     Raises:
-        ValueError: it is no state dict, of a library that is not known (names the first key that no one knows), or of
-            another library that has no such rule.
+        ValueError: it is no state dict; or it is of a library that is not known (names the first key that no one
+            knows); or of another library that has no such rule.
     """
     for key, kind in (("state", dict), ("param_groups", list)):
         if not isinstance(state_dict.get(key), kind):
@@ -37,8 +37,7 @@ def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
         strange = next((name for name in entry if name != "step"), "step")  # every optimizer has a step
         which = f"state[{key!r}][{strange!r}]"
         fail(owner, which, "is no state of optim8, torch.optim, bitsandbytes, torchao or lion-pytorch")
-    if claimed is not own.FORMAT:
-        check_rule(owner, rule)
+    check_rule(owner, claimed, rule)
     for index, group in enumerate(saved):
         if not entries.keys().isdisjoint(group["params"]):
             where = f"{owner}: param_groups[{index}]"

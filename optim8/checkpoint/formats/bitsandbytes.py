@@ -119,11 +119,15 @@ def with_exact_zeros(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "state1": codes.masked_fill(_cpu_zeros(entry), _FIRST.zero)}
 
 
+def _has(rule: str) -> bool:
+    return rule in ("adam", "adamw", "lion")
+
+
 def _options(rule: str) -> tuple[str, ...]:
     return ("lr", "betas", "weight_decay", *(() if rule == "lion" else ("eps",)))
 
 
-FORMAT = common.Format("bitsandbytes", False, _claims, _read_group, _read_entry, _options)
+FORMAT = common.Format("bitsandbytes", False, _claims, _read_group, _read_entry, _options, _has)
 
 
 def write_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from optim8 import rules
 from optim8.rules import Moment
 from optim8.state.moments import Entry
 
@@ -23,7 +24,8 @@ class Format:
     claims: (param_groups, states that are not empty) -> whether this is its dict.
     read_group: (where, rule, group) -> the group's options under our names.
     read_entry: (where, moments, parameter, state) -> the state as sources; nothing is copied yet.
-    options: rule -> what every group of such a dict has; a dict without is another optimizer's.
+    options: rule -> the options that every group of such a dict has; a dict without them is another optimizer's.
+    has: rule -> whether the library has an optimizer with this rule.
     """
 
     library: str
@@ -32,6 +34,7 @@ class Format:
     read_group: Callable[[str, str, dict[str, Any]], dict[str, Any]]
     read_entry: Callable[[str, Sequence[Moment], torch.Tensor, dict[str, Any]], Entry]
     options: Callable[[str], Sequence[str]] = lambda rule: ()
+    has: Callable[[str], bool] = lambda rule: True
 
 
 def fail(where: str, key: str, what: str, advice: str = "") -> NoReturn:
@@ -39,11 +42,13 @@ def fail(where: str, key: str, what: str, advice: str = "") -> NoReturn:
     raise ValueError(f"{where}{'' if where.endswith(']') else ': '}{key} {what}.{' ' if advice else ''}{advice}")
 
 
-def check_rule(owner: str, rule: str) -> None:
-    """Raise ValueError for a rule that no other library here shares, so that no moment is taken for another."""
-    if rule not in ("adam", "adamw", "lion"):
+def check_rule(owner: str, known: Format, rule: str) -> None:
+    """Raise ValueError for a rule that a library does not share, so that no moment is taken for another."""
+    if not known.has(rule):
+        shared = [name for name in rules.every() if known.has(name)]
         raise ValueError(
-            f"{owner}: {rule} cannot be converted; adam, adamw and lion can. State dicts of optim8 load for every rule."
+            f"{owner}: {rule} cannot be converted for {known.library}; {', '.join(shared)} can. State dicts of optim8 "
+            "load for every rule."
         )
 
 
@@ -82,7 +87,7 @@ def step(where: str, entry: Mapping[str, Any]) -> float:
 
 
 def absmax(where: str, key: str, value: torch.Tensor) -> torch.Tensor:
-    """Scales, checked for what no quantization writes."""
+    """Check scales for values that no quantization writes, and return them."""
     if not bool(((value >= 0) & value.isfinite()).all()):
         fail(where, f"[{key!r}]", "must be finite and not negative", "The checkpoint is damaged.")
     return value

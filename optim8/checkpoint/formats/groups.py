@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from optim8 import rules
 from optim8.checkpoint.formats import common
 from optim8.step.hypers import EXTRA_DEFAULTS
 
@@ -50,11 +51,11 @@ _NOTES = (
     *("name", "group_name", "param_names", "layer_id", "lr_scale", "lr_mult", "initial_lr", "swa_lr", "max_lr"),
     *("min_lr", "base_momentum", "max_momentum", "max_lr_snapshot", "step"),
 )
-_PLAIN = {"params", "lr", "betas", "eps", "weight_decay", *_RUN, *_NOTES, *EXTRA_DEFAULTS, *_NEUTRAL}
+_PLAIN = {"params", *_RUN, *_NOTES, *EXTRA_DEFAULTS, *_NEUTRAL}
 
 
 def check(where: str, rule: str, group: Mapping[str, Any]) -> None:
-    """Raise ValueError for what changes the update and cannot be honoured, by its name."""
+    """Raise ValueError that names an option which changes the update and cannot be honoured."""
     if _NEUTRAL.keys().isdisjoint(group):  # as in every group that was made here; each step looks
         return
     present = group.keys() & _NEUTRAL.keys()
@@ -66,7 +67,7 @@ def check(where: str, rule: str, group: Mapping[str, Any]) -> None:
     _check_decay(where, rule, group)
     if present & _FURTHER.keys():
         for name in group:
-            if name not in _PLAIN:
+            if name not in _PLAIN and not any(known.has(name) for known in rules.every().values()):
                 advice = "If it is a note of your own, delete it from the dict."
                 common.fail(where, f"[{name!r}]", "is no option of this optimizer or of another that is known", advice)
 
@@ -75,9 +76,9 @@ _ADVICE = "Load a dict of an optimizer with the same rule."
 
 
 def _check_decay(where: str, rule: str, group: Mapping[str, Any]) -> None:
-    """A weight decay that is not 0 must mean what it meant."""
+    """Raise ValueError where a weight decay that is not 0 would mean something else here."""
     decay = float(group.get("weight_decay") or 0.0)
-    decoupled = rule != "adam"
+    decoupled = rule not in _PENALTY
     for name in _DECAYS:
         value = group.get(name)
         if value is None or not decay or (rule == "lion" and name == "decoupled_weight_decay"):
@@ -88,11 +89,17 @@ def _check_decay(where: str, rule: str, group: Mapping[str, Any]) -> None:
         _refuse(where, rule, "weight_decay", "is decoupled in bitsandbytes", decay)
 
 
-_OTHER_DECAY = {"adam": "Load it into AdamW8bit, or", "adamw": "Load it into Adam8bit, or", "lion": "You can"}
+_PENALTY = ("adam", "sgd")  # rules that add weight decay to the gradient
+_OTHER_DECAY = {
+    "adam": "Load it into AdamW8bit, or",
+    "adamw": "Load it into Adam8bit, or",
+    "lion": "You can",
+    "sgd": "You can",
+}
 
 
 def _refuse(where: str, rule: str, name: str, what: str, decay: float) -> None:
-    ours = "an L2 penalty" if rule == "adam" else "decoupled"
+    ours = "an L2 penalty" if rule in _PENALTY else "decoupled"
     common.fail(
         where,
         f"[{name!r}]",
@@ -102,7 +109,7 @@ def _refuse(where: str, rule: str, name: str, what: str, decay: float) -> None:
 
 
 def known_only(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group that `check` has passed without the options that other optimizers have beside ours."""
+    """A group that has passed `check`, less the options that only other optimizers have."""
     dropped = {*_NEUTRAL, *(("step",) if group.keys() & _FURTHER.keys() else ())}
     return {name: value for name, value in group.items() if name not in dropped}
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from optim8 import codec
+from optim8 import codec, rules
 from optim8.checkpoint.formats import common
 from optim8.rules import Moment
 from optim8.state.layout import bits_of, dense, under_present_names
 from optim8.state.moments import Codes, Entry, Tiled, check_scales
 
 # The key of the dimensions of codes, the outermost in memory first, as torch.Tensor.dim_order gives them.
-# It stands where that is not their order: not all carriers keep strides, and blocks run in memory order.
+# It is saved where that is not their order: not all file formats keep strides, and blocks run in memory order.
 _DIM_ORDER = "dim_order"
 
 
@@ -55,10 +55,15 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
                 check_scales(where, moment, codec.flat(dense(values)), scales.to(values.device))
     for key, value in entry.items():
         if key not in known:
-            if isinstance(key, str) and "exp_avg" in key:  # a moment of another rule, or one that was renamed
+            if _is_of_moments(key):  # of another rule, or one that was renamed
                 common.no_other_keys(where, entry, [other for other in entry if other != key])
             read[key] = value  # kept with the parameter by others
     return read
+
+
+def _is_of_moments(key: Any) -> bool:
+    """Whether a key contains the name of a state of any rule."""
+    return any(moment.name in str(key) for rule in rules.every().values() for moment in rule.moments)
 
 
 def _read_order(where: str, value: Any, dims: int) -> list[int]:

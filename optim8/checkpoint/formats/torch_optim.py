@@ -1,4 +1,4 @@
-"""What torch.optim's Adam and AdamW save, and lion-pytorch's Lion: moments in a float dtype."""
+"""What the namesakes in torch.optim save, and lion-pytorch's Lion: moments in a float dtype."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 
+from optim8 import rules
 from optim8.checkpoint.formats import common, groups
 from optim8.rules import Moment
 from optim8.state import report
 from optim8.state.moments import Entry, values
 
-# How torch runs a step; here that is this optimizer's own affair, so its options stay as they are.
+# Options that say how torch runs a step. This optimizer decides that for itself, so it keeps its own values.
 _WAYS_TO_RUN = ("foreach", "fused", "capturable", "differentiable")
+
+_WITH_AMSGRAD = ("adam", "adamw")
+_UNWRITTEN = {"sgd": ("capturable",)}  # options that the namesake does not have
+# What the count of steps is where the library counts none, by the state: Lion's rule needs no count, and that of
+# torch's SGD only tells the first step, which makes the state.
+_UNCOUNTED = {"exp_avg": 0.0, "momentum_buffer": 1.0}
 
 AMSGRAD_ADVICE = (
     "AMSGrad needs a third state, which is not kept here. Go on with torch.optim, or drop it: delete "
@@ -22,7 +29,8 @@ AMSGRAD_ADVICE = (
 
 
 def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
-    return not entries or any("exp_avg" in entry for entry in entries)
+    names = {moment.name for rule in rules.every().values() for moment in rule.moments}
+    return not entries or any(not names.isdisjoint(entry) for entry in entries)
 
 
 def read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
@@ -37,19 +45,22 @@ def read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def options(rule: str) -> tuple[str, ...]:
-    """What Adam and AdamW have written in every version of torch, and their relatives (RAdam, NAdam) do not."""
-    return ("lr", "betas", "weight_decay", *(() if rule == "lion" else ("eps", "amsgrad")))
+    """What the namesake has written in every version; amsgrad tells Adam and AdamW from RAdam and NAdam."""
+    return (*(hyper.name for hyper in rules.rule(rule).hypers), *(("amsgrad",) if rule in _WITH_AMSGRAD else ()))
+
+
+def _has(rule: str) -> bool:
+    return rule == "lion" or rules.rule(rule).torch_name is not None
 
 
 def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
     if "max_exp_avg_sq" in entry:
         common.fail(where, "['max_exp_avg_sq']", "cannot be kept", AMSGRAD_ADVICE)
-    # lion-pytorch counts no steps, and Lion's rule needs no count.
-    counted = len(moments) > 1 or "step" in entry
-    read: Entry = {"step": common.step(where, entry) if counted else 0.0}
+    common.no_other_keys(where, entry, ["step", *(moment.name for moment in moments)])
+    uncounted = _UNCOUNTED.get(moments[0].name) if len(moments) == 1 and "step" not in entry else None
+    read: Entry = {"step": common.step(where, entry) if uncounted is None else uncounted}
     for moment in moments:
         read[moment.name] = common.tensor(where, entry, moment.name, common.FLOATS, param.shape)
-    common.no_other_keys(where, entry, ["step", *(moment.name for moment in moments)])
     if len(moments) > 1 and read[moments[1].name].dtype == torch.float16:
         first, second = (read[moment.name] for moment in moments)
         report.note(f"{where}[{moments[1].name!r}]", lambda: (second == 0) & (first != 0), _LOST)
@@ -62,13 +73,15 @@ _LOST = (
 )
 
 
-FORMAT = common.Format("torch.optim or lion-pytorch", False, _claims, read_group, _read_entry, options)
+FORMAT = common.Format("torch.optim or lion-pytorch", False, _claims, read_group, _read_entry, options, _has)
 
 
 def write_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
     """A group as the other library writes it; `group` has no options that exist only here."""
-    if rule != "lion":
+    if rule in _WITH_AMSGRAD:
         return {**group, "amsgrad": False, "decoupled_weight_decay": rule == "adamw"}
+    if rule != "lion":
+        return {name: value for name, value in group.items() if name not in _UNWRITTEN.get(rule, ())}
     if group["maximize"]:
         common.fail(where, "['maximize']", "must be False, got True", "lion-pytorch's Lion only descends.")
     return {name: value for name, value in group.items() if name not in (*_WAYS_TO_RUN, "maximize")}
@@ -77,7 +90,7 @@ def write_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
 def write_entry(moments: Sequence[Moment], entry: Entry) -> dict[str, Any]:
     """A state in float32, in memory of its own."""
     written: dict[str, Any] = {}
-    if len(moments) > 1:
+    if moments[0].name not in _UNCOUNTED or len(moments) > 1:
         written["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
     for moment in moments:
         source = entry[moment.name]

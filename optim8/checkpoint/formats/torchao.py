@@ -46,4 +46,8 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
     return read
 
 
-FORMAT = common.Format("torchao", False, _claims, _read_group, _read_entry, torch_optim.options)
+def _has(rule: str) -> bool:
+    return rule in ("adam", "adamw")
+
+
+FORMAT = common.Format("torchao", False, _claims, _read_group, _read_entry, torch_optim.options, _has)

@@ -23,12 +23,7 @@ SHARDINGS = ("ddp", "fsdp")
 _ALIASES = {name.removeprefix("torch-"): name for name in PEERS if name.startswith("torch-")}
 _WORTH_A_NOTE = 0.1  # of the bytes of state
 OURS: dict[str, type[BlockwiseOptimizer]] = {
-    "adam8bit": optim.Adam8bit,
-    "adamw8bit": optim.AdamW8bit,
-    "lion8bit": optim.Lion8bit,
-    "pagedadam8bit": optim.PagedAdam8bit,
-    "pagedadamw8bit": optim.PagedAdamW8bit,
-    "pagedlion8bit": optim.PagedLion8bit,
+    name.lower(): getattr(optim, name) for name in optim.__all__ if name.endswith("8bit")
 }
 
 

@@ -91,8 +91,10 @@ def _without_capturable(make: Any) -> Any:
     return lambda self, *args, capturable=False, **options: make(self, *args, **options)
 
 
-for optimizer in (optim8.Adam8bit, optim8.AdamW8bit, optim8.Lion8bit):
-    optimizer.__init__ = _without_capturable(optimizer.__init__)
+for name in optim8.__all__:
+    if name.endswith("8bit") and not name.startswith("Paged"):
+        optimizer = getattr(optim8, name)
+        optimizer.__init__ = _without_capturable(optimizer.__init__)
 # They would look for a GPU in ways that are not covered here.
 for peer in ("bitsandbytes", "torchao", "flashoptim"):
     sys.modules[peer] = None  # type: ignore[assignment]

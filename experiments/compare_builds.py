@@ -1,0 +1,164 @@
+"""Compares the step of two builds of optim8, in turn, in one run: `python experiments/compare_builds.py BEFORE`.
+
+BEFORE is a source tree with its compiled module, such as an older commit after `python setup.py build_ext --inplace`.
+Each build runs in a process of its own; one waits while the other steps. A ratio above 1 says that the optim8 of
+this environment is faster.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.common import add_json, json_path, provenance, spread, table, write_json
+
+import optim8
+
+FIRST = "first step"
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, help="source tree of the older build")
+    parser.add_argument("--quick", action="store_true", help="small tensors: shows that it runs, says nothing of speed")
+    parser.add_argument("--repeats", type=int, default=31, help="rounds")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_json(parser, "compare_builds")
+    return parser.parse_args(argv)
+
+
+def work(quick: bool) -> None:
+    """Answers "case optimizer threads" with seconds of one step; of an optimizer's first with FIRST as the case."""
+    import torch
+    from shared.subjects import cases, make_parameters, optim8_subjects
+
+    known = {case.name: case for case in cases(quick)}
+    name = ""
+    parameters: list[torch.nn.Parameter] = []
+    made: dict[str, torch.optim.Optimizer] = {}
+    for line in sys.stdin:
+        of_case, subject, threads, first = line.rstrip("\n").split("\t")
+        torch.set_num_threads(int(threads))
+        if of_case != name:
+            made.clear()
+            name, parameters = of_case, make_parameters(known[of_case], torch.float32)
+        make = optim8_subjects(known[of_case].small)[subject]
+        optimizer = make(parameters) if first or subject not in made else made[subject]
+        if not first and subject not in made:
+            optimizer.step()
+            made[subject] = optimizer
+        start = time.perf_counter()
+        optimizer.step()
+        print(time.perf_counter() - start, flush=True)
+
+
+class Build:
+    """A process that steps with the build of a source tree."""
+
+    def __init__(self, root: Path, quick: bool) -> None:
+        # Threads that spin while they wait would take the processor from the other build.
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "passive"}
+        command = [sys.executable, __file__, str(root), "--worker", *(["--quick"] if quick else [])]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+        )
+
+    def seconds(self, *what: str) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\t".join(what) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the build of {self.process.args[2]!r} ended; its message is above")  # type: ignore[index]
+        return float(answer)
+
+
+@contextlib.contextmanager
+def builds(roots: dict[str, Path], quick: bool) -> Iterator[dict[str, Build]]:
+    running = {name: Build(root, quick) for name, root in roots.items()}
+    try:
+        yield running
+    finally:
+        for build in running.values():
+            build.process.terminate()
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a source tree, or of the archive that it was made from; "" where nobody knows."""
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    named = root / "COMMIT"
+    return done.stdout.strip() or (named.read_text().strip() if named.exists() else "")
+
+
+def subjects(quick: bool) -> Iterator[tuple[str, str, str]]:
+    """Case, optimizer, and whether it is the first step."""
+    from shared.subjects import cases
+
+    for case in cases(quick):
+        yield case.name, "optim8 AdamW8bit", ""
+        yield case.name, "optim8 Lion8bit", ""
+        if case.small:
+            yield case.name, "optim8 AdamW8bit min_8bit_size=0", ""
+            yield case.name, "optim8 AdamW8bit", FIRST
+
+
+def main() -> int:
+    arguments = parse_arguments(sys.argv[1:])
+    if arguments.worker:
+        work(arguments.quick)
+        return 0
+    rows: list[dict[str, Any]] = []
+    roots = {"before": arguments.before.resolve(), "after": Path(optim8.__file__).resolve().parents[1]}
+    for root in roots.values():
+        if not list((root / "optim8").glob("_cpu*")):
+            sys.exit(f"compare_builds: there is no optim8 with a compiled module in {root}. Build it there first.")
+    every = len(os.sched_getaffinity(0))
+    with builds(roots, arguments.quick) as running:
+        for case, subject, first in subjects(arguments.quick):
+            for threads in sorted({1, every}):
+                seconds: dict[str, list[float]] = {name: [] for name in running}
+                for turn in range(arguments.repeats + 1):
+                    for name in random.sample(list(running), len(running)):  # which comes first is no advantage
+                        taken = running[name].seconds(case, subject, str(threads), first)
+                        if turn:
+                            seconds[name].append(taken)
+                ratios = sorted(b / a for b, a in zip(seconds["before"], seconds["after"], strict=True))
+                times = {name: spread(values) for name, values in seconds.items()}
+                row = {
+                    "case": case,
+                    "subject": subject + (f", {first}" if first else ""),
+                    "threads": threads,
+                    **times,
+                    "ratio": times["before"]["median_ms"] / times["after"]["median_ms"],
+                    "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+                }
+                rows.append(row)
+                print(f"{case}, {row['subject']}, {threads}: {row['ratio']:.3f}", flush=True)
+    cells = [
+        [
+            f"{row['case']}, {row['subject']}",
+            row["threads"],
+            f"{row['before']['median_ms']:.2f}",
+            f"{row['after']['median_ms']:.2f}",
+            f"{row['ratio']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["ratio_quartiles"]),
+        ]
+        for row in rows
+    ]
+    print("\n" + table(["step", "threads", "ms before", "ms after", "times as fast", "quartiles"], cells))
+    path = json_path(arguments, "compare_builds")
+    about = provenance({name: value for name, value in vars(arguments).items() if name != "before"})
+    write_json(path, {**about, "before": commit_of(roots["before"]), "timings": rows})
+    print(f"\nWritten: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The docstring of an optimizer: what all have in common stands here once."""
+
+from __future__ import annotations
+
+_BEGIN = "params: parameters, named parameters or groups, as for torch.optim. float32, bfloat16 or float16."
+_COMMON = """\
+maximize: ascend instead of descend.
+foreach, fused: accepted; every step is one fused call over all tensors, whatever they say. Under GradScaler,
+    fused=True lets the step take the scale itself, as in torch.optim.
+capturable: for CUDA parameters only.
+differentiable: must be False.
+min_8bit_size: tensors of fewer values keep 32-bit state.
+optim_bits: 8, or 32 for state in float32.
+paged: True keeps state in a memory-mapped file; an optim8.paging.Pager says where it lives, under which budget.
+**kwargs: what bitsandbytes' optimizers also take: `args`, `is_paged`; `percentile_clipping`, `block_wise`,
+    `max_unorm` and `skip_zeros` with the values that change nothing."""
+_END = """\
+    Raises:
+        ValueError: an argument cannot be honoured.
+        TypeError: an argument is unknown, or no number where one is needed.
+"""
+
+
+def docstring(summary: str, arguments: str, states: str) -> str:
+    """The docstring of an optimizer.
+
+    Args:
+        summary: what it is, and the source.
+        arguments: those of its own, a line each, as in an Args section.
+        states: the names of its states, in words.
+    """
+    lines = [_BEGIN, *arguments.strip().splitlines(), *_COMMON.splitlines()]
+    return "\n".join(
+        [
+            summary,
+            "",
+            "    Args:",
+            *(f"        {line.rstrip()}" for line in lines),
+            "",
+            "    Each but `paged` can be set by parameter group. State: `step`, and for each of",
+            f"    {states} uint8 codes with one float32 `_absmax` for each 256 values, or float32.",
+            "",
+            _END,
+        ]
+    )
