@@ -21,6 +21,8 @@ from optim8.optim import (
     PagedAdam8bit,
     PagedAdamW8bit,
     PagedLion8bit,
+    PagedSGD8bit,
+    SGD8bit,
     override,
 )
 
@@ -36,6 +38,8 @@ __all__ = [
     "PagedAdam8bit",
     "PagedAdamW8bit",
     "PagedLion8bit",
+    "PagedSGD8bit",
+    "SGD8bit",
     "convert",
     "functional",
     "memory",

@@ -21,7 +21,11 @@ LION_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 0.05, "betas": (0.95, 0.9995), "weight_decay": 0.0, "maximize": True},
     {"lr": 2e-4, "betas": (0.0, 0.5), "weight_decay": 0.1, "maximize": True},
 )
-
+SGD_HYPERS: tuple[dict[str, Any], ...] = (
+    {"lr": 3e-3, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.03, "nesterov": False},
+    {"lr": 0.05, "momentum": 0.95, "dampening": 0.0, "weight_decay": 0.0, "nesterov": True, "maximize": True},
+    {"lr": 2e-4, "momentum": 0.5, "dampening": 0.9, "weight_decay": 0.1, "nesterov": False, "maximize": True},
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,17 @@ CASES = {
             LION_HYPERS,
             {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
             {"lr": 2e-3, "betas": (0.92, 0.98), "weight_decay": 0.1},
+        ),
+        Case(
+            "SGD8bit",
+            reference.sgd,
+            {"momentum_buffer": True},
+            SGD_HYPERS,
+            {},
+            {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
+            torch_class=torch.optim.SGD,
+            decay_in_gradient=True,
+            is_scale_free=False,
         ),
     )
 }

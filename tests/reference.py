@@ -151,3 +151,15 @@ def lion(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Momen
         p = p * (1 - lr * h["weight_decay"])
     p = p - (m * beta1 + g * (1 - beta1)).sign() * lr
     return p, {"exp_avg": m * beta2 + g * (1 - beta2)}
+
+
+def sgd(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """torch.optim.SGD's documentation; Sutskever et al. 2013, section 2."""
+    lr, momentum, decay = float(h["lr"]), h["momentum"], h["weight_decay"]
+    if h.get("maximize", False):
+        g = -g
+    if decay:
+        g = g + p * decay
+    fresh = 1 - h["dampening"] if h["t"] > 1 and momentum else 1.0
+    m = old["momentum_buffer"] * momentum + g * fresh
+    return p - (g + m * momentum if h["nesterov"] else m) * lr, {"momentum_buffer": m}

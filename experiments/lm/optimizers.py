@@ -39,10 +39,12 @@ RECIPES = {
     "adam8bit": Recipe("optim8 Adam8bit", _optim8("Adam8bit"), 1e-3, 0.0),
     "lion": Recipe("optim8 Lion 32-bit", _optim8("Lion8bit", optim_bits=32), 3e-4, 0.3),
     "lion8bit": Recipe("optim8 Lion8bit", _optim8("Lion8bit"), 3e-4, 0.3),
+    "sgd": Recipe("torch SGD", lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True), 0.1, 1e-4),
+    "sgd8bit": Recipe("optim8 SGD8bit", _optim8("SGD8bit", momentum=0.9), 0.1, 1e-4),
 }
 
 # The same update with 32-bit state, against which an 8-bit optimizer is checked.
-COUNTERPART = {"adamw8bit": "adamw", "adam8bit": "adam", "lion8bit": "lion"}
+COUNTERPART = {"adamw8bit": "adamw", "adam8bit": "adam", "lion8bit": "lion", "sgd8bit": "sgd"}
 
 
 def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:

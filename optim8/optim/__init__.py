@@ -5,6 +5,7 @@ from optim8.optim import aliases
 from optim8.optim.absent import ABSENT
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
 from optim8.optim.aliases import (
+    SGD,
     Adam,
     Adam32bit,
     AdamW,
@@ -17,13 +18,18 @@ from optim8.optim.aliases import (
     PagedAdamW32bit,
     PagedLion,
     PagedLion32bit,
+    PagedSGD,
+    PagedSGD32bit,
+    SGD32bit,
 )
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.lion import Lion8bit, PagedLion8bit
 from optim8.optim.manager import GlobalOptimManager
 from optim8.optim.override import override
+from optim8.optim.sgd import PagedSGD8bit, SGD8bit
 
 __all__ = [
+    "SGD",
     "Adam",
     "Adam8bit",
     "Adam32bit",
@@ -44,6 +50,11 @@ __all__ = [
     "PagedLion",
     "PagedLion8bit",
     "PagedLion32bit",
+    "PagedSGD",
+    "PagedSGD8bit",
+    "PagedSGD32bit",
+    "SGD8bit",
+    "SGD32bit",
     "override",
 ]
 

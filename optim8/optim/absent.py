@@ -1,4 +1,5 @@
-"""Names of bitsandbytes.optim that have no optimizer here yet: imports of them work, making one says what to use."""
+"""Names of bitsandbytes.optim that have no optimizer here yet. Code can import them; an error says what to use when it
+makes one."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 _SIZES = ("", "8bit", "32bit")
 _BITSANDBYTES = "or go on with bitsandbytes' for it"
 
-# The stem of the names, the beginnings and ends of them, and what to use instead.
+# For each: the stem of the names, their prefixes and suffixes, and what to use instead.
 _ABSENT: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
     ("Adagrad", ("",), _SIZES, "torch.optim.Adagrad (32-bit state)"),
     ("AdEMAMix", ("", "Paged"), _SIZES, f"optim8.AdamW8bit, {_BITSANDBYTES}"),
@@ -17,12 +18,11 @@ _ABSENT: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
     ("LARS", ("",), _SIZES, f"torch.optim.SGD with momentum (32-bit state), {_BITSANDBYTES}"),
     ("LARS", ("Pytorch",), ("",), f"torch.optim.SGD with momentum (32-bit state), {_BITSANDBYTES}"),
     ("RMSprop", ("",), _SIZES, "torch.optim.RMSprop (32-bit state)"),
-    ("SGD", ("",), _SIZES, "torch.optim.SGD (32-bit state)"),
 )
 
 
 class AbsentOptimizer(torch.optim.Optimizer):
-    """The class of a name without an optimizer. Making one raises NotImplementedError."""
+    """Stands for an optimizer that optim8 does not have. Making one raises NotImplementedError."""
 
     instead: str
 

@@ -1,5 +1,6 @@
 """The names of bitsandbytes.optim, for code that was written for it: `import optim8 as bnb`.
 
+`Adam`, `AdamW`, `Lion`, `SGD` keep state in 32 bits unless `optim_bits=8`; names that end in `32bit` always do. Names
 that begin with `Paged` keep state in a file (optim8.paging). An argument means what it means in torch.optim: Adam's
 weight decay is an L2 penalty here. docs/migrate.md lists what differs.
 """
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.lion import Lion8bit, PagedLion8bit
+from optim8.optim.sgd import PagedSGD8bit, SGD8bit
 
 T = TypeVar("T", bound=BlockwiseOptimizer)
 
@@ -64,3 +66,5 @@ Lion, Lion32bit = _names(Lion8bit)
 PagedAdam, PagedAdam32bit = _names(PagedAdam8bit)
 PagedAdamW, PagedAdamW32bit = _names(PagedAdamW8bit)
 PagedLion, PagedLion32bit = _names(PagedLion8bit)
+SGD, SGD32bit = _names(SGD8bit)
+PagedSGD, PagedSGD32bit = _names(PagedSGD8bit)

@@ -4,11 +4,13 @@
 
 #include "core/rules/adam.h"
 #include "core/rules/lion.h"
+#include "core/rules/sgd.h"
 
 #define OPTIM8_RULES(X) \
     X(adam, Adam) \
     X(adamw, AdamW) \
-    X(lion, Lion)
+    X(lion, Lion) \
+    X(sgd, SGD)
 
 namespace optim8 {
 

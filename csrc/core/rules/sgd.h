@@ -1,0 +1,52 @@
+// Stochastic gradient descent with momentum (Sutskever et al. 2013, "On the importance of initialization and momentum
+// in deep learning", section 2), as torch.optim defines it: weight decay is added to the gradient, and the learning
+// rate stays outside of the momentum, so that a change of it acts at once.
+#pragma once
+
+#include "core/rules/rule.h"
+
+OPTIM8_BEGIN
+
+struct SGD : RuleDefaults {
+    static constexpr const char* torch_name = "SGD";
+    static constexpr State states[] = {{"momentum_buffer", Code::Signed}};
+    static constexpr bool states_need_param = true;
+
+    struct Hypers {
+        double lr, momentum, dampening, weight_decay, nesterov;
+    };
+    static constexpr Hyper<Hypers> hypers[] = {
+        number("lr", &Hypers::lr, 1e-3),
+        number("momentum", &Hypers::momentum, 0.0),
+        number("dampening", &Hypers::dampening, 0.0),
+        number("weight_decay", &Hypers::weight_decay, 0.0),
+        flag("nesterov", &Hypers::nesterov, false),
+    };
+    static const char* conflict(const Hypers& h) {
+        return h.nesterov != 0 && !(h.momentum > 0 && h.dampening == 0)
+                   ? "nesterov=True needs a momentum above 0 and dampening=0."
+                   : nullptr;
+    }
+
+    struct Scalars {
+        float negative_lr, momentum, fresh, weight_decay, nesterov;
+    };
+    OPTIM8_HD static Scalars derive(const Hypers& h, double step) {
+        // The first gradient goes into the momentum undampened, and without momentum there is nothing to dampen.
+        const bool undampened = step <= 1 || h.momentum == 0;
+        return {rounded(-h.lr), rounded(h.momentum), rounded(undampened ? 1 : 1 - h.dampening), rounded(h.weight_decay),
+                rounded(h.nesterov)};
+    }
+
+    template <class F, int n>
+    OPTIM8_HD static void update(F& p, F g, F (&state)[n], const Scalars& s) {
+        F& m = state[0];
+        // Not with weight_decay 0: 0 times an infinite parameter would be NaN.
+        if (s.weight_decay != 0.0f) g = fma(F(s.weight_decay), p, g);
+        m = fma(F(s.momentum), m, F(s.fresh) * g);
+        const F direction = s.nesterov != 0.0f ? fma(F(s.momentum), m, g) : m;
+        p = fma(F(s.negative_lr), direction, p);
+    }
+};
+
+OPTIM8_END
