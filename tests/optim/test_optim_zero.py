@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,7 +42,14 @@ def assert_alike(zero: Any, alone: Any, params: list[torch.nn.Parameter]) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"optim_bits": 32}, {"paged": True}], ids=str)
-@pytest.mark.parametrize("name, other", [("Adam8bit", torch.optim.Adam), ("AdamW8bit", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("Adam8bit", torch.optim.Adam),
+        ("AdamW8bit", torch.optim.AdamW),
+        ("SGD8bit", partial(torch.optim.SGD, momentum=0.9, dampening=0.3)),
+    ],
+)
 def test_torchs_dict_is_converted_by_the_next_step(name: str, other: Any, options: dict[str, Any]) -> None:
     theirs_params = make_params()
     theirs = other(theirs_params, lr=3e-3, weight_decay=0.03)
@@ -98,9 +106,13 @@ def test_what_cannot_be_converted_is_refused_by_each_step() -> None:
     refused(torch.optim.AdamW, "Adam8bit", decay, weight_decay=0.1)
     refused(torch.optim.AdamW, "AdamW8bit", "amsgrad|AMSGrad", amsgrad=True)
     refused(torch.optim.NAdam, "AdamW8bit", r"\['mu_product'\] is no state|NAdam", 32)
-    refused(torch.optim.SGD, "AdamW8bit", "Load a state dict that this optimizer wrote", momentum=0.9)
+    same_rule = r"is no state of this optimizer .* by an optimizer with the same rule"
+    refused(torch.optim.SGD, "AdamW8bit", rf"\['momentum_buffer'\] {same_rule}", momentum=0.9)
+    refused(torch.optim.Adadelta, "AdamW8bit", "Load a state dict that this optimizer wrote")  # nobody's
     for optim_bits in (8, 32):
         refused(torch.optim.AdamW, "Lion8bit", r"\['exp_avg_sq'\] is no state", optim_bits)
+        refused(torch.optim.SGD, "Lion8bit", rf"\['momentum_buffer'\] {same_rule}", optim_bits, momentum=0.9)
+        refused(torch.optim.AdamW, "SGD8bit", rf"\['exp_avg'\] {same_rule}", optim_bits)
 
 
 @pytest.mark.parametrize("optim_bits", [8, 32])
