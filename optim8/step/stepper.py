@@ -53,9 +53,11 @@ class Stepper:
             parts = self._parts(optimizer, params, scaling)
             local_step = LocalStep(type(optimizer).__name__, parts, optimizer.state)
             lacks = self._gather(optimizer, local_step)
-            if any(each.gaps or each.state or each.layout or each.moved or each.step for each in lacks):
+            for _ in range(2):  # that state lies otherwise than a tensor with gaps shows only beside its dense copy
+                if not any(each.gaps or each.state or each.layout or each.moved or each.step for each in lacks):
+                    break
                 _supply(optimizer, local_step, lacks)
-                self._gather(optimizer, local_step)
+                lacks = self._gather(optimizer, local_step)
             self._check_distinct(optimizer, local_step)
             yield local_step
         finally:

@@ -232,6 +232,27 @@ def test_what_a_monitor_measures(case: Case) -> None:
     assert seen[0] == seen[1]
 
 
+@BOTH
+@ALL
+def test_other_strides_between_steps(case: Case, optim_bits: int) -> None:
+    """A tensor that gets gaps in another order of elements is still stepped, by its state in that order."""
+    gapped = torch.nn.Parameter(_base(40, 80)[::2, 1::2].detach())
+    dense = torch.nn.Parameter(gapped.detach().clone())
+    made = [(p, case.make([p], optim_bits=optim_bits)) for p in (gapped, dense)]
+    for t in range(3):
+        if t == 1:
+            other = _base(80, 40).T[::2, 1::2]
+            gapped.data = other.copy_(gapped.detach())
+            dense.data = dense.detach().T.contiguous().T
+        before = gapped.detach().clone()
+        for p, optimizer in made:
+            p.grad = torch.empty_like(p).copy_(hostile(p.numel(), torch.float32, seed=t).view(p.shape))
+            optimizer.step()
+        assert not torch.equal(gapped, before)
+        assert torch.equal(gapped, dense)
+        assert state_bits(made[0][1], gapped) == state_bits(made[1][1], dense)
+
+
 @pytest.fixture
 def mesh() -> Iterator[Any]:
     """This process alone."""
