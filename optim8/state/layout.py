@@ -110,12 +110,6 @@ def layout_of(moments: tuple[Moment, ...], param: torch.Tensor, bits: int) -> La
     return _layout(moments, tuple(param.shape), dense_stride(param), bits)
 
 
-def state_bytes(moments: tuple[Moment, ...], shape: Sequence[int], bits: int) -> int:
-    """Bytes of the state of a parameter of this shape."""
-    size = (math.prod(shape),)
-    return _layout(moments, size, (1,), bits).nbytes
-
-
 def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:
     """The bits of a state: 8 where it has scales, else 32. All moments have the bits of the first."""
     return 8 if moments[0].absmax in entry else 32
