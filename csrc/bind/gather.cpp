@@ -80,6 +80,17 @@ View state_view(PyObject* value, const Key& key, const Place& place, Hint& hint)
     return view;
 }
 
+// The block of the whole parameter that the local one begins in.
+uint32_t first_block_of(const py::dict& firsts, int64_t index) {
+    if (firsts.size() == 0) return 0;
+    PyObject* first = PyDict_GetItemWithError(firsts.ptr(), py::int_(index).ptr());
+    if (first == nullptr) {
+        if (PyErr_Occurred()) throw py::error_already_set();
+        return 0;
+    }
+    return static_cast<uint32_t>(py::cast<int64_t>(first) / step_block);
+}
+
 }  // namespace
 
 TensorQueries::TensorQueries() : grad(names().grad), is_neg(names().is_neg), is_zero(names().is_zero) {}
@@ -132,7 +143,8 @@ void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p,
 }
 
 Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, const StepOptions& options,
-                     const std::string& owner, int64_t group, py::dict grads, const py::object& names_of) {
+                     const std::string& owner, int64_t group, py::dict grads, const py::object& names_of,
+                     const py::dict& firsts) {
     const RuleInfo& info = rule_of(rule);
     Lacks lacks;
     options_.push_back(options);
@@ -199,6 +211,8 @@ Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, c
         row.param_storage = p.storage();
         row.grad_storage = g.storage();
         row.options = &options_.back();
+        row.rounding = options.rounding;
+        row.first_block = first_block_of(firsts, i);
         bool moved = false;
         View step;
         read_state(entry, info, p, place, hint, row, moved, step);

@@ -1,6 +1,7 @@
 // The scalars of a step, whatever the rule: as the user set them, and as a kernel of one rule takes them.
 #pragma once
 
+#include "core/dither.h"
 #include "core/rules/all.h"
 
 #include <cstring>
@@ -15,6 +16,7 @@ struct StepOptions {
     // The CUDA device counts the steps, so that it may also decide whether a step is made at all.
     bool count_on_device = false;
     const float* device_lr = nullptr;  // where lr stands in device memory, instead of its value; needs count_on_device
+    Rounding rounding = Rounding::Nearest;
 };
 
 }  // namespace optim8
@@ -44,12 +46,16 @@ template <class Rule>
 struct StepScalars {
     typename Rule::Scalars of_rule;
     float gradient_factor;  // gradient_scale, negated to maximize
+    uint32_t dither_time[state_count<Rule>];
 };
 
 template <class Rule>
 OPTIM8_HD StepScalars<Rule> derive(const StepHypers<Rule>& hypers, double step) {
-    return {Rule::derive(hypers.of_rule, step),
-            static_cast<float>(hypers.maximize ? -hypers.gradient_scale : hypers.gradient_scale)};
+    StepScalars<Rule> scalars{Rule::derive(hypers.of_rule, step),
+                              static_cast<float>(hypers.maximize ? -hypers.gradient_scale : hypers.gradient_scale),
+                              {}};
+    for (int s = 0; s < state_count<Rule>; ++s) scalars.dither_time[s] = dither_time(step, s);
+    return scalars;
 }
 
 // Room for the scalars of any rule.

@@ -16,12 +16,14 @@ struct Row {
     void* state[max_states];     // uint8 codes, or float32; null behind the rule's last state
     float* absmax[max_states];   // one for each block of step_block values; null with 32-bit state
     int64_t size;                // values
+    uint32_t first_block;        // where its blocks begin in the whole parameter, of which the tensor may be a part
     const AnyScalars* scalars;   // unless derived on the device:
     float* device_step;          // the count of steps in device memory; null where it is on the host
     const StepOptions* options;  // what scalars are derived from
     RuleId rule;
     Storage param_storage, grad_storage;
     Precision precision;
+    Rounding rounding;  // of 8-bit state
 };
 
 constexpr int64_t blocks_of(int64_t size, int64_t blocksize) { return size / blocksize + (size % blocksize != 0); }

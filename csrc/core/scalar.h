@@ -67,6 +67,7 @@ OPTIM8_HD float sign(float x) { return static_cast<float>(static_cast<int>(x > 0
 constexpr uint32_t abs_mask = 0x7fffffffu;
 constexpr uint32_t inf_bits = 0x7f800000u;
 constexpr float smallest_normal = 1.17549435e-38f;
+constexpr float largest_finite = 3.40282347e+38f;
 
 // |x| as an integer. It orders like |x|, with infinity and NaN above every finite value, so that one integer maximum
 // gives a block's largest magnitude and says whether the block holds anything that is not finite.

@@ -10,7 +10,7 @@ from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
-from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits
+from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, Rounding
 
 _ARGUMENTS = """
 lr: learning rate, a number or a tensor of one element.
@@ -46,6 +46,7 @@ class Adam8bit(BlockwiseOptimizer):
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: Bits = 8,
+        rounding: Rounding = "dithered",
         paged: bool | Pager | None = None,
         **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:
@@ -77,6 +78,7 @@ class AdamW8bit(BlockwiseOptimizer):
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: Bits = 8,
+        rounding: Rounding = "dithered",
         paged: bool | Pager | None = None,
         **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:

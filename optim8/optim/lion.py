@@ -10,7 +10,7 @@ from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
-from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits
+from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, Rounding
 
 
 class Lion8bit(BlockwiseOptimizer):
@@ -39,6 +39,7 @@ weight_decay: decoupled weight decay: parameters shrink by the factor 1 - lr * w
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: Bits = 8,
+        rounding: Rounding = "dithered",
         paged: bool | Pager | None = None,
         **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:

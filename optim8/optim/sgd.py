@@ -10,7 +10,7 @@ from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
-from optim8.step.hypers import MIN_8BIT_SIZE, Bits
+from optim8.step.hypers import MIN_8BIT_SIZE, Bits, Rounding
 
 
 class SGD8bit(BlockwiseOptimizer):
@@ -43,6 +43,7 @@ nesterov: step along gradient + momentum * new momentum; needs a momentum and no
         fused: bool | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: Bits = 8,
+        rounding: Rounding = "dithered",
         paged: bool | Pager | None = None,
         **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +39,19 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
         shard: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
     # An object of its own, so that nothing set on it stays with the parameter.
     return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard.detach()
+
+
+def first_of(param: Any) -> int:
+    """Where the local shard of a DTensor begins in it: the index of its first value, in order of the dimensions."""
+    return _first_of(param.device_mesh, tuple(param.placements), tuple(param.shape))
+
+
+@lru_cache(maxsize=4096)
+def _first_of(mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...]) -> int:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    return sum(offset * stride for offset, stride in zip(offsets, contiguous_stride(shape), strict=True))
 
 
 def ways(param: Any) -> dict[int, int]:

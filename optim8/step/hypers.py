@@ -15,13 +15,16 @@ from optim8.rules import Hyper, Rule
 
 MIN_8BIT_SIZE = 4096
 
+ROUNDINGS = ("dithered", "nearest")
+
 # Types of arguments. Numbers may also be numpy's, and pairs numpy arrays; they are stored as floats and tuples.
 Number: TypeAlias = float | torch.Tensor
 Betas: TypeAlias = Sequence[Number] | str
 Bits: TypeAlias = Literal[8, 32]
+Rounding: TypeAlias = Literal["dithered", "nearest"]
 
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
-EXTRA_DEFAULTS = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8}
+EXTRA_DEFAULTS: dict[str, Any] = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8, "rounding": "dithered"}
 
 
 def overridable() -> dict[str, Hyper | None]:
@@ -138,12 +141,15 @@ def _normalize_options(owner: str, rule: Rule, group: dict[str, Any]) -> None:
 
 
 def _normalize_precision(owner: str, group: dict[str, Any]) -> None:
+    """Check and store the options of EXTRA_DEFAULTS."""
     size, bits = _whole(group["min_8bit_size"]), _whole(group["optim_bits"])
     if size is None or size < 0:
         got = group["min_8bit_size"]
         raise ValueError(f"{owner}: min_8bit_size must be a whole number of values, 0 or more, got {got!r}.")
     if bits not in (8, 32):
         raise ValueError(f"{owner}: optim_bits must be 8 or 32, got {group['optim_bits']!r}.")
+    if group["rounding"] not in ROUNDINGS:
+        raise ValueError(f"{owner}: rounding must be 'dithered' or 'nearest', got {group['rounding']!r}.")
     group["min_8bit_size"], group["optim_bits"] = size, bits
 
 
@@ -244,4 +250,5 @@ def step_options(
         gradient_scale=1.0 if scale is None or scale.device.type != "cpu" else 1.0 / float(scale),
         count_on_device=bool(group.get("capturable")) or on_device or amp_on_device,
         device_lr=lr.data_ptr() if on_device else 0,
+        dithered=group["rounding"] == "dithered",
     )

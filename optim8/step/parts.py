@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from optim8.state.layout import dense_grad
-from optim8.state.shards import dtensor_class, is_dtensor, local
+from optim8.state.shards import dtensor_class, first_of, is_dtensor, local
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Part:
     options: native StepOptions.
     names: of the group's parameters, or None.
     grads: by index, gradients that are taken instead of a tensor's own.
+    firsts: by index, where a local shard begins in its parameter, in values.
     """
 
     group: int
@@ -28,6 +29,7 @@ class Part:
     options: Any
     names: list[str] | None = None
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    firsts: dict[int, int] = field(default_factory=dict)
 
 
 class LocalStep:
@@ -78,7 +80,7 @@ class LocalStep:
             params[index] = copy = param.detach().clone()
             grads[index] = dense_grad(copy, grads[index])
             self._copies.append((param, copy))
-        self.parts[number] = Part(part.group, params, part.options, part.names, grads)
+        self.parts[number] = replace(part, params=params, grads=grads)
 
     def lay_out(self, number: int, indices: Iterable[int]) -> None:
         """Use copies of the gradients at these indices of a part, which have the strides of the parameters."""
@@ -104,15 +106,15 @@ class LocalStep:
             torch.autograd.graph.increment_version(self._sharded)
 
     def _localized(self, who: str, part: Part) -> Part:
-        params, grads = list(part.params), dict(part.grads)
+        params, grads, firsts = list(part.params), dict(part.grads), {}
         for index, param in enumerate(part.params):
             if is_dtensor(param):
-                params[index] = local(param)
+                params[index], firsts[index] = local(param), first_of(param)
                 grad: Any = part.grads.get(index, param.grad)
                 if grad is not None:
                     grads[index] = _local_grad(who.format(index), param, grad)
                     self._sharded.append(param)
-        return Part(part.group, params, part.options, part.names, grads)
+        return replace(part, params=params, grads=grads, firsts=firsts)
 
 
 def _local_grad(who: str, param: Any, grad: Any) -> torch.Tensor:

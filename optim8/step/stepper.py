@@ -128,7 +128,9 @@ class Stepper:
             self._table.allow_host(optimizer.memory.pinned_spans)
         owner, rule = type(optimizer).__name__, optimizer.rule
         return [
-            self._table.add(part.params, state, rule, part.options, owner, part.group, part.grads, part.names)
+            self._table.add(
+                part.params, state, rule, part.options, owner, part.group, part.grads, part.names, part.firsts
+            )
             for part, state in zip(local_step.parts, local_step.states, strict=True)
         ]
 

@@ -56,13 +56,14 @@ py::object conflict(const std::string& rule, const py::dict& group) {
 }
 
 StepOptions options_of(const std::string& owner, const std::string& rule, const py::dict& group, bool maximize,
-                       double gradient_scale, bool count_on_device, uintptr_t device_lr) {
+                       double gradient_scale, bool count_on_device, uintptr_t device_lr, bool dithered) {
     StepOptions options = values_of(rule_of(rule), group, device_lr != 0);
     if (const char* text = rule_of(rule).conflict(options)) throw py::value_error(owner + ": " + text);
     options.maximize = maximize;
     options.gradient_scale = gradient_scale;
     options.count_on_device = count_on_device;
     options.device_lr = reinterpret_cast<const float*>(device_lr);
+    options.rounding = dithered ? Rounding::Dithered : Rounding::Nearest;
     return options;
 }
 
@@ -97,7 +98,7 @@ void bind_step(py::module_& m) {
     py::class_<StepOptions>(m, "StepOptions", "The options of a parameter group in a step, and what the step adds.")
         .def(py::init(&options_of), py::arg("owner"), py::arg("rule"), py::arg("group"), py::kw_only(),
              py::arg("maximize") = false, py::arg("gradient_scale") = 1.0, py::arg("count_on_device") = false,
-             py::arg("device_lr") = 0)
+             py::arg("device_lr") = 0, py::arg("dithered") = false)
         .def_readonly("count_on_device", &StepOptions::count_on_device);
     py::class_<Lacks>(m, "Lacks", "What a step lacks before it can run: indices of parameters.")
         .def_readonly("gaps", &Lacks::gaps)
@@ -115,7 +116,8 @@ void bind_step(py::module_& m) {
     py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
         .def(py::init<>())
         .def("add", &StepTable::add, py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("options"),
-             py::arg("owner"), py::arg("group"), py::arg("grads") = py::dict(), py::arg("names_of") = py::none())
+             py::arg("owner"), py::arg("group"), py::arg("grads") = py::dict(), py::arg("names_of") = py::none(),
+             py::arg("firsts") = py::dict())
         .def("same_memory", &StepTable::same_memory,
              "Two rows, by position in params, whose parameters begin at the "
              "same address, or None.")

@@ -16,6 +16,18 @@ struct EncodeJob {
     CodeKind kind;
 };
 
+// One state of a step, as dithered rounding stores it; for the monitor and for checking the codec.
+struct DitherJob {
+    const float* values;
+    uint8_t* codes;
+    float* absmax;          // one for each block of step_block values
+    const int32_t* blocks;  // their numbers in the whole parameter
+    int64_t size;
+    double step;
+    int state;  // its place in the rule
+    bool with_sign;
+};
+
 // An operation of core/number.h over arrays, for checking that every instruction set gives the same.
 struct NumberJob {
     NumberOperation operation;
@@ -27,12 +39,13 @@ struct NumberJob {
 }  // namespace optim8
 
 // X(name, job type): void name(const job&, first item, one past the last item).
-//   step_blocks, quantize_blocks, dequantize_blocks: items are blocks.
+//   step_blocks, quantize_blocks, dequantize_blocks, dither_blocks: items are blocks.
 //   encode_blocks, number_blocks: items are runs of 256 values.
 #define OPTIM8_KERNELS(X) \
     X(step_blocks, Row) \
     X(quantize_blocks, QuantizeJob) \
     X(dequantize_blocks, DequantizeJob) \
     X(encode_blocks, EncodeJob) \
+    X(dither_blocks, DitherJob) \
     X(number_blocks, NumberJob) \
     OPTIM8_FUNCTIONAL_KERNELS(X)

@@ -1,14 +1,26 @@
 // The vector types of the instruction set this file is compiled for: F (float32), I (int32), U (uint32), each of
-// `width` lanes, with the operations of core/number.h; loads and stores of the storage types; and the two codec
-// primitives over `code_group` values, decode_group and encode_group.
+// `width` lanes, with the operations of core/number.h; loads and stores of the storage types; and the codec primitives
+// over `code_group` values, decode_group, encode_group and encode_group_dithered.
 #pragma once
 
 #include "core/codec.h"
+#include "core/dither.h"
 #include "core/number.h"
 #include "core/storage.h"
 
 OPTIM8_BEGIN
 constexpr int group = 64;
+
+// The part of a block's elements in u; sums are modulo 2^16.
+struct alignas(64) ElementDither {
+    uint32_t of_element[step_block];
+};
+constexpr ElementDither make_element_dither() {
+    ElementDither made{};
+    for (uint32_t i = 0; i < step_block; ++i) made.of_element[i] = dither(0, i);
+    return made;
+}
+constexpr ElementDither element_dither = make_element_dither();
 OPTIM8_END
 
 #if defined(__AVX512VBMI__)

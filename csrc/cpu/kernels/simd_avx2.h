@@ -171,6 +171,18 @@ OPTIM8_HD F pick(const float (&table)[8], __m256i zone) {
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), zone);
 }
 
+// Four vectors of numbers as bytes, in an order that store_packed undoes; with signed or unsigned saturation.
+OPTIM8_HD __m256i pack(__m256i a, __m256i b, __m256i c, __m256i d) {
+    return _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+}
+OPTIM8_HD __m256i pack_unsigned(__m256i a, __m256i b, __m256i c, __m256i d) {
+    return _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+}
+OPTIM8_HD void store_packed(__m256i packed, uint8_t* codes) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(packed, order));
+}
+
 // Each operation stands for all vectors before the next one, so that neighbouring instructions wait for different
 // things and a table is read from memory once.
 template <Code code>
@@ -211,9 +223,73 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
         low = _mm256_add_epi16(low, _mm256_set1_epi16(zero_code_of(code)));
         high = _mm256_add_epi16(high, _mm256_set1_epi16(zero_code_of(code)));
     }
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), packed);
+    store_packed(_mm256_packus_epi16(low, high), codes);
+}
+
+// The tables of dithered rounding by zone, a third of the exponent.
+struct alignas(32) DitherZones {
+    float slope[8], offset[8];  // modulo 8
+    uint8_t last[16];           // modulo 16
+};
+constexpr DitherZones make_dither_zones(const DitherTables& t) {
+    DitherZones made{};
+    for (int i = 0; i < zones; ++i) {
+        const int binade = lowest_binade + i * binades_of_zone, zone = binade / binades_of_zone;
+        made.slope[zone % 8] = t.slope[binade % 32];
+        made.offset[zone % 8] = t.offset[binade % 32];
+        made.last[zone % 16] = static_cast<uint8_t>(t.last[binade % 32]);
+    }
+    return made;
+}
+template <Code code>
+struct DitherZonesOf {
+    static constexpr DitherZones all = make_dither_zones(DitherTablesOf<code>::all);
+};
+
+// As above. What is the same for all bytes is done with all of them at once.
+template <Code code>
+OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float reciprocal, uint32_t start, int at,
+                                     uint8_t* codes) {
+    constexpr int n = code_group / width;
+    const DitherZones& t = DitherZonesOf<code>::all;
+    const __m256 magnitude_mask = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(abs_mask)));
+    const F with(reciprocal), lowest(DitherTablesOf<code>::all.lowest);
+    const __m256i third_of_exponent = _mm256_set1_epi32(21846);
+    const __m256i* elements = reinterpret_cast<const __m256i*>(element_dither.of_element + at);
+    // The upper halves take the exponent of the fixed-point number away.
+    const __m256i from = _mm256_set1_epi32(static_cast<int>(start - bits_of(fixed_point)));
+    F y[n], line[n];
+    __m256i zone[n], index[n];
+    for (int j = 0; j < n; ++j) y[j] = x[j] * with;
+    if (is_signed(code))
+        for (int j = 0; j < n; ++j) y[j] = _mm256_and_ps(y[j].v, magnitude_mask);
+    for (int j = 0; j < n; ++j) {
+        const F clamped = maximum(y[j], lowest);
+        if (!is_signed(code)) y[j] = clamped;
+        zone[j] = _mm256_srli_epi32(_mm256_castps_si256(clamped.v), 23);
+    }
+    for (int j = 0; j < n; ++j) zone[j] = _mm256_mulhi_epu16(zone[j], third_of_exponent);
+    for (int j = 0; j < n; ++j) y[j] = fma(y[j], pick(t.slope, zone[j]), pick(t.offset, zone[j]));
+    for (int j = 0; j < n; ++j) line[j] = fma(y[j], F(fifth), F(two_fifths));
+    for (int j = 0; j < n; ++j) line[j] = minimum(y[j] * F(third), line[j]);
+    for (int j = 0; j < n; ++j) line[j] = minimum(y[j], line[j]) + F(fixed_point);
+    for (int j = 0; j < n; ++j) index[j] = _mm256_add_epi16(from, _mm256_load_si256(elements + j));
+    for (int j = 0; j < n; ++j) index[j] = _mm256_add_epi32(_mm256_castps_si256(line[j].v), index[j]);
+    for (int j = 0; j < n; ++j) index[j] = _mm256_srai_epi32(index[j], 16);
+    const __m256i lasts = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t.last)));
+    const __m256i last = _mm256_shuffle_epi8(lasts, pack(zone[0], zone[1], zone[2], zone[3]));
+    __m256i all = _mm256_add_epi8(last, pack(index[0], index[1], index[2], index[3]));
+    const auto bits = [&](int j) { return _mm256_castps_si256(x[j].v); };
+    if (is_signed(code)) {
+        // The sign of x, or 0.
+        all = _mm256_sign_epi8(all, pack(bits(0), bits(1), bits(2), bits(3)));
+        all = _mm256_add_epi8(all, _mm256_set1_epi8(zero_code_of(code)));
+    } else {
+        all = _mm256_min_epu8(all, _mm256_set1_epi8(static_cast<char>(code_size - 2)));
+        // 0 where x is not positive, as above.
+        all = _mm256_min_epu8(all, pack_unsigned(bits(0), bits(1), bits(2), bits(3)));
+    }
+    store_packed(all, codes);
 }
 
 OPTIM8_END

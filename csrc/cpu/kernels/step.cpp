@@ -5,15 +5,13 @@
 // that the loads of one pass fill the time of the other's arithmetic, and the latency of reducing the maxima is hidden.
 #include "core/row.h"
 #include "cpu/kernels/kernels.h"
-#include "cpu/kernels/simd.h"
+#include "cpu/kernels/vectors.h"
 
 #include <algorithm>
 #include <cstring>
 
 OPTIM8_BEGIN
 namespace {
-
-constexpr int lanes = code_group / width;
 
 // A block between its two passes.
 template <class Rule>
@@ -23,6 +21,7 @@ struct Block {
     uint8_t* codes[state_count<Rule>];
     float* absmax[state_count<Rule>];
     float new_absmax[state_count<Rule>], reciprocal[state_count<Rule>];
+    uint32_t dither[state_count<Rule>];  // u of the first element
 };
 
 // Zero-padded copies of a short last block, so that the passes know whole blocks only. Padding takes part in
@@ -41,10 +40,10 @@ constexpr const CodeTables& tables_of() {
 
 template <int s, class Rule>
 OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[state_count<Rule>], int at,
-                             F (&state)[state_count<Rule>][lanes]) {
+                             F (&state)[state_count<Rule>][group_vectors]) {
     if constexpr (s < state_count<Rule>) {
         decode_group<code_of<Rule, s>>(block.codes[s] + at, state[s]);
-        for (int j = 0; j < lanes; ++j) state[s][j] = state[s][j] * absmax[s];
+        for (int j = 0; j < group_vectors; ++j) state[s][j] = state[s][j] * absmax[s];
         decode_states<s + 1, Rule>(block, absmax, at, state);
     }
 }
@@ -102,26 +101,41 @@ OPTIM8_HD U sized_bits(Code code, F x) { return is_signed(code) ? magnitude_bits
 template <class Rule, class P, class G>
 OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* grad, const StepScalars<Rule>& scalars,
                        int at) {
-    const F factor(scalars.gradient_factor);
-    F state[state_count<Rule>][lanes];
+    F state[state_count<Rule>][group_vectors];
     decode_states<0, Rule>(block, pass.absmax, at, state);
-    for (int j = 0; j < lanes; ++j) {
+    for (int j = 0; j < group_vectors; j += together) {
         const int i = at + j * width;
-        F p = load(param + i);
-        if constexpr (Rule::states_need_param) store(block.old_param + i, p);
-        F now[state_count<Rule>];
-        for (int s = 0; s < state_count<Rule>; ++s) now[s] = state[s][j];
-        Rule::update(p, load(grad + i) * factor, now, scalars.of_rule);
-        store(param + i, p);
-        for (int s = 0; s < state_count<Rule>; ++s) {
-            store(block.state[s] + i, now[s]);
-            pass.largest[s] = maximum(pass.largest[s], sized_bits(Rule::states[s].code, now[s]));
+        Vectors p = Vectors::of([&](int k) { return load(param + i + k * width); });
+        if constexpr (Rule::states_need_param)
+            for (int k = 0; k < together; ++k) store(block.old_param + i + k * width, p.v[k]);
+        const Vectors g = Vectors::of([&](int k) { return load(grad + i + k * width); });
+        Vectors now[state_count<Rule>];
+        for (int s = 0; s < state_count<Rule>; ++s) now[s] = Vectors::of([&](int k) { return state[s][j + k]; });
+        Rule::update(p, g * Vectors(scalars.gradient_factor), now, scalars.of_rule);
+        for (int k = 0; k < together; ++k) {
+            store(param + i + k * width, p.v[k]);
+            for (int s = 0; s < state_count<Rule>; ++s) {
+                store(block.state[s] + i + k * width, now[s].v[k]);
+                pass.largest[s] = maximum(pass.largest[s], sized_bits(Rule::states[s].code, now[s].v[k]));
+            }
         }
     }
 }
 
+template <int s, Rounding rounding, class Rule>
+OPTIM8_HD void scale_states(Block<Rule>& block, const uint32_t (&largest)[state_count<Rule>]) {
+    if constexpr (s < state_count<Rule>) {
+        const BlockScale by = block_scale<code_of<Rule, s>, rounding>(float_of(largest[s]));
+        block.new_absmax[s] = by.absmax;
+        block.reciprocal[s] = by.normal.reciprocal;
+        if (__builtin_expect(by.normal.scale != 1.0f, 0))
+            for (float& x : block.state[s]) x *= by.normal.scale;
+        scale_states<s + 1, rounding>(block, largest);
+    }
+}
+
 // After the last group has advanced.
-template <class Rule>
+template <Rounding rounding, class Rule>
 OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const StepScalars<Rule>& scalars) {
     uint32_t bits[state_count<Rule>];
     bool finite = true;
@@ -130,48 +144,55 @@ OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const StepS
         finite = finite && bits[s] < inf_bits;
     }
     if (__builtin_expect(!finite, 0)) mend<Rule>(block, scalars, bits);
-    for (int s = 0; s < state_count<Rule>; ++s) {
-        block.new_absmax[s] = float_of(bits[s]);
-        const Normalizer normal = normalizer(block.new_absmax[s]);
-        block.reciprocal[s] = normal.reciprocal;
-        if (__builtin_expect(normal.scale != 1.0f, 0))
-            for (float& x : block.state[s]) x *= normal.scale;
-    }
+    scale_states<0, rounding>(block, bits);
 }
 
-template <int s, class Rule>
-OPTIM8_HD void seal(const Block<Rule>& block, int at) {
+template <int s, Rounding rounding, class Rule>
+OPTIM8_HD void seal_states(const Block<Rule>& block, int at) {
     if constexpr (s < state_count<Rule>) {
-        F x[lanes];
-        for (int j = 0; j < lanes; ++j) x[j] = load(block.state[s] + at + j * width);
-        encode_group<code_of<Rule, s>>(x, block.reciprocal[s], block.codes[s] + at);
-        seal<s + 1, Rule>(block, at);
+        F x[group_vectors];
+        for (int j = 0; j < group_vectors; ++j) x[j] = load(block.state[s] + at + j * width);
+        constexpr Code code = code_of<Rule, s>;
+        if constexpr (rounding == Rounding::Dithered)
+            encode_group_dithered<code>(x, block.reciprocal[s], block.dither[s], at, block.codes[s] + at);
+        else
+            encode_group<code>(x, block.reciprocal[s], block.codes[s] + at);
+        seal_states<s + 1, rounding>(block, at);
     }
 }
-template <class Rule>
+template <Rounding rounding, class Rule>
 OPTIM8_HD void seal(const Block<Rule>& block, int at) {
-    seal<0, Rule>(block, at);
+    seal_states<0, rounding>(block, at);
     if (at + code_group == step_block)
         for (int s = 0; s < state_count<Rule>; ++s) *block.absmax[s] = block.new_absmax[s];
 }
 
 // Advances a block, and seals the one before it where there is one.
-template <class Rule, class P, class G>
+template <Rounding rounding, class Rule, class P, class G>
 OPTIM8_HD void work(Block<Rule>& block, P* param, const G* grad, const StepScalars<Rule>& scalars,
                     const Block<Rule>* before) {
     Pass<Rule> pass(block);
     for (int at = 0; at < step_block; at += code_group) {
         advance(block, pass, param, grad, scalars, at);
-        if (before != nullptr) seal(*before, at);
+        if (before != nullptr) seal<rounding>(*before, at);
     }
-    normalize(block, pass, scalars);
+    normalize<rounding>(block, pass, scalars);
 }
-template <class Rule>
+template <Rounding rounding, class Rule>
 OPTIM8_HD void seal_all(const Block<Rule>& block) {
-    for (int at = 0; at < step_block; at += code_group) seal(block, at);
+    for (int at = 0; at < step_block; at += code_group) seal<rounding>(block, at);
 }
 
-template <class Rule, class P, class G>
+// `hash`: of the block's number in the parameter.
+template <int s, class Rule>
+OPTIM8_HD void dither_states(Block<Rule>& block, uint32_t hash, const StepScalars<Rule>& scalars) {
+    if constexpr (s < state_count<Rule>) {
+        block.dither[s] = dither_start<s>(hash, scalars.dither_time[s]);
+        dither_states<s + 1>(block, hash, scalars);
+    }
+}
+
+template <class Rule, Rounding rounding, class P, class G>
 void step_8bit(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
     P* param = static_cast<P*>(row.param);
@@ -184,17 +205,19 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
             block.codes[s] = static_cast<uint8_t*>(row.state[s]) + b * step_block;
             block.absmax[s] = row.absmax[s] + b;
         }
+        if (rounding == Rounding::Dithered)
+            dither_states<0>(block, dither_hash(row.first_block + static_cast<uint32_t>(b)), scalars);
     };
     const auto params = [&](int64_t b) { return param + b * step_block; };
     const auto grads = [&](int64_t b) { return grad + b * step_block; };
     if (begin < whole) {
         point(blocks[begin & 1], begin);
-        work<Rule>(blocks[begin & 1], params(begin), grads(begin), scalars, nullptr);
+        work<rounding, Rule>(blocks[begin & 1], params(begin), grads(begin), scalars, nullptr);
         for (int64_t b = begin + 1; b < whole; ++b) {
             point(blocks[b & 1], b);
-            work(blocks[b & 1], params(b), grads(b), scalars, &blocks[(b - 1) & 1]);
+            work<rounding>(blocks[b & 1], params(b), grads(b), scalars, &blocks[(b - 1) & 1]);
         }
-        seal_all(blocks[(whole - 1) & 1]);
+        seal_all<rounding>(blocks[(whole - 1) & 1]);
     }
 
     if (end > whole) {
@@ -211,8 +234,8 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
             std::memcpy(tail.codes[s], block.codes[s], n);
             block.codes[s] = tail.codes[s];
         }
-        work<Rule, P, G>(block, tail.param, tail.grad, scalars, nullptr);
-        seal_all(block);
+        work<rounding, Rule, P, G>(block, tail.param, tail.grad, scalars, nullptr);
+        seal_all<rounding>(block);
         std::memcpy(param + at, tail.param, n * sizeof(P));
         for (int s = 0; s < state_count<Rule>; ++s)
             std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
@@ -263,7 +286,9 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
 
 template <class Rule, class P, class G>
 void step_precision(const Row& row, int64_t begin, int64_t end) {
-    if (row.precision == Precision::Bits8) return step_8bit<Rule, P, G>(row, begin, end);
+    if (row.precision == Precision::Bits8)
+        return row.rounding == Rounding::Dithered ? step_8bit<Rule, Rounding::Dithered, P, G>(row, begin, end)
+                                                  : step_8bit<Rule, Rounding::Nearest, P, G>(row, begin, end);
     step_32bit<Rule, P, G>(row, begin, end);
 }
 

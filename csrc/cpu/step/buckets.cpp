@@ -18,6 +18,7 @@ Row part_of(const Row& row, int64_t begin, int64_t end) {
     part.param = moved(row.param, skipped * bytes_of(row.param_storage));
     part.grad = moved(row.grad, skipped * bytes_of(row.grad_storage));
     part.size = std::min(end * step_block, row.size) - skipped;
+    part.first_block = row.first_block + static_cast<uint32_t>(begin);
     for (int s = 0; s < max_states; ++s) {
         if (row.state[s] != nullptr)
             part.state[s] = moved(row.state[s], skipped * (row.precision == Precision::Bits8 ? 1 : 4));

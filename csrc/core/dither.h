@@ -1,0 +1,143 @@
+// Dithered rounding of an optimizer's state to the dynamic 8-bit code.
+//
+// A step changes a slow state by less than half a cell of the code, so that rounding to nearest brings back the old
+// code, step after step. Here a value between two neighbours of the code is stored as the upper one just so often that
+// the mean of what is stored is the value itself: index = floor(position + u), u in [0, 1), where `position` is the
+// piecewise linear function that is k at the value of index k, between two decades too. u is not random but a sequence
+// of low discrepancy (Kronecker's) of step, block and element: nothing to store or to draw, and errors that cancel
+// sooner than random ones.
+//
+// The largest magnitude of a block falls on the last value before 1, so that it is kept to an ulp whatever its sign
+// (there is no code of -1), and a mirrored problem has the mirrored state. 1 stays unused.
+#pragma once
+
+#include "core/codec.h"
+
+OPTIM8_BEGIN
+
+enum class Rounding : uint8_t { Nearest, Dithered };
+
+// From one decade to the next the slope of `position` falls to a third at the last value of the one, and to a fifth at
+// the first of the other. So near a boundary it is the index of that last value and the least of three lines in
+// t = slope * y + offset, where t = 0 is the last value: t, t / 3 and (t + 2) / 5. A zone has one boundary. Zones are
+// three binades long, and quotients scaled such that their ends lie within decades: the exponent tells the zone.
+constexpr int zones = 8, binades_of_zone = 3;
+constexpr int lowest_binade = 108;  // exponent field
+constexpr float third = 1.0f / 3, fifth = 0.2f, two_fifths = 0.4f;
+
+struct DitherTables {
+    float slope[32], offset[32];  // by the low five bits of the exponent
+    int32_t last[32];             // the index of the last value
+    float lowest;                 // what is less is taken to be of its zone
+    float quotient;               // a block's largest magnitude over its scaled quotient
+    float absmax;                 // what is stored as absmax over that magnitude
+};
+
+constexpr DitherTables make_dither_tables(Code code) {
+    DitherTables t{};
+    const bool with_sign = is_signed(code);
+    const int first = with_sign ? 1 : 2;
+    const double smallest = decade_scale[0] * (0.1 + 0.45 / first);
+    // The scaled quotient of 1. With a sign, the line from 0 to the smallest value must end with its zone. Without, there
+    // is no such line; there the last zone begins at position 132, and so none is further than 122 below the last value
+    // of its zone, or 6 above it.
+    const double one = with_sign ? 0x1p-16 / smallest : 4 / ((132 + 1.5 - 128 * 8 / 9.0) / (128 / 0.9));
+    for (int binade = 0; binade < zones * binades_of_zone; ++binade) {
+        const int zone = binade / binades_of_zone, decade = zone > 0 ? zone - 1 : 0;
+        const int n = first << decade;
+        const bool from_zero = with_sign && zone == 0;
+        const int b = (lowest_binade + binade) & 31;
+        t.slope[b] = static_cast<float>((from_zero ? 1 / smallest : n * decade_inverse[decade] / 0.9) / one);
+        t.offset[b] = static_cast<float>(from_zero ? -1 : 0.5 - n * 10 / 9.0);
+        t.last[b] = 2 * n - (with_sign ? 1 : 2);
+    }
+    const int n = first << (decades - 1);
+    const double last_value = 1 - 0.45 / n;
+    t.lowest = static_cast<float>(with_sign ? 0x1p-17 : smallest * one);
+    // The position of the largest magnitude must be whole, for all roundings of its quotient: t may be off by half a
+    // unit of fixed point below 0, and by three halves above, where a third counts. Without a sign the cells are half as
+    // wide, so that roundings are twice as far: there what comes out above is taken down.
+    const double above = (with_sign ? 0x1p-17 : 0x1p-15) * 0.9 / n;
+    t.quotient = static_cast<float>(1 / ((last_value + above) * one));
+    t.absmax = static_cast<float>(1 / last_value);
+    return t;
+}
+
+template <Code code>
+struct DitherTablesOf {
+    static constexpr DitherTables all = make_dither_tables(code);
+};
+
+// With this added, a number from -122 to 6 is a fixed-point number with 16 bits behind the point.
+constexpr float fixed_point = 250.0f;
+
+// floor(position + u) of a scaled quotient, from 0 to that of the largest magnitude; u in units of 2^-16. `T`: as for
+// on_line.
+template <Code code, class T>
+OPTIM8_HD int32_t index_dithered(float y, uint32_t u, const T& t) {
+    const float clamped = maximum(y, t.lowest);
+    const uint32_t exponent = bits_of(clamped) >> 23;
+    // Where nothing becomes 0, less than the smallest value has its position.
+    const float x = fma(is_signed(code) ? y : clamped, of_binade(t.slope, exponent), of_binade(t.offset, exponent));
+    const float behind = smaller(x, smaller(x * third, fma(x, fifth, two_fifths)));
+    const uint32_t fixed = bits_of(behind + fixed_point) - bits_of(fixed_point) + u;
+    return of_binade(t.last, exponent) + (static_cast<int32_t>(fixed) >> 16);
+}
+
+// Within a block the elements are spread evenly, by a multiple of the golden ratio of the range of u; blocks begin
+// anywhere; and time goes in steps that serve two states together (Roberts 2018, "The unreasonable effectiveness of
+// quasirandom sequences": powers of the inverse of the root of x^3 = x + 1; the third is the golden ratio).
+constexpr uint32_t dither_of_element = 40503;
+constexpr uint32_t dither_of_step[] = {2447445414u, 3242174889u, 2654435769u};  // in units of 2^-32
+
+// The share of the step in u, in units of 2^-32.
+OPTIM8_HD uint32_t dither_time(double step, int state) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(step)) * dither_of_step[state];
+}
+OPTIM8_HD uint32_t dither_hash(uint32_t block) {
+    uint32_t hash = block * 0x9e3779b1u;
+    hash = (hash ^ hash >> 15) * 0x85ebca77u;
+    return hash ^ hash >> 13;
+}
+// u of a block's first element, 16 bits. `block`: its number in the whole parameter.
+template <int state>
+OPTIM8_HD uint32_t dither_start(uint32_t hash, uint32_t time) {
+    constexpr int turn = 11 * state;
+    const uint32_t turned = hash << turn | (turn == 0 ? 0u : hash >> ((32 - turn) & 31));
+    return (turned + time) >> 16;
+}
+OPTIM8_HD constexpr uint32_t dither(uint32_t start, uint32_t element) {
+    return (start + element * dither_of_element) & 0xffffu;
+}
+
+// The code of x, finite, in a block whose largest magnitude has the given reciprocal.
+template <Code code>
+OPTIM8_HD uint8_t encode_dithered(float x, float reciprocal, uint32_t u, const DitherTables& t) {
+    static_assert(code == Code::Signed || code == Code::Positive, "what states have");
+    const int32_t index = index_dithered<code>(absolute(x) * reciprocal, u, t);
+    if constexpr (is_signed(code)) {
+        return static_cast<uint8_t>(zero_code_of(code) + (x < 0.0f ? -index : index));
+    } else {
+        return static_cast<uint8_t>(x > 0.0f ? minimum(index, code_size - 2) : zero_code_of(code));
+    }
+}
+
+// How a block of a state is stored: its absmax, and what takes its values to quotients, x * scale * reciprocal.
+struct BlockScale {
+    float absmax;
+    Normalizer normal;
+};
+template <Code code, Rounding rounding>
+OPTIM8_HD BlockScale block_scale(float largest) {
+    if constexpr (rounding == Rounding::Nearest) {
+        return {largest, normalizer(largest)};
+    } else {
+        // A quotient of 1 is far from 1 itself (DitherTables): no absmax has a reciprocal that is subnormal.
+        constexpr float of_absmax = DitherTablesOf<code>::all.absmax, of_quotient = DitherTablesOf<code>::all.quotient;
+        const float scale = largest < 0x1p-120f ? 0x1p64f : 1.0f;  // or small ones would have infinity
+        const float inverse = largest > 0.0f ? reciprocal(largest * scale * of_quotient) : 0.0f;
+        return {smaller(largest * of_absmax, largest_finite), {scale, inverse}};
+    }
+}
+
+OPTIM8_END
