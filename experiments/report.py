@@ -25,6 +25,7 @@ import paged
 import parity
 import quantization_error
 import roofline
+import slow_state.report
 import small_gradients
 from lm.report import describe, draw_loss, results_table
 from shared.common import RESULTS, ROOT, origin, plural, table
@@ -128,6 +129,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "bench_functional": bench_functional,
     "bench_monitoring": bench_monitoring.render,
     "gpu_budget": gpu_budget_table,
+    "long_run": slow_state.report.render,
     "roofline": kernels,
     "memory_models": memory_models.render,
     "memory_profile": memory_profile.render,
@@ -147,6 +149,7 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "train_lm-loss": ("train_lm", draw_loss),
     "roofline": ("roofline", roofline.draw),
+    "long_run": ("long_run", slow_state.report.draw),
     "memory_models": ("memory_models", memory_models.draw),
     "memory_profile": ("memory_profile", memory_profile.draw),
     "paged": ("paged", paged.draw),

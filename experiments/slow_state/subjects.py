@@ -1,0 +1,137 @@
+"""The optimizers of a rule: with 32-bit state, ours with 8-bit state, and the peers'; and what their state holds."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from shared.subjects import PEERS, Make, optimizers
+from torch import Tensor
+
+from slow_state.cases import BLOCK, Case
+
+if TYPE_CHECKING:
+    from optim8.rules import Moment, Rule
+
+OURS = "optim8 dithered"
+SUBJECTS = (OURS, "optim8 nearest", *PEERS)
+
+
+def optimizer_of(rule: Rule) -> Any:
+    """Our optimizer with this rule and 8-bit state."""
+    return next(make for make in optimizers() if getattr(make, "rule", None) == rule.name)
+
+
+def reference(rule: Rule) -> Make:
+    """The same rule with float32 state: torch's where it has one."""
+    if rule.torch_name is not None:
+        make: Make = getattr(torch.optim, rule.torch_name)
+        return make
+    return functools.partial(optimizer_of(rule), optim_bits=32)
+
+
+def subjects(rule: Rule, peers: bool) -> dict[str, Make]:
+    """The 8-bit optimizers of this rule that are here."""
+    ours = optimizer_of(rule)
+    found: dict[str, Make] = {
+        f"optim8 {rounding}": functools.partial(ours, rounding=rounding) for rounding in ("dithered", "nearest")
+    }
+    for library in PEERS if peers else ():
+        if importlib.util.find_spec(library):
+            make = getattr(importlib.import_module(f"{library}.optim"), ours.__name__, None)
+            if make is not None:
+                found[library] = make
+    return found
+
+
+def options(rule: Rule, case: Case) -> dict[str, Any]:
+    """Learning rate 1, and nothing that hides the state: neither a decay nor an `eps` of notice."""
+    found: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.0}
+    if rule.has("eps"):
+        found["eps"] = 1e-15
+    if rule.has("momentum"):
+        found["momentum"] = 0.9
+    if rule.has("betas"):
+        beta1, beta2 = next(hyper.default for hyper in rule.hypers if hyper.name == "betas")  # type: ignore[misc]
+        found["betas"] = (beta1, case.beta2 or beta2)
+    return found
+
+
+def decoded(state: dict[str, Any], moment: Moment, number: int) -> Tensor:
+    """The values of a rule's moment, its `number`th, in the state of one parameter, whosever optimizer it is."""
+    from optim8 import functional
+
+    if moment.codes in state:
+        codes, absmax = state[moment.codes], state[moment.absmax]
+        code = functional.create_dynamic_map(signed=moment.signed)
+    elif f"qmap{number}" in state:  # bitsandbytes
+        codes, absmax, code = (state[f"{name}{number}"] for name in ("state", "absmax", "qmap"))
+    else:  # torch, or torchao's subclass of a tensor
+        values: Tensor = state[moment.name]
+        return values if type(values) is Tensor else values.dequantize()
+    return functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=BLOCK)
+
+
+class Walk:
+    """An optimizer under way.
+
+    Its parameters are set to 0 before each step. So they then hold that step's update, and nothing is lost in a sum.
+    """
+
+    def __init__(self, make: Make, blocks: int, **options: Any) -> None:
+        self.parameter = torch.nn.Parameter(torch.zeros(blocks, BLOCK))
+        self.parameter.grad = torch.zeros(blocks, BLOCK)
+        self.optimizer = make([self.parameter], **options)
+        self.displacement, self.length = torch.zeros(2, blocks, BLOCK)  # since the last checkpoint
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        assert self.parameter.grad is not None
+        self.parameter.zero_()
+        self.parameter.grad.copy_(gradient)
+        self.optimizer.step()
+        self.displacement -= self.parameter  # positive where the gradient is
+        self.length += self.parameter.abs()
+
+    def moments(self, rule: Rule) -> list[Tensor]:
+        state = self.optimizer.state[self.parameter]
+        return [decoded(state, moment, number) for number, moment in enumerate(rule.moments, 1)]
+
+    def start_anew(self) -> None:
+        self.displacement.zero_()
+        self.length.zero_()
+
+
+def compare(walk: Walk, exact: Walk, rule: Rule, case: Case) -> dict[str, dict[str, Any]]:
+    """How a walk relates to that with float32 state since the last checkpoint, for each half of the values.
+
+    length: sum of the magnitudes of all updates, over the exact one.
+    slope: of the parameters' displacements, against the exact ones; noise of single elements leaves it at 1.
+    displacement: their mean.
+    moments: of an unsigned one, mean and quantiles of the ratio to the exact one; of a signed one, the slope.
+    """
+    moments = list(zip(rule.moments, walk.moments(rule), exact.moments(rule)))
+    found = {}
+    for part, its in case.parts().items():
+        found[part] = {
+            "length": (walk.length[its].sum() / exact.length[its].sum()).item(),
+            "slope": slope(walk.displacement[its], exact.displacement[its]),
+            "displacement": walk.displacement[its].mean().item(),
+            "moments": {
+                moment.name: {"slope": slope(x[its], y[its])} if moment.signed else spread(x[its] / y[its])
+                for moment, x, y in moments
+            },
+        }
+    return found
+
+
+def slope(x: Tensor, exact: Tensor) -> float:
+    return ((x.double() * exact).sum() / (exact.double() ** 2).sum()).item()
+
+
+def spread(ratios: Tensor) -> dict[str, float]:
+    lower, upper = ratios.quantile(torch.tensor([0.05, 0.95])).tolist()
+    return {"mean": ratios.mean().item(), "lower": lower, "upper": upper}
