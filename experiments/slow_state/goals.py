@@ -1,4 +1,4 @@
-"""What 8-bit state that follows 32-bit state is held to: bounds that were set before it was measured."""
+"""What 8-bit state that follows 32-bit state is held to: bounds that were set before the run."""
 
 from __future__ import annotations
 
