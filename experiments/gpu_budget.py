@@ -66,7 +66,7 @@ def cycles(path: list[str]) -> dict[str, float]:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The 8-bit step of parameters whose gradients have their dtype."""
+    """The 8-bit step, with dithered rounding, of parameters whose gradients have their dtype."""
     heads = ["rule", "dtype", "bytes/parameter", "instructions/parameter", "registers", "issue slots taken"]
     cells = [
         [
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kernels = sass.kernels_of("step.cu", "sm_90", Path(folder))
     rows, rules = [], sass.rules_by_type()
     for name, kernel in kernels.items():
-        found = re.search(r"step_rows<(?:\w+::)*(\w+), (?:\w+::)*(\w+), (?:\w+::)*(\w+)>", name)
+        found = re.search(rf"step_rows<(?:\w+::)*(\w+), {sass.DITHERED}, (?:\w+::)*(\w+), (?:\w+::)*(\w+)>", name)
         if found is None:
             continue
         struct, param, grad = found.groups()

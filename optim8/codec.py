@@ -9,7 +9,7 @@ from optim8 import _native
 
 # Values of one absmax in optimizer state: csrc/core/codec.h defines it. 256 serves a tree without a compiled module.
 BLOCK: int = getattr(_native.cpu_or_none(), "step_block", 256)
-_PART = 2**14 * BLOCK  # values that _keep_negative looks at in one go
+_PART = 2**12 * BLOCK  # values that _use_last_value looks at in one go
 _CPU = torch.device("cpu")
 _tables: dict[tuple[bool, torch.device], torch.Tensor] = {}
 
@@ -91,34 +91,69 @@ def dequantize(
 def quantize(
     values: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, *, signed: bool, as_step: bool = False
 ) -> None:
-    """Fill codes and absmax of state from float32 values of the same shape and strides. A positive value of an unsigned
-    state never becomes 0.
+    """Fill codes and absmax of state from float32 values of the same shape and strides, with the nearest codes. A
+    positive value of an unsigned state never becomes 0.
 
-    The largest magnitude of a block keeps its value, so that quantizing what was dequantized changes nothing.
-    `as_step`: quantize as a step does. It loses 0.7 % of a largest magnitude that is negative: there is no code for -1.
+    The largest magnitude of a block keeps its value, and quantizing what was dequantized changes nothing: it gets the
+    code of 1, or that of the last value before, as after a step with dithered rounding, where the block shows that it
+    comes from there or where it is negative.
+    `as_step`: quantize as a step with rounding="nearest" does. That loses 0.7 % of a largest magnitude that is
+    negative: there is no code for -1.
     """
     table = code_table(signed, values.device)
     values, codes = flat(values), flat(codes)
     encode("optim8", values, table, BLOCK, codes, absmax, keep_positive=not signed)
-    if signed and not as_step:
-        for at in range(0, values.numel(), _PART):
-            part = slice(at, at + _PART)
-            _keep_negative(table, values[part], codes[part], absmax[at // BLOCK : (at + _PART) // BLOCK])
-
-
-def _keep_negative(table: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    """Quantize the blocks whose largest magnitude is negative anew, so that it has exactly the lowest code."""
-    missing = -values.numel() % BLOCK
-    rows = torch.nn.functional.pad(values, (0, missing)).view(-1, BLOCK)
-    chosen = ((rows == -absmax[:, None]).any(dim=1) & (absmax > 0)).nonzero()[:, 0]
-    if not chosen.numel():
+    if as_step:
         return
+    for at in range(0, values.numel(), _PART):
+        part = slice(at, at + _PART)
+        _use_last_value(table, values[part], codes[part], absmax[at // BLOCK : (at + _PART) // BLOCK], signed)
+
+
+def _use_last_value(
+    table: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, signed: bool
+) -> None:
+    """Quantize those blocks anew whose largest magnitude is to have the last code before 1, or the lowest."""
+    missing = -values.numel() % BLOCK
+    rows, old = (torch.nn.functional.pad(each, (0, missing)).view(-1, BLOCK) for each in (values, codes))
     # Each block gets one more value, the largest, which sets its scale.
-    scales = absmax[chosen] / -table[0]
-    longer = torch.cat((rows[chosen], scales[:, None]), dim=1)
-    new_codes, new_absmax = torch.empty_like(longer, dtype=torch.uint8), torch.empty_like(scales)
-    encode("optim8", longer.view(-1), table, BLOCK + 1, new_codes.view(-1), new_absmax)
-    all_codes = torch.nn.functional.pad(codes, (0, missing)).view(-1, BLOCK)
-    all_codes[chosen] = new_codes[:, :BLOCK]
-    codes.copy_(all_codes.view(-1)[: codes.numel()])
-    absmax[chosen] = new_absmax
+    scales = absmax / table[254]
+    longer = torch.cat((rows, scales[:, None]), dim=1)
+    new, new_absmax = torch.empty_like(longer, dtype=torch.uint8), torch.empty_like(scales)
+    encode("optim8", longer.view(-1), table, BLOCK + 1, new.view(-1), new_absmax, keep_positive=not signed)
+    new = new[:, :BLOCK]
+    size = rows.isfinite() * torch.ones_like(rows)
+    size.view(-1)[values.numel() :] = 0
+
+    def error(codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        return ((table[codes.int()] * absmax[:, None] - rows.nan_to_num(0, 0, 0)).abs() * size).sum(dim=1)
+
+    # Half: by far, since either form may have been rounded to bfloat16 on the way.
+    chosen = error(new, new_absmax) < 0.5 * error(old, absmax)
+    if signed:
+        chosen |= (rows == -absmax[:, None]).any(dim=1)
+    chosen &= (absmax > 0) & new_absmax.isfinite()
+    codes.copy_(torch.where(chosen[:, None], new, old).view(-1)[: codes.numel()])
+    absmax.copy_(torch.where(chosen, new_absmax, absmax))
+
+
+def quantize_dithered(
+    values: torch.Tensor, blocks: torch.Tensor, *, signed: bool, step: int, place: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and absmax as a step with dithered rounding stores them.
+
+    Args:
+        values: float32 of one dimension, finite, in whole blocks but for the last.
+        blocks: int64, the numbers of these blocks in their parameter.
+        signed: whether the state's code has negative values.
+        step: the number of the step, from 1.
+        place: of the state in its rule.
+
+    Returns:
+        uint8 codes and float32 absmax by block, on the device of the values.
+    """
+    codes, absmax = torch.empty(values.numel(), dtype=torch.uint8), torch.empty(blocks.numel(), dtype=torch.float32)
+    _native.cpu().quantize_dithered(
+        values.cpu().contiguous(), codes, absmax, signed, blocks.to("cpu", torch.int32), float(step), place
+    )
+    return codes.to(values.device), absmax.to(values.device)

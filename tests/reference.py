@@ -117,6 +117,56 @@ def wrong_codes(
     return np.flatnonzero(~good)
 
 
+# Dithered rounding (csrc/core/dither.h). The sequence: Kronecker's, over the step, from a start for each block.
+
+
+def dither(t: int, blocks: npt.ArrayLike, state: int) -> npt.NDArray[np.float64]:
+    """u of the 256 elements of each of these blocks at step `t`, in [0, 1); of the second state the complement."""
+    mixed = np.asarray(blocks, np.uint64) * 0x9E3779B1 & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> np.uint64(15)) * np.uint64(0x85EBCA77)
+    start = (mixed + np.uint64(t * 2447445414 & 0xFFFFFFFF) & np.uint64(0xFFFFFFFF)) >> np.uint64(16)
+    u = (start[:, None] + np.arange(BLOCK, dtype=np.uint64) * np.uint64(40503)).astype(np.int64) & 0xFFFF
+    return (u if state % 2 == 0 else 0xFFFF - u) / 2.0**16
+
+
+def largest_value(signed: bool) -> float:
+    """What the largest magnitude of a block is stored as, over the absmax: the last value before 1."""
+    return float(dynamic_map(signed)[254])
+
+
+def position(y: npt.ArrayLike, signed: bool) -> Array:
+    """Where a quotient from 0 to 1 lies between the values that are not negative: k is the k-th of them."""
+    table = dynamic_map(signed).astype(np.float64)
+    table = table[table >= 0]
+    return np.interp(np.asarray(y, np.float64), table, np.arange(table.size))
+
+
+def wrong_dithered_codes(codes: npt.NDArray[np.uint8], new: Rounded, signed: bool, u: Array) -> npt.NDArray[np.intp]:
+    """Positions whose code is not floor(position + u) for any quotient that float32 may have computed for `new`.
+
+    The quotient y = x * (1 / (absmax * constant)) has the error of x, the error of absmax and four roundings. The
+    position is rounded to a unit of 2^-16 from below and above, by one of three lines with two rounded constants, each
+    as large as 256 at most: within two such units.
+    """
+    size = new.value.size
+    top, top_error = (per_element(block_max(each), size) for each in (new.value, new.error))
+    safe = np.where(top > 0, top, 1.0)
+    y = np.abs(new.value) / safe * largest_value(signed)
+    d = new.error / safe + y * (top_error / safe + 4 * UNIT)
+    low, high = (position(np.clip(y + sign * d, 0, largest_value(signed)), signed) for sign in (-1, 1))
+    if not signed:  # a positive value takes the smallest positive code at least
+        low, high = np.maximum(low, 1), np.maximum(high, 1)
+    low, high = (np.floor(p + u + sign * 2.0**-15) for p, sign in ((low, -1), (high, 1)))
+    highest = 254 - zero_code(signed)  # 1 stays unused
+    index = codes.astype(np.int64) - zero_code(signed)
+    low, high = np.minimum(low, highest), np.minimum(high, highest)
+    good = (np.abs(index) >= low) & (np.abs(index) <= high)
+    good |= (index == 0) & (np.abs(new.value) <= new.error)
+    good &= (np.sign(index) * np.sign(new.value) >= 0) | (np.abs(new.value) <= new.error)
+    good &= (index == 0) | (top > 0)
+    return np.flatnonzero(~good)
+
+
 # The rules. `p`, `g` and the moments are Rounded; the rest are Python numbers, as the caller gave them.
 
 

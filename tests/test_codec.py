@@ -125,7 +125,8 @@ def test_every_float32_pattern_is_nearest(signed: bool) -> None:
 
 def _moments_of(name: str, g: npt.NDArray[np.float32], device: torch.device) -> Any:
     p = parameter(torch.zeros(g.size, device=device), torch.from_numpy(g.ravel()).to(device))
-    optimizer = CASES[name].make([p], {**CASES[name].without_decay(), "betas": (0.0, 0.0)}, maximize=False)
+    hyper = {**CASES[name].without_decay(), "betas": (0.0, 0.0)}
+    optimizer = CASES[name].make([p], hyper, maximize=False, rounding="nearest")
     optimizer.step()
     return optimizer.state[p]
 
@@ -160,7 +161,7 @@ def test_the_adam_step_decodes_m_exactly(device: torch.device) -> None:
     """With b1 = 1/2, g = v = 0, eps = lr = 1 and 1 - b1^t = 1 the step is p = -m / 2, without a rounding."""
     p = parameter(torch.zeros(256, device=device), torch.zeros(256, device=device))
     hyper = {"lr": 1.0, "betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 0.0}
-    optimizer = CASES["AdamW8bit"].make([p], hyper)
+    optimizer = CASES["AdamW8bit"].make([p], hyper, rounding="nearest")
     codes = torch.arange(256, dtype=torch.uint8)
     zero, one = torch.zeros(256, dtype=torch.uint8), torch.ones(1)
     state = {"exp_avg_codes": codes, "exp_avg_absmax": one}
@@ -177,7 +178,7 @@ def test_the_adam_step_decodes_v_exactly(device: torch.device) -> None:
     """With m = 2, b1 = b2 = 1/2, g = eps = 0 and lr = 1 the step is p = -1 / sqrt(v / 2), IEEE root and division."""
     p = parameter(torch.zeros(256, device=device), torch.zeros(256, device=device))
     hyper = {"lr": 1.0, "betas": (0.5, 0.5), "eps": 0.0, "weight_decay": 0.0}
-    optimizer = CASES["AdamW8bit"].make([p], hyper)
+    optimizer = CASES["AdamW8bit"].make([p], hyper, rounding="nearest")
     codes = torch.arange(256, dtype=torch.uint8)
     full = torch.full((256,), 255, dtype=torch.uint8)
     state = {"exp_avg_codes": full, "exp_avg_absmax": torch.tensor([2.0]), "exp_avg_sq_codes": codes}
@@ -195,7 +196,7 @@ def test_the_lion_step_decodes_m_exactly(device: torch.device) -> None:
         g = -(table.view(np.int32) + np.where(table == 0, abs(nudge), nudge)).astype(np.int32).view(np.float32)
         p = parameter(torch.zeros(256, device=device), torch.from_numpy(g).to(device))
         hyper = {"lr": 1.0, "betas": (0.5, 0.5), "weight_decay": 0.0}
-        optimizer = CASES["Lion8bit"].make([p], hyper)
+        optimizer = CASES["Lion8bit"].make([p], hyper, rounding="nearest")
         state = {"exp_avg_codes": torch.arange(256, dtype=torch.uint8), "exp_avg_absmax": torch.ones(1)}
         load_state(optimizer, {0: {"step": torch.tensor(3.0), **state}})
         optimizer.step()

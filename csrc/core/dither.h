@@ -19,15 +19,22 @@ enum class Rounding : uint8_t { Nearest, Dithered };
 
 // From one decade to the next the slope of `position` falls to a third at the last value of the one, and to a fifth at
 // the first of the other. So near a boundary it is the index of that last value and the least of three lines in
-// t = slope * y + offset, where t = 0 is the last value: t, t / 3 and (t + 2) / 5. A zone has one boundary. Zones are
+// t, linear in y and 0 at the last value: t, t / 3 and (t + 2) / 5. A zone has one boundary. Zones are
 // three binades long, and quotients scaled such that their ends lie within decades: the exponent tells the zone.
 constexpr int zones = 8, binades_of_zone = 3;
 constexpr int lowest_binade = 108;  // exponent field
-constexpr float third = 1.0f / 3, fifth = 0.2f, two_fifths = 0.4f;
+// With this added, numbers from -122 to 6 are fixed-point numbers with 16 bits behind the point.
+constexpr float fixed_point = 250.0f;
+constexpr uint32_t fixed_point_bits = 0x437a0000u;
+// The other two lines as linear functions of the first, all three with fixed_point added. This float32 below 1/3 is the
+// one for which rounding takes least from the second line.
+constexpr float third = 0.33333331f, fifth = 0.2f;
+constexpr float after_third = static_cast<float>(fixed_point - static_cast<double>(fixed_point) * third);
+constexpr float after_fifth = static_cast<float>(fixed_point + 0.4 - static_cast<double>(fixed_point) * fifth);
 
 struct DitherTables {
-    float slope[32], offset[32];  // by the low five bits of the exponent
-    int32_t last[32];             // the index of the last value
+    float slope[32], offset[32];  // of t + fixed_point, by the low five bits of the exponent
+    uint32_t last[32];            // what takes the bits of a fixed-point number to those of the code of the last value
     float lowest;                 // what is less is taken to be of its zone
     float quotient;               // a block's largest magnitude over its scaled quotient
     float absmax;                 // what is stored as absmax over that magnitude
@@ -38,9 +45,9 @@ constexpr DitherTables make_dither_tables(Code code) {
     const bool with_sign = is_signed(code);
     const int first = with_sign ? 1 : 2;
     const double smallest = decade_scale[0] * (0.1 + 0.45 / first);
-    // The scaled quotient of 1. With a sign, the line from 0 to the smallest value must end with its zone. Without, there
-    // is no such line; there the last zone begins at position 132, and so none is further than 122 below the last value
-    // of its zone, or 6 above it.
+    // The scaled quotient of 1. With a sign, the line from 0 to the smallest value must end with its zone. Without,
+    // there is no such line; there the last zone begins at position 132, and so none is further than 122 below the last
+    // value of its zone, or 6 above it.
     const double one = with_sign ? 0x1p-16 / smallest : 4 / ((132 + 1.5 - 128 * 8 / 9.0) / (128 / 0.9));
     for (int binade = 0; binade < zones * binades_of_zone; ++binade) {
         const int zone = binade / binades_of_zone, decade = zone > 0 ? zone - 1 : 0;
@@ -48,15 +55,16 @@ constexpr DitherTables make_dither_tables(Code code) {
         const bool from_zero = with_sign && zone == 0;
         const int b = (lowest_binade + binade) & 31;
         t.slope[b] = static_cast<float>((from_zero ? 1 / smallest : n * decade_inverse[decade] / 0.9) / one);
-        t.offset[b] = static_cast<float>(from_zero ? -1 : 0.5 - n * 10 / 9.0);
-        t.last[b] = 2 * n - (with_sign ? 1 : 2);
+        t.offset[b] = static_cast<float>(fixed_point + (from_zero ? -1 : 0.5 - n * 10 / 9.0));
+        const int last = 2 * n - (with_sign ? 1 : 2);
+        t.last[b] = (static_cast<uint32_t>(zero_code_of(code) + last) << 16) - fixed_point_bits;
     }
     const int n = first << (decades - 1);
     const double last_value = 1 - 0.45 / n;
     t.lowest = static_cast<float>(with_sign ? 0x1p-17 : smallest * one);
     // The position of the largest magnitude must be whole, for all roundings of its quotient: t may be off by half a
-    // unit of fixed point below 0, and by three halves above, where a third counts. Without a sign the cells are half as
-    // wide, so that roundings are twice as far: there what comes out above is taken down.
+    // unit of fixed point below 0, and by three halves above, where a third counts. Without a sign the cells are half
+    // as wide, so that roundings are twice as far: there what comes out above is taken down.
     const double above = (with_sign ? 0x1p-17 : 0x1p-15) * 0.9 / n;
     t.quotient = static_cast<float>(1 / ((last_value + above) * one));
     t.absmax = static_cast<float>(1 / last_value);
@@ -68,57 +76,51 @@ struct DitherTablesOf {
     static constexpr DitherTables all = make_dither_tables(code);
 };
 
-// With this added, a number from -122 to 6 is a fixed-point number with 16 bits behind the point.
-constexpr float fixed_point = 250.0f;
+// Within a block the elements are spread evenly, by a multiple of the golden ratio of the range of u; blocks begin
+// anywhere; and each step goes on by a number that is far from every simple fraction (Roberts 2018, "The unreasonable
+// effectiveness of quasirandom sequences": the square of the inverse of the root of x^3 = x + 1).
+constexpr uint32_t dither_of_element = 40503;
+constexpr uint32_t dither_of_step = 2447445414u;  // in units of 2^-32
 
-// floor(position + u) of a scaled quotient, from 0 to that of the largest magnitude; u in units of 2^-16. `T`: as for
-// on_line.
+OPTIM8_HD uint32_t dither_time(double step) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(step)) * dither_of_step;
+}
+// u of a block's first element, 16 bits. `block`: its number in the whole parameter.
+OPTIM8_HD uint32_t dither_start(uint32_t block, uint32_t time) {
+    const uint32_t mixed = block * 0x9e3779b1u;
+    return ((mixed ^ mixed >> 15) * 0x85ebca77u + time) >> 16;
+}
+// u of an element. The second state of a rule takes the complement: so what it adds up to over time is not the error of
+// the first one.
+template <int state>
+OPTIM8_HD constexpr uint32_t dither(uint32_t start, uint32_t element) {
+    const uint32_t u = (start + element * dither_of_element) & 0xffffu;
+    return state % 2 == 0 ? u : 0xffffu - u;
+}
+
+// The code of |x|, finite, in a block whose largest magnitude has the given reciprocal, as the third byte: of the
+// fixed- point number position + u in units of 2^-16. `T`: as for on_line.
 template <Code code, class T>
-OPTIM8_HD int32_t index_dithered(float y, uint32_t u, const T& t) {
+OPTIM8_HD uint32_t encode_magnitude(float x, float reciprocal, uint32_t u, const T& t) {
+    static_assert(code == Code::Signed || code == Code::Positive, "what states have");
+    const float y = (is_signed(code) ? absolute(x) : x) * reciprocal;
     const float clamped = maximum(y, t.lowest);
     const uint32_t exponent = bits_of(clamped) >> 23;
     // Where nothing becomes 0, less than the smallest value has its position.
-    const float x = fma(is_signed(code) ? y : clamped, of_binade(t.slope, exponent), of_binade(t.offset, exponent));
-    const float behind = smaller(x, smaller(x * third, fma(x, fifth, two_fifths)));
-    const uint32_t fixed = bits_of(behind + fixed_point) - bits_of(fixed_point) + u;
-    return of_binade(t.last, exponent) + (static_cast<int32_t>(fixed) >> 16);
+    const float line = fma(is_signed(code) ? y : clamped, of_binade(t.slope, exponent), of_binade(t.offset, exponent));
+    const float least = smaller(line, smaller(fma(line, third, after_third), fma(line, fifth, after_fifth)));
+    return bits_of(least) + u + of_binade(t.last, exponent);
 }
 
-// Within a block the elements are spread evenly, by a multiple of the golden ratio of the range of u; blocks begin
-// anywhere; and time goes in steps that serve two states together (Roberts 2018, "The unreasonable effectiveness of
-// quasirandom sequences": powers of the inverse of the root of x^3 = x + 1; the third is the golden ratio).
-constexpr uint32_t dither_of_element = 40503;
-constexpr uint32_t dither_of_step[] = {2447445414u, 3242174889u, 2654435769u};  // in units of 2^-32
-
-// The share of the step in u, in units of 2^-32.
-OPTIM8_HD uint32_t dither_time(double step, int state) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(step)) * dither_of_step[state];
-}
-OPTIM8_HD uint32_t dither_hash(uint32_t block) {
-    uint32_t hash = block * 0x9e3779b1u;
-    hash = (hash ^ hash >> 15) * 0x85ebca77u;
-    return hash ^ hash >> 13;
-}
-// u of a block's first element, 16 bits. `block`: its number in the whole parameter.
-template <int state>
-OPTIM8_HD uint32_t dither_start(uint32_t hash, uint32_t time) {
-    constexpr int turn = 11 * state;
-    const uint32_t turned = hash << turn | (turn == 0 ? 0u : hash >> ((32 - turn) & 31));
-    return (turned + time) >> 16;
-}
-OPTIM8_HD constexpr uint32_t dither(uint32_t start, uint32_t element) {
-    return (start + element * dither_of_element) & 0xffffu;
-}
-
-// The code of x, finite, in a block whose largest magnitude has the given reciprocal.
-template <Code code>
-OPTIM8_HD uint8_t encode_dithered(float x, float reciprocal, uint32_t u, const DitherTables& t) {
-    static_assert(code == Code::Signed || code == Code::Positive, "what states have");
-    const int32_t index = index_dithered<code>(absolute(x) * reciprocal, u, t);
+// The same of x.
+template <Code code, class T>
+OPTIM8_HD uint32_t encode_dithered(float x, float reciprocal, uint32_t u, const T& t) {
+    const uint32_t fixed = encode_magnitude<code>(x, reciprocal, u, t);
+    constexpr uint32_t below_one = 0xfeffffu;  // the greatest with code 254
     if constexpr (is_signed(code)) {
-        return static_cast<uint8_t>(zero_code_of(code) + (x < 0.0f ? -index : index));
+        return bits_of(x) >> 31 ? below_one - fixed : fixed;  // codes of x and -x add up to 254
     } else {
-        return static_cast<uint8_t>(x > 0.0f ? minimum(index, code_size - 2) : zero_code_of(code));
+        return x > 0.0f ? (fixed < below_one ? fixed : below_one) : 0u;
     }
 }
 

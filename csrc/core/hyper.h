@@ -46,16 +46,13 @@ template <class Rule>
 struct StepScalars {
     typename Rule::Scalars of_rule;
     float gradient_factor;  // gradient_scale, negated to maximize
-    uint32_t dither_time[state_count<Rule>];
+    uint32_t dither_time;
 };
 
 template <class Rule>
 OPTIM8_HD StepScalars<Rule> derive(const StepHypers<Rule>& hypers, double step) {
-    StepScalars<Rule> scalars{Rule::derive(hypers.of_rule, step),
-                              static_cast<float>(hypers.maximize ? -hypers.gradient_scale : hypers.gradient_scale),
-                              {}};
-    for (int s = 0; s < state_count<Rule>; ++s) scalars.dither_time[s] = dither_time(step, s);
-    return scalars;
+    return {Rule::derive(hypers.of_rule, step),
+            static_cast<float>(hypers.maximize ? -hypers.gradient_scale : hypers.gradient_scale), dither_time(step)};
 }
 
 // Room for the scalars of any rule.

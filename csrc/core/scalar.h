@@ -72,7 +72,13 @@ constexpr float largest_finite = 3.40282347e+38f;
 // |x| as an integer. It orders like |x|, with infinity and NaN above every finite value, so that one integer maximum
 // gives a block's largest magnitude and says whether the block holds anything that is not finite.
 OPTIM8_HD uint32_t magnitude_bits(float x) { return bits_of(x) & abs_mask; }
-OPTIM8_HD float absolute(float x) { return float_of(magnitude_bits(x)); }
+OPTIM8_HD float absolute(float x) {
+#if defined(__CUDA_ARCH__)
+    return fabsf(x);  // no instruction of its own
+#else
+    return float_of(magnitude_bits(x));
+#endif
+}
 OPTIM8_HD bool is_finite(float x) { return magnitude_bits(x) < inf_bits; }
 
 OPTIM8_END

@@ -164,11 +164,33 @@ OPTIM8_DEVICE void store_bytes(uint8_t* to, const uint32_t (&words)[per_lane / 4
 OPTIM8_DEVICE uint32_t byte_of(const uint32_t (&words)[per_lane / 4], int k) {
     return __byte_perm(words[k / 4], 0, 0x4440 + k % 4);
 }
-// The lowest bytes of eight words.
+// Byte `which` of eight words.
+template <int which>
 OPTIM8_DEVICE void pack_bytes(const uint32_t (&bytes)[per_lane], uint32_t (&words)[per_lane / 4]) {
+    constexpr int pair = 0x40 + 0x11 * which;
     for (int i = 0; i < 2; ++i)
-        words[i] = __byte_perm(__byte_perm(bytes[4 * i], bytes[4 * i + 1], 0x0040),
-                               __byte_perm(bytes[4 * i + 2], bytes[4 * i + 3], 0x0040), 0x5410);
+        words[i] = __byte_perm(__byte_perm(bytes[4 * i], bytes[4 * i + 1], pair),
+                               __byte_perm(bytes[4 * i + 2], bytes[4 * i + 3], pair), 0x5410);
+}
+
+// For the signs of two floats, as bits, two bytes 0xff or 0.
+#if defined(__CUDACC__)
+OPTIM8_DEVICE uint32_t sign_bytes(uint32_t a, uint32_t b) {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, 0x00fb;" : "=r"(bytes) : "r"(a), "r"(b));
+    return bytes;
+}
+#endif
+
+// Eight codes of magnitudes, as byte 2 of words, with the signs of x: those of x and -x add up to 254.
+OPTIM8_DEVICE void pack_signed(const uint32_t (&codes)[per_lane], const float (&x)[per_lane],
+                               uint32_t (&words)[per_lane / 4]) {
+    pack_bytes<2>(codes, words);
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t negative = __byte_perm(sign_bytes(bits_of(x[4 * i]), bits_of(x[4 * i + 1])),
+                                              sign_bytes(bits_of(x[4 * i + 2]), bits_of(x[4 * i + 3])), 0x5410);
+        words[i] = (negative & (0xfefefefeu - words[i])) | (~negative & words[i]);
+    }
 }
 
 // How many values of `size` a tile that begins at `at` has, at most 256.

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -81,12 +83,12 @@ OPTIM8_DEVICE void each_block(const StepBatch<Rule>& batch, const Visit& visit) 
     }
 }
 
-template <class Rule, class P, class G>
+template <class Rule, Rounding rounding, class P, class G>
 __global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_constant__ StepBatch<Rule> batch) {
     if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
     // Two passes: what is rare, in the loop of what is not, would take its registers.
     uint32_t left_over = 0;
-    const LaneCodes<Rule> lane_codes;
+    const LaneCodes<Rule, rounding> lane_codes;
     static_assert(blocks_per_warp <= 32, "a bit for each");
     each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
         const Block<Rule, P, G> at(row, block);
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_c
         if (row.precision == Precision::Bits32)
             step_32bit(row, at, block * step_block, scalars);
         else
-            step_carefully(at, scalars);
+            step_carefully<Rule, rounding>(at, scalars);
     });
 }
 
@@ -126,10 +128,15 @@ using Kernel = void (*)(StepBatch<Rule>);
 template <class Rule>
 Kernel<Rule> kernel_of(const Row& row) {
     const bool wide = row.grad_storage == Storage::Float32;
-    return with_storage(row.param_storage, [&](auto stored) -> Kernel<Rule> {
-        using P = typename decltype(stored)::type;
-        return wide ? step_rows<Rule, P, float> : step_rows<Rule, P, P>;
-    });
+    const auto of_rounding = [&](auto rounding) {
+        constexpr Rounding how = decltype(rounding)::value;
+        return with_storage(row.param_storage, [&](auto stored) -> Kernel<Rule> {
+            using P = typename decltype(stored)::type;
+            return wide ? step_rows<Rule, how, P, float> : step_rows<Rule, how, P, P>;
+        });
+    };
+    if (row.rounding == Rounding::Dithered) return of_rounding(std::integral_constant<Rounding, Rounding::Dithered>{});
+    return of_rounding(std::integral_constant<Rounding, Rounding::Nearest>{});
 }
 
 bool fits_packets(const Row& row) {
@@ -154,7 +161,8 @@ class Batcher {
             if (!on_device) scalars = place_of(row);
         }
         StepRow<Rule>& to = batch_->row[batch_->rows];
-        to = StepRow<Rule>{row.param, row.grad, {}, {}, row.size, scalars, row.precision, fits_packets(row)};
+        to = StepRow<Rule>{row.param,     row.grad,         {}, {}, row.size, scalars, row.first_block,
+                           row.precision, fits_packets(row)};
         for (int s = 0; s < state_count<Rule>; ++s) {
             to.state[s] = row.state[s];
             to.absmax[s] = row.absmax[s];
@@ -222,7 +230,9 @@ template <class Rule>
 void step_rule(const Row* rows, int64_t count, const StepInputs& inputs, cudaStream_t stream) {
     if (inputs.scalars != nullptr) count_on_device<Rule>(rows, count, inputs, stream);
     // Rows of one kernel side by side, otherwise in their order.
-    const auto kind = [&](int64_t i) { return std::make_pair(rows[i].param_storage, rows[i].grad_storage); };
+    const auto kind = [&](int64_t i) {
+        return std::make_tuple(rows[i].param_storage, rows[i].grad_storage, rows[i].rounding);
+    };
     std::vector<int64_t> order(static_cast<size_t>(count));
     std::iota(order.begin(), order.end(), int64_t{0});
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return kind(a) < kind(b); });

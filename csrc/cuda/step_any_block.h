@@ -27,7 +27,7 @@ OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, con
 }
 
 // Any block.
-template <class Rule, class P, class G>
+template <class Rule, Rounding rounding, class P, class G>
 OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars) {
     constexpr int span = packet_span<P>;
     P raw_param[per_lane];
@@ -80,15 +80,19 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
     store_tile<span>(block.param, block.count, block.well, new_param);
+    const LaneCodes<Rule, rounding> lane_codes;
+    const uint32_t start = lane_dither_start<span>(dither_start(block.number, scalars.dither_time));
     each_state<Rule>([&](auto s) {
-        const auto code = lane_code<code_of<Rule, s.index>>();
-        const Normalizer normal = normalizer(float_of(largest[s.index]));
+        const BlockScale by = block_scale<code_of<Rule, s.index>, rounding>(float_of(largest[s.index]));
         uint8_t encoded[per_lane];
 #pragma unroll
-        for (int k = 0; k < per_lane; ++k)
-            encoded[k] = static_cast<uint8_t>(encode_lane(now[k][s.index] * normal.scale, normal.reciprocal, code));
+        for (int k = 0; k < per_lane; ++k) {
+            const uint32_t word = lane_codes.template encode<s.index>(
+                now[k][s.index] * by.normal.scale, by.normal.reciprocal, lane_dither<s.index, span>(start, k));
+            encoded[k] = static_cast<uint8_t>(word);
+        }
         store_tile<span>(block.codes[s.index], block.count, block.well, encoded);
-        if (lane() == 0) *block.absmax[s.index] = float_of(largest[s.index]);
+        if (lane() == 0) *block.absmax[s.index] = by.absmax;
     });
 }
 

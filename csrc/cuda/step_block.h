@@ -16,7 +16,8 @@ struct StepRow {
     void* state[state_count<Rule>];
     float* absmax[state_count<Rule>];
     int64_t size;
-    int32_t scalars;  // index
+    int32_t scalars;       // index
+    uint32_t first_block;  // in the whole parameter
     Precision precision;
     bool packed_well;  // every address fits 16-byte packets
 };
@@ -35,16 +36,73 @@ OPTIM8_DEVICE void each_state(const Work& work) {
     each_state<Rule>(work, std::make_integer_sequence<int, state_count<Rule>>{});
 }
 
-// The encoders of all states, loaded once for all blocks of a warp.
+// The encoders of all states, loaded once for all blocks of a warp: of one value, and of the lane's eight into words.
+template <class Rule, Rounding rounding>
+struct LaneCodes;
+
 template <class Rule>
-struct LaneCodes {
+struct LaneCodes<Rule, Rounding::Nearest> {
     LaneLines lines[state_count<Rule>];
     OPTIM8_DEVICE LaneCodes() {
         each_state<Rule>([&](auto s) { lines[s.index] = lane_code<code_of<Rule, s.index>>(); });
     }
     template <int s>
-    OPTIM8_DEVICE LaneCode<code_of<Rule, s>> of() const {
-        return LaneCode<code_of<Rule, s>>{lines[s]};
+    OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t) const {
+        return encode_lane(x, reciprocal, LaneCode<code_of<Rule, s>>{lines[s]}) & 0xffu;
+    }
+    template <int s, int span>
+    OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t, uint32_t (&words)[2]) const {
+        const LaneCode<code_of<Rule, s>> code{lines[s]};
+        uint32_t codes[per_lane];
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) codes[k] = encode_lane(x[k], reciprocal, code);
+        pack_bytes<0>(codes, words);
+    }
+};
+
+// core/dither.h's u of the lane's eight elements of a block, in the upper half of a word from here on. Of odd states,
+// what is missing to 0xffff stands in the table of last values.
+template <int span>
+OPTIM8_DEVICE uint32_t lane_dither_start(uint32_t start) {
+    return (start + static_cast<uint32_t>(lane()) * span * dither_of_element) << 16;
+}
+template <int state, int span>
+OPTIM8_DEVICE uint32_t lane_dither(uint32_t start, int k) {
+    const uint32_t element = static_cast<uint32_t>(k / span * (warp_size * span) + k % span);
+    const uint32_t u = (start + (element * dither_of_element << 16)) >> 16;
+    return state % 2 == 0 ? u : 0 - u;
+}
+
+template <class Rule>
+struct LaneCodes<Rule, Rounding::Dithered> {
+    LaneDitherLines lines[state_count<Rule>];
+    OPTIM8_DEVICE LaneCodes() {
+        each_state<Rule>([&](auto s) {
+            lines[s.index] = lane_dither_lines<code_of<Rule, s.index>>();
+            if (s.index % 2 != 0) lines[s.index].last.mine += 0xffffu;
+        });
+    }
+    template <int s>
+    OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t u) const {
+        constexpr Code code = code_of<Rule, s>;
+        return encode_dithered<code>(x, reciprocal, u, LaneDither<code>{lines[s]}) >> 16 & 0xffu;
+    }
+    template <int s, int span>
+    OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t start,
+                              uint32_t (&words)[2]) const {
+        constexpr Code code = code_of<Rule, s>;
+        const LaneDither<code> t{lines[s]};
+        uint32_t codes[per_lane];
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) {
+            const uint32_t u = lane_dither<s, span>(start, k);
+            codes[k] = is_signed(code) ? encode_magnitude<code>(x[k], reciprocal, u, t)
+                                       : encode_dithered<code>(x[k], reciprocal, u, t);
+        }
+        if constexpr (is_signed(code))
+            pack_signed(codes, x, words);
+        else
+            pack_bytes<2>(codes, words);
     }
 };
 
@@ -56,6 +114,7 @@ struct Block {
     uint8_t* codes[state_count<Rule>];
     float* absmax[state_count<Rule>];
     int count;
+    uint32_t number;  // in the whole parameter
     bool well;
 
     OPTIM8_DEVICE Block(const StepRow<Rule>& row, int64_t block) {
@@ -67,15 +126,16 @@ struct Block {
             absmax[s] = row.absmax[s] + block;
         }
         count = values_in_tile(row.size, at);
+        number = row.first_block + static_cast<uint32_t>(block);
         well = row.packed_well && count == step_block;
     }
 };
 
 // A whole block at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
 // range of Quick. The same in every lane.
-template <class Rule, class P, class G>
+template <class Rule, Rounding rounding, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
-                                const LaneCodes<Rule>& lane_codes) {
+                                const LaneCodes<Rule, rounding>& lane_codes) {
     constexpr int span = packet_span<P>;
     P param[per_lane];
     G grad[per_lane];
@@ -115,17 +175,15 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     if (!good) return false;
 
     store_tile<span>(block.param, tile, true, param);
+    const uint32_t start = lane_dither_start<span>(dither_start(block.number, scalars.dither_time));
     each_state<Rule>([&](auto s) {
-        const auto code = lane_codes.template of<s.index>();
-        const Normalizer normal = normalizer(float_of(largest[s.index]));
-        if (normal.scale != 1.0f)
-            for (float& x : now[s.index]) x *= normal.scale;
-        uint32_t encoded[per_lane], words[per_lane / 4];
-#pragma unroll
-        for (int k = 0; k < per_lane; ++k) encoded[k] = encode_lane(now[s.index][k], normal.reciprocal, code);
-        pack_bytes(encoded, words);
+        const BlockScale by = block_scale<code_of<Rule, s.index>, rounding>(float_of(largest[s.index]));
+        if (by.normal.scale != 1.0f)
+            for (float& x : now[s.index]) x *= by.normal.scale;
+        uint32_t words[per_lane / 4];
+        lane_codes.template encode<s.index, span>(now[s.index], by.normal.reciprocal, start, words);
         store_bytes<span>(block.codes[s.index], words);
-        if (lane() == 0) *block.absmax[s.index] = float_of(largest[s.index]);
+        if (lane() == 0) *block.absmax[s.index] = by.absmax;
     });
     return true;
 }

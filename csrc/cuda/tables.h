@@ -1,7 +1,7 @@
 // The tables of the dynamic code on the device.
 #pragma once
 
-#include "core/codec.h"
+#include "core/dither.h"
 #include "cuda/lanes.h"
 
 OPTIM8_BEGIN
@@ -42,6 +42,29 @@ OPTIM8_DEVICE LaneCode<code> lane_code() {
                                     {__ldg(t.slope + lane())},
                                     {__ldg(t.offset + lane())},
                                     {static_cast<float>(__ldg(t.last + lane()))}}};
+}
+
+static __device__ const DitherTables signed_dither = make_dither_tables(Code::Signed);
+static __device__ const DitherTables positive_dither = make_dither_tables(Code::Positive);
+
+// The encoder of dithered rounding, likewise; stands for DitherTables.
+struct LaneDitherLines {
+    LaneTable<float> slope, offset;
+    LaneTable<uint32_t> last;
+};
+template <Code code>
+struct LaneDither : LaneDitherLines {
+    static constexpr float lowest = DitherTablesOf<code>::all.lowest;
+};
+
+template <Code code>
+OPTIM8_DEVICE LaneDitherLines lane_dither_lines() {
+    const DitherTables* t;
+    if constexpr (is_signed(code))
+        t = &signed_dither;
+    else
+        t = &positive_dither;
+    return {{__ldg(t->slope + lane())}, {__ldg(t->offset + lane())}, {__ldg(t->last + lane())}};
 }
 
 // core/codec.h's encode of a finite x, called by all lanes together; the code is the lowest byte. An addition to 2^23

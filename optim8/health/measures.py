@@ -28,12 +28,17 @@ class MomentHealth:
         error: mean of |stored - exact| / |exact| over values that are finite and not 0; each counts at most 1.
         smallest: of the positive values, the share stored as the smallest positive code; None for a signed moment.
         saturated: the share of codes at the ends of the table; at least one in 256, the largest value of each block.
+        unseen: the share of values that this step changes by less than it takes to get another nearest code: what
+            rounding to nearest loses, and dithered rounding keeps in the mean.
+        drift: the sum of the stored magnitudes over that of the exact ones, less 1: what rounding adds in this step.
         codes: the codes, uint8 of one dimension.
     """
 
     error: float
     smallest: float | None
     saturated: float
+    unseen: float
+    drift: float
     codes: torch.Tensor
 
 
@@ -88,9 +93,24 @@ def _moments(
     local = shards.local(param)
     chosen = _blocks(local.numel(), most, local.device)
     scale = getattr(optimizer, "grad_scale", None)
-    exact = optimizer.stepper.preview(optimizer, group, param, chosen, scale)
+    old, new = optimizer.stepper.preview(optimizer, group, param, chosen, scale)
     size = local.numel() if chosen is None else chosen.numel() * BLOCK
-    return size, {moment.name: _compare(moment, exact[moment.name]) for moment in optimizer.moments}
+    blocks = torch.arange(codec.blocks(size), dtype=torch.int64) if chosen is None else chosen
+    if shards.is_dtensor(param):
+        blocks = blocks + shards.first_of(param) // BLOCK
+    step = int(shards.local(optimizer.state[param]["step"])) + 1
+    seen = {}
+    for place, moment in enumerate(optimizer.moments):
+        # A step stores what is not finite as 0.
+        exact = new[moment.name].nan_to_num(nan=0, posinf=0, neginf=0)
+        if group["rounding"] == "dithered":
+            codes, absmax = codec.quantize_dithered(exact, blocks, signed=moment.signed, step=step, place=place)
+        else:
+            codes = torch.empty_like(exact, dtype=torch.uint8)
+            absmax = exact.new_empty(codec.blocks(size))
+            codec.quantize(exact, codes, absmax, signed=moment.signed, as_step=True)
+        seen[moment.name] = _compare(moment, old[moment.name], exact, codes, absmax)
+    return size, seen
 
 
 def _blocks(size: int, most: int, device: torch.device) -> torch.Tensor | None:
@@ -101,25 +121,37 @@ def _blocks(size: int, most: int, device: torch.device) -> torch.Tensor | None:
     return torch.linspace(0, size // BLOCK - 1, max(1, count), dtype=torch.float64, device=device).long()
 
 
-def _compare(moment: Moment, exact: torch.Tensor) -> MomentHealth:
-    codes = torch.empty_like(exact, dtype=torch.uint8)
-    absmax = exact.new_empty(codec.blocks(exact.numel()))
-    exact = exact.nan_to_num(nan=0, posinf=0, neginf=0)  # a step stores what is not finite as 0
-    codec.quantize(exact, codes, absmax, signed=moment.signed, as_step=True)
-    size = exact.abs()
+def _compare(
+    moment: Moment, old: torch.Tensor, exact: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor
+) -> MomentHealth:
+    stored, size = codec.dequantize(codes, absmax, signed=moment.signed), exact.abs()
     known = size > 0
-    error = ((codec.dequantize(codes, absmax, signed=moment.signed) - exact).abs() / size).clamp(max=1)
-    parts = [torch.where(known, error, 0).sum(), known.sum(), (codes == 255).sum()]
-    parts += (
-        [(codes == 0).sum(), torch.zeros((), dtype=torch.int64)]
-        if moment.signed
-        else [(codes == 1).sum(), (codes > 0).sum()]
-    )
-    total, count, top, low, positive = torch.stack([part.to(torch.float64) for part in parts]).tolist()
+    error = ((stored - exact).abs() / size).clamp(max=1)
+    scale = absmax.repeat_interleave(BLOCK)[: exact.numel()]
+    table = codec.code_table(moment.signed, exact.device)
+    middle = (table[1:] + table[:-1]) / 2
+    unseen = torch.bucketize(exact / scale, middle) == torch.bucketize(old / scale, middle)
+    top = codes >= 254  # 255 in rounding to nearest alone
+    low = codes == 0 if moment.signed else codes == 1
+    parts = [
+        torch.where(known, error, 0).sum(),
+        known.sum(),
+        top.sum(),
+        low.sum(),
+        (codes > 0).sum(),
+        (unseen & (exact != old)).sum(),
+        stored.abs().sum(dtype=torch.float64),
+        size.sum(dtype=torch.float64),
+    ]
+    total, count, top_, low_, positive, unseen_, after, before = torch.stack(
+        [part.to(torch.float64) for part in parts]
+    ).tolist()
     return MomentHealth(
         error=total / max(count, 1),
-        smallest=None if moment.signed else low / max(positive, 1),
-        saturated=(top + (low if moment.signed else 0)) / max(exact.numel(), 1),
+        smallest=None if moment.signed else low_ / max(positive, 1),
+        saturated=(top_ + (low_ if moment.signed else 0)) / max(exact.numel(), 1),
+        unseen=unseen_ / max(exact.numel(), 1),
+        drift=after / before - 1 if before else 0.0,
         codes=codes,
     )
 

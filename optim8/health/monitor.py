@@ -91,6 +91,8 @@ class Monitor:
         for moment, of in health.moments.items():
             scalar(f"{moment}_error/{name}", of.error, step)
             scalar(f"{moment}_saturated/{name}", of.saturated, step)
+            scalar(f"{moment}_unseen/{name}", of.unseen, step)
+            scalar(f"{moment}_drift/{name}", of.drift, step)
             if of.smallest is not None:
                 scalar(f"{moment}_at_smallest_code/{name}", of.smallest, step)
             self.writer.add_histogram(f"{moment}_codes/{name}", of.codes, step, bins=_EDGES)
@@ -120,10 +122,11 @@ def monitor(
     """Watch what 8 bits do to an optimizer's state, and write it to TensorBoard.
 
     Before every `every`-th step, it writes for each parameter with 8-bit state the relative quantization error of its
-    moments, the share of codes at the ends of the table, a histogram of the codes, and for moments that are never
-    negative the share of positive values at the smallest code. For every parameter it writes the number of gradient
-    elements that are NaN or infinite. It computes the moments on a copy, so training does not change. It waits for a
-    GPU at those steps only.
+    moments, the share of codes at the ends of the table, the share of values that the step changes by less than half a
+    code (rounding to nearest loses these changes), the drift of the mean magnitude by rounding, a histogram of the
+    codes, and for moments that are never negative the share of positive values at the smallest code. For every
+    parameter it writes the number of gradient elements that are NaN or infinite. It computes the moments on a copy, so
+    training does not change. It waits for a GPU at those steps only.
 
     Args:
         optimizer: one of optim8's.

@@ -70,8 +70,8 @@ class Stepper:
         param: torch.Tensor,
         blocks: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """The moments that the next step of a parameter would give before they are quantized; nothing changes.
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The moments as they are, and as the next step would make them before they are quantized; nothing changes.
 
         Args:
             group: the options of the parameter, those of its group or its own.
@@ -80,7 +80,7 @@ class Stepper:
             scale: of a GradScaler, or None.
 
         Returns:
-            For each moment its float32 values, of one dimension.
+            For each moment its float32 values, of one dimension, before and after.
         """
         whole, grad, entry = dense(local(param)), param.grad, optimizer.state[param]
         if grad is None:
@@ -100,9 +100,10 @@ class Stepper:
                 old = codec.dequantize(old, absmax.to(whole.device), signed=moment.signed)
             state[moment.name] = old
         rule = rules.rule(optimizer.rule)
+        before = {moment.name: state[moment.name].clone() for moment in optimizer.moments}
         options = hypers.step_options(type(optimizer).__name__, rule, group, scale, None)
         arrays.step_array("preview of a step", rule.name, options, values, gradient, state, scale)
-        return {moment.name: state[moment.name] for moment in optimizer.moments}
+        return before, {moment.name: state[moment.name] for moment in optimizer.moments}
 
     def _parts(self, optimizer: Stateful, params: Collection[torch.Tensor] | None, scaling: Scaling) -> list[Part]:
         """The groups; those with overridden parameters in several parts, each with its own scalars."""

@@ -51,7 +51,7 @@ def test_bit_equal_to_the_classes(device: torch.device, name: str, dtype: str, g
     kind = torch.float32 if g_dtype == "float32" else DTYPES[dtype]
     ours = parameters(DTYPES[dtype], device)
     theirs = [torch.nn.Parameter(p.clone()) for p in ours]
-    optimizer = CLASSES[name](theirs, **HYPER[name], min_8bit_size=0, optim_bits=optim_bits)
+    optimizer = CLASSES[name](theirs, **HYPER[name], min_8bit_size=0, optim_bits=optim_bits, rounding="nearest")
     for p in theirs:
         set_grad(p, torch.zeros_like(p, dtype=kind))
         p.grad.zero_()

@@ -36,12 +36,17 @@ def test_every_exported_optimizer_is_in_the_table() -> None:
     assert exported_names() == set(CASES), "tests/cases.py needs one row per optimizer that optim8 exports"
 
 
-@pytest.mark.parametrize("state_bits", [8, 32])
+FORMS = pytest.mark.parametrize(
+    ("state_bits", "rounding"), [(8, "dithered"), (8, "nearest"), (32, "nearest")], ids=lambda each: str(each)
+)
+
+
+@FORMS
 @pytest.mark.parametrize(("p_dtype", "g_dtype"), DTYPE_PAIRS)
 @pytest.mark.parametrize("row", range(3))
 @ALL
 def test_one_step_from_given_states(
-    case: Case, row: int, p_dtype: str, g_dtype: str, state_bits: int, device: torch.device
+    case: Case, row: int, p_dtype: str, g_dtype: str, state_bits: int, rounding: str, device: torch.device
 ) -> None:
     hyper = case.hypers[row]
     for t in STEPS_BEFORE:
@@ -53,7 +58,7 @@ def test_one_step_from_given_states(
         ]
         for n, p in zip(SIZES, tensors, strict=True):
             set_grad(p, hostile(n, DTYPES[g_dtype], seed=2 * n + t).to(device))
-        optimizer = case.make(tensors, hyper, optim_bits=state_bits)
+        optimizer = case.make(tensors, hyper, optim_bits=state_bits, rounding=rounding)
         states = {i: random_state(case, n, state_bits, t, seed=3 * n + t) for i, n in enumerate(SIZES)}
         load_state(optimizer, states)
         before = [(values(p), values(p.grad), moments(optimizer, case, p)) for p in tensors]
@@ -62,16 +67,16 @@ def test_one_step_from_given_states(
             assert_step(optimizer, case, p, b, hyper, t + 1)
 
 
-@pytest.mark.parametrize("state_bits", [8, 32])
+@FORMS
 @pytest.mark.parametrize("p_dtype", DTYPES)
 @pytest.mark.parametrize("row", range(3))
 @ALL
 def test_the_first_steps_from_nothing(
-    case: Case, row: int, p_dtype: str, state_bits: int, device: torch.device
+    case: Case, row: int, p_dtype: str, state_bits: int, rounding: str, device: torch.device
 ) -> None:
     hyper = case.hypers[row]
     tensors = [parameter(hostile(n, DTYPES[p_dtype], seed=n, small=-6, large=1).to(device)) for n in SIZES]
-    optimizer = case.make(tensors, hyper, optim_bits=state_bits)
+    optimizer = case.make(tensors, hyper, optim_bits=state_bits, rounding=rounding)
     for t in (1, 2, 3):
         for n, p in zip(SIZES, tensors, strict=True):
             p.grad = hostile(n, DTYPES[p_dtype], seed=5 * n + t).to(device)

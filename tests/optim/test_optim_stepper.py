@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import Case
@@ -43,10 +44,12 @@ def test_a_preview_is_what_the_next_step_makes_of_32_bit_state(
     optimizer.step()
     before = snapshot(optimizer, params)
     group = optimizer.param_groups[0]
-    whole = optimizer.stepper.preview(optimizer, group, params[0])
-    part = optimizer.stepper.preview(optimizer, group, params[0], torch.tensor([1], device=device))
+    old, whole = optimizer.stepper.preview(optimizer, group, params[0])
+    _, part = optimizer.stepper.preview(optimizer, group, params[0], torch.tensor([1], device=device))
     assert snapshot(optimizer, params) == before
     assert all(torch.equal(part[name], whole[name][256:512]) for name in case.states)
+    for name, moment in moments(optimizer, case, params[0]).items():
+        assert np.array_equal(old[name].cpu().double().numpy(), moment.value.astype(np.float32))
     if optim_bits == 32:
         optimizer.step()
         for name, moment in moments(optimizer, case, params[0]).items():

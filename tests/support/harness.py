@@ -15,7 +15,7 @@ import torch
 from cases import EVERY, Case
 from reference import BLOCK
 
-from support.rounding import Array, Rounded
+from support.rounding import FLT_MAX, Array, Rounded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZES = (0, 1, 255, 256, 257, 4095)
@@ -196,7 +196,9 @@ def assert_step(
     assert not wrong.size, _first(wrong, "parameter", actual, expected)
     state = optimizer.state[p]
     assert float(state["step"]) == t
-    for name, signed in case.states.items():
+    (group,) = (group for group in optimizer.param_groups if any(p is each for each in group["params"]))
+    dithered = group["rounding"] == "dithered"
+    for at, (name, signed) in enumerate(case.states.items()):
         if name in state:
             actual = values(state[name])
             wrong = np.flatnonzero(~(np.abs(actual - new[name].value) <= new[name].error))
@@ -204,10 +206,16 @@ def assert_step(
             continue
         absmax = state[f"{name}_absmax"].cpu().double().numpy()
         top = Rounded(reference.block_max(new[name].value), reference.block_max(new[name].error))
-        wrong = np.flatnonzero(~(np.abs(absmax - top.value) <= top.error))
+        if dithered:
+            top = top * Rounded.of(1 / reference.largest_value(signed))
+        wrong = np.flatnonzero(~(np.abs(absmax - np.minimum(top.value, FLT_MAX)) <= top.error))
         assert not wrong.size, _first(wrong, f"{name}_absmax", absmax, top)
         codes = codes_of(state[f"{name}_codes"])
-        wrong = reference.wrong_codes(codes, new[name], signed)
+        if dithered:
+            u = reference.dither(t, np.arange(absmax.size), at).ravel()[: codes.size]
+            wrong = reference.wrong_dithered_codes(codes, new[name], signed, u)
+        else:
+            wrong = reference.wrong_codes(codes, new[name], signed)
         assert not wrong.size, _first(wrong, f"{name} codes", codes.astype(np.float64), new[name])
 
 

@@ -20,6 +20,7 @@ Array: TypeAlias = npt.NDArray[np.float64]
 UNIT = 2.0**-24  # half the distance from 1 to the next float32
 TINY = 2.0**-150  # half the smallest float32
 FLT_MIN = 2.0**-126
+FLT_MAX = 2.0**128 - 2.0**104
 
 
 def half_ulp(dtype: str, x: Array) -> Array:

@@ -146,21 +146,18 @@ void dequantize_blocks(const DequantizeJob& job, int64_t begin, int64_t end) {
 
 namespace {
 
-template <Code code>
+template <Code code, int state>
 void dither_block(const DitherJob& job, int64_t b) {
     const int64_t at = b * step_block, n = std::min<int64_t>(step_block, job.size - at);
     alignas(64) float x[step_block] = {};
     uint8_t codes[step_block];
     std::memcpy(x, job.values + at, static_cast<size_t>(n) * sizeof(float));
     const BlockScale by = block_scale<code, Rounding::Dithered>(float_of(largest_bits(x, step_block)));
-    const uint32_t hash = dither_hash(static_cast<uint32_t>(job.blocks[b])), time = dither_time(job.step, job.state);
-    const uint32_t start = job.state == 0   ? dither_start<0>(hash, time)
-                           : job.state == 1 ? dither_start<1>(hash, time)
-                                            : dither_start<2>(hash, time);
+    const uint32_t start = dither_start(static_cast<uint32_t>(job.blocks[b]), dither_time(job.step));
     for (int i = 0; i < step_block; i += code_group) {
         F of_group[code_group / width];
         for (int j = 0; j < code_group / width; ++j) of_group[j] = load(x + i + j * width) * F(by.normal.scale);
-        encode_group_dithered<code>(of_group, by.normal.reciprocal, start, i, codes + i);
+        encode_group_dithered<code, state>(of_group, by.normal.reciprocal, start, i, codes + i);
     }
     std::memcpy(job.codes + at, codes, static_cast<size_t>(n));
     job.absmax[b] = by.absmax;
@@ -170,7 +167,10 @@ void dither_block(const DitherJob& job, int64_t b) {
 
 void dither_blocks(const DitherJob& job, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-        job.with_sign ? dither_block<Code::Signed>(job, b) : dither_block<Code::Positive>(job, b);
+        if (job.state % 2 == 0)
+            job.with_sign ? dither_block<Code::Signed, 0>(job, b) : dither_block<Code::Positive, 0>(job, b);
+        else
+            job.with_sign ? dither_block<Code::Signed, 1>(job, b) : dither_block<Code::Positive, 1>(job, b);
 }
 
 void encode_blocks(const EncodeJob& job, int64_t begin, int64_t end) {

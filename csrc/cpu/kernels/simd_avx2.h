@@ -231,23 +231,24 @@ struct alignas(32) DitherZones {
     float slope[8], offset[8];  // modulo 8
     uint8_t last[16];           // modulo 16
 };
-constexpr DitherZones make_dither_zones(const DitherTables& t) {
+constexpr DitherZones make_dither_zones(Code code) {
+    const DitherTables t = make_dither_tables(code);
     DitherZones made{};
     for (int i = 0; i < zones; ++i) {
         const int binade = lowest_binade + i * binades_of_zone, zone = binade / binades_of_zone;
         made.slope[zone % 8] = t.slope[binade % 32];
         made.offset[zone % 8] = t.offset[binade % 32];
-        made.last[zone % 16] = static_cast<uint8_t>(t.last[binade % 32]);
+        made.last[zone % 16] = last_index(t, code, binade);
     }
     return made;
 }
 template <Code code>
 struct DitherZonesOf {
-    static constexpr DitherZones all = make_dither_zones(DitherTablesOf<code>::all);
+    static constexpr DitherZones all = make_dither_zones(code);
 };
 
 // As above. What is the same for all bytes is done with all of them at once.
-template <Code code>
+template <Code code, int state>
 OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float reciprocal, uint32_t start, int at,
                                      uint8_t* codes) {
     constexpr int n = code_group / width;
@@ -256,8 +257,7 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     const F with(reciprocal), lowest(DitherTablesOf<code>::all.lowest);
     const __m256i third_of_exponent = _mm256_set1_epi32(21846);
     const __m256i* elements = reinterpret_cast<const __m256i*>(element_dither.of_element + at);
-    // The upper halves take the exponent of the fixed-point number away.
-    const __m256i from = _mm256_set1_epi32(static_cast<int>(start - bits_of(fixed_point)));
+    const __m256i base = _mm256_set1_epi32(static_cast<int>(dither_base<state>(start)));
     F y[n], line[n];
     __m256i zone[n], index[n];
     for (int j = 0; j < n; ++j) y[j] = x[j] * with;
@@ -270,10 +270,13 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     }
     for (int j = 0; j < n; ++j) zone[j] = _mm256_mulhi_epu16(zone[j], third_of_exponent);
     for (int j = 0; j < n; ++j) y[j] = fma(y[j], pick(t.slope, zone[j]), pick(t.offset, zone[j]));
-    for (int j = 0; j < n; ++j) line[j] = fma(y[j], F(fifth), F(two_fifths));
-    for (int j = 0; j < n; ++j) line[j] = minimum(y[j] * F(third), line[j]);
-    for (int j = 0; j < n; ++j) line[j] = minimum(y[j], line[j]) + F(fixed_point);
-    for (int j = 0; j < n; ++j) index[j] = _mm256_add_epi16(from, _mm256_load_si256(elements + j));
+    for (int j = 0; j < n; ++j) line[j] = fma(y[j], F(fifth), F(after_fifth));
+    for (int j = 0; j < n; ++j) line[j] = minimum(fma(y[j], F(third), F(after_third)), line[j]);
+    for (int j = 0; j < n; ++j) line[j] = minimum(y[j], line[j]);
+    for (int j = 0; j < n; ++j) {
+        const __m256i of_element = _mm256_load_si256(elements + j);
+        index[j] = state % 2 == 0 ? _mm256_add_epi16(base, of_element) : _mm256_sub_epi16(base, of_element);
+    }
     for (int j = 0; j < n; ++j) index[j] = _mm256_add_epi32(_mm256_castps_si256(line[j].v), index[j]);
     for (int j = 0; j < n; ++j) index[j] = _mm256_srai_epi32(index[j], 16);
     const __m256i lasts = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t.last)));

@@ -187,25 +187,25 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
 struct alignas(64) LastBytes {
     uint8_t last[64];  // by the low six bits of the exponent; 0 for 0
 };
-constexpr LastBytes make_last_bytes(const DitherTables& t) {
+constexpr LastBytes make_last_bytes(Code code) {
+    const DitherTables t = make_dither_tables(code);
     LastBytes made{};
     for (int b = lowest_binade; b < lowest_binade + zones * binades_of_zone; ++b)
-        made.last[b % 64] = static_cast<uint8_t>(t.last[b % 32]);
+        made.last[b % 64] = last_index(t, code, b);
     return made;
 }
 template <Code code>
 struct LastBytesOf {
-    static constexpr LastBytes all = make_last_bytes(DitherTablesOf<code>::all);
+    static constexpr LastBytes all = make_last_bytes(code);
 };
 
 // As above. The third byte of a fixed-point number is the integer before its point; bytes are added modulo 2^8.
-template <Code code>
+template <Code code, int state>
 OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float reciprocal, uint32_t start, int at,
                                      uint8_t* codes) {
     const DitherTables& t = DitherTablesOf<code>::all;
     const __m512 lowest = _mm512_set1_ps(t.lowest);
-    // The upper halves take the exponent of the fixed-point number away.
-    const __m512i from = _mm512_set1_epi32(static_cast<int>(start - bits_of(fixed_point)));
+    const __m512i base = _mm512_set1_epi32(static_cast<int>(dither_base<state>(start)));
     __m512i fixed[4], exponent[4];
     for (int j = 0; j < 4; ++j) {
         __m512 y = _mm512_mul_ps(x[j].v, _mm512_set1_ps(reciprocal));
@@ -217,9 +217,10 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
         if (code == Code::Positive) stored = _mm512_cmp_ps_mask(x[j].v, _mm512_setzero_ps(), _CMP_GT_OQ);
         exponent[j] = _mm512_maskz_srli_epi32(stored, _mm512_castps_si512(clamped), 23);
         const F line = fma(F(y), pick(t.slope, exponent[j]), pick(t.offset, exponent[j]));
-        const F least = minimum(line, minimum(line * F(third), fma(line, F(fifth), F(two_fifths))));
-        const __m512i u = _mm512_add_epi16(from, _mm512_load_si512(element_dither.of_element + at + j * width));
-        fixed[j] = _mm512_maskz_add_epi32(stored, _mm512_castps_si512((least + F(fixed_point)).v), u);
+        const F other = minimum(fma(line, F(third), F(after_third)), fma(line, F(fifth), F(after_fifth)));
+        const __m512i of_element = _mm512_load_si512(element_dither.of_element + at + j * width);
+        const __m512i u = state % 2 == 0 ? _mm512_add_epi16(base, of_element) : _mm512_sub_epi16(base, of_element);
+        fixed[j] = _mm512_maskz_add_epi32(stored, _mm512_castps_si512(minimum(line, other).v), u);
     }
     const __m512i binade = gather_bytes<0>(exponent[0], exponent[1], exponent[2], exponent[3]);
     __m512i index = gather_bytes<2>(fixed[0], fixed[1], fixed[2], fixed[3]);

@@ -29,13 +29,15 @@ OPTIM8_HD void encode_group(const F (&x)[code_group], float reciprocal, uint8_t*
     for (int i = 0; i < code_group; ++i) codes[i] = encode<code>(x[i], reciprocal, Tables<code>::all);
 }
 
-// Values `at` to at + code_group of a block, in which u begins with `start`.
-template <Code code>
+// Values `at` to at + code_group of a block of a state, in which u begins with `start`.
+template <Code code, int state>
 OPTIM8_HD void encode_group_dithered(const F (&x)[code_group], float reciprocal, uint32_t start, int at,
                                      uint8_t* codes) {
     for (int i = 0; i < code_group; ++i)
-        codes[i] = encode_dithered<code>(x[i], reciprocal, dither(start, static_cast<uint32_t>(at + i)),
-                                         DitherTablesOf<code>::all);
+        codes[i] = static_cast<uint8_t>(encode_dithered<code>(x[i], reciprocal,
+                                                              dither<state>(start, static_cast<uint32_t>(at + i)),
+                                                              DitherTablesOf<code>::all) >>
+                                        16);
 }
 
 OPTIM8_END

@@ -21,7 +21,7 @@ struct Block {
     uint8_t* codes[state_count<Rule>];
     float* absmax[state_count<Rule>];
     float new_absmax[state_count<Rule>], reciprocal[state_count<Rule>];
-    uint32_t dither[state_count<Rule>];  // u of the first element
+    uint32_t dither;  // u of the first element
 };
 
 // Zero-padded copies of a short last block, so that the passes know whole blocks only. Padding takes part in
@@ -154,7 +154,7 @@ OPTIM8_HD void seal_states(const Block<Rule>& block, int at) {
         for (int j = 0; j < group_vectors; ++j) x[j] = load(block.state[s] + at + j * width);
         constexpr Code code = code_of<Rule, s>;
         if constexpr (rounding == Rounding::Dithered)
-            encode_group_dithered<code>(x, block.reciprocal[s], block.dither[s], at, block.codes[s] + at);
+            encode_group_dithered<code, s>(x, block.reciprocal[s], block.dither, at, block.codes[s] + at);
         else
             encode_group<code>(x, block.reciprocal[s], block.codes[s] + at);
         seal_states<s + 1, rounding>(block, at);
@@ -183,15 +183,6 @@ OPTIM8_HD void seal_all(const Block<Rule>& block) {
     for (int at = 0; at < step_block; at += code_group) seal<rounding>(block, at);
 }
 
-// `hash`: of the block's number in the parameter.
-template <int s, class Rule>
-OPTIM8_HD void dither_states(Block<Rule>& block, uint32_t hash, const StepScalars<Rule>& scalars) {
-    if constexpr (s < state_count<Rule>) {
-        block.dither[s] = dither_start<s>(hash, scalars.dither_time[s]);
-        dither_states<s + 1>(block, hash, scalars);
-    }
-}
-
 template <class Rule, Rounding rounding, class P, class G>
 void step_8bit(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
@@ -206,7 +197,7 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
             block.absmax[s] = row.absmax[s] + b;
         }
         if (rounding == Rounding::Dithered)
-            dither_states<0>(block, dither_hash(row.first_block + static_cast<uint32_t>(b)), scalars);
+            block.dither = dither_start(row.first_block + static_cast<uint32_t>(b), scalars.dither_time);
     };
     const auto params = [&](int64_t b) { return param + b * step_block; };
     const auto grads = [&](int64_t b) { return grad + b * step_block; };

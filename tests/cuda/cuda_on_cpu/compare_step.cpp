@@ -6,6 +6,15 @@ namespace optim8 {
 namespace {
 
 constexpr int64_t sizes[] = {0, 1, 3, 255, 256, 257, 1000, 1024, 1279};
+
+// How a state is stored.
+struct Form {
+    Precision precision;
+    Rounding rounding;
+};
+constexpr Form dithered{Precision::Bits8, Rounding::Dithered}, nearest{Precision::Bits8, Rounding::Nearest},
+    wide{Precision::Bits32, Rounding::Nearest};
+
 const RuleInfo& info_of(RuleId rule) { return rule_table[static_cast<int>(rule)]; }
 
 // One tensor of a step, twice: what the kernels on trial work on, and what the CPU's do.
@@ -21,10 +30,11 @@ struct Tensor {
     Buffer<G> grad;
     Side actual, expected;
 
-    Tensor(int64_t size, int64_t offset, Kind kind, RuleId rule, Precision precision)
+    Tensor(int64_t size, int64_t offset, Kind kind, RuleId rule, Form form)
         : grad(size, offset),
           actual{Buffer<P>(size, offset), {}, {}, {}},
           expected{Buffer<P>(size, offset), {}, {}, {}} {
+        const Precision precision = form.precision;
         fill(grad, kind);
         fill(actual.param, Kind::Plain);
         for (int s = 0; s < info_of(rule).states; ++s) {
@@ -51,6 +61,8 @@ struct Tensor {
             row.param_storage = storage_of<P>;
             row.grad_storage = storage_of<G>;
             row.precision = precision;
+            row.rounding = form.rounding;
+            row.first_block = static_cast<uint32_t>(1000 * size + offset);
             for (size_t s = 0; s < side->codes.size(); ++s) {
                 row.state[s] =
                     precision == Precision::Bits8 ? static_cast<void*>(side->codes[s].data()) : side->wide[s].data();
@@ -149,14 +161,14 @@ void compare_types(RuleId rule) {
     const std::string types = std::string(name_of<P>()) + "/" + name_of<G>();
     for (Kind kind : kinds) {
         std::vector<Tensor<P, G>> tensors;
-        for (Precision precision : {Precision::Bits8, Precision::Bits32})
+        for (const Form& form : {dithered, nearest, wide})
             for (int64_t size : sizes)
-                for (int64_t offset : {0, 1}) tensors.emplace_back(size, offset, kind, rule, precision);
+                for (int64_t offset : {0, 1}) tensors.emplace_back(size, offset, kind, rule, form);
         compare_tensors(rule, tensors, Scalar::Host, types + " kind " + std::to_string(static_cast<int>(kind)));
     }
     for (Scalar scalar : {Scalar::Device, Scalar::Skipped}) {
         std::vector<Tensor<P, G>> tensors;
-        for (int64_t size : sizes) tensors.emplace_back(size, 0, Kind::Plain, rule, Precision::Bits8);
+        for (int64_t size : sizes) tensors.emplace_back(size, 0, Kind::Plain, rule, dithered);
         compare_tensors(rule, tensors, scalar, types + " scalars on the device");
     }
 }
@@ -166,7 +178,7 @@ void compare_many() {
     for (Scalar scalar : {Scalar::Host, Scalar::Device}) {
         std::vector<Tensor<float, float>> tensors;
         for (int i = 0; i < 800; ++i)
-            tensors.emplace_back(i % 3, 0, Kind::Plain, RuleId::adamw, i % 2 ? Precision::Bits8 : Precision::Bits32);
+            tensors.emplace_back(i % 3, 0, Kind::Plain, RuleId::adamw, i % 2 ? dithered : wide);
         compare_tensors(RuleId::adamw, tensors, scalar, "many tensors");
     }
 }
@@ -174,8 +186,8 @@ void compare_many() {
 // Enough blocks for warps to take several each.
 void compare_long() {
     std::vector<Tensor<bfloat16, bfloat16>> tensors;
-    tensors.emplace_back(int64_t{256} * 40000, 0, Kind::Plain, RuleId::lion, Precision::Bits8);
-    tensors.emplace_back(int64_t{256} * 30000 + 17, 0, Kind::Plain, RuleId::lion, Precision::Bits8);
+    tensors.emplace_back(int64_t{256} * 40000, 0, Kind::Plain, RuleId::lion, dithered);
+    tensors.emplace_back(int64_t{256} * 30000 + 17, 0, Kind::Plain, RuleId::lion, dithered);
     compare_tensors(RuleId::lion, tensors, Scalar::Host, "long");
 }
 

@@ -1,0 +1,216 @@
+"""Dithered rounding: right in the mean, the largest and zero kept, mirrored problems mirrored, shards as the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import reference
+import torch
+from cases import Case
+from support.harness import ALL, bits, codes_of, hostile, load_state, parameter, random_state, state_bits, values
+
+from optim8 import codec
+
+STATES = pytest.mark.parametrize(("signed", "place"), [(True, 0), (True, 1), (False, 0), (False, 1)])
+
+
+def stored(
+    x: npt.NDArray[np.float32], signed: bool, place: int, step: int, blocks: torch.Tensor | None = None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Codes and absmax of rows of 256 values."""
+    blocks = torch.arange(len(x)) if blocks is None else blocks
+    flat = torch.from_numpy(np.ascontiguousarray(x).ravel())
+    codes, absmax = codec.quantize_dithered(flat, blocks, signed=signed, step=step, place=place)
+    return codes.numpy().reshape(x.shape), absmax.numpy()
+
+
+def decoded(codes: npt.NDArray[np.uint8], absmax: npt.NDArray[np.float32], signed: bool) -> reference.Array:
+    table = reference.dynamic_map(signed).astype(np.float64)
+    product: reference.Array = table[codes] * absmax.astype(np.float64)[:, None]
+    return product
+
+
+@STATES
+def test_the_mean_of_what_is_stored_is_the_value(signed: bool, place: int) -> None:
+    """Over n steps the mean of floor(p + u) is p up to the discrepancy of u, and to the units of fixed point of p."""
+    top, table = reference.largest_value(signed), reference.dynamic_map(signed).astype(np.float64)
+    positive = table[table > 0]
+    ends = np.concatenate([positive[:-1], (positive[1:] + positive[:-1]) / 2, positive[1:] * (1 - 1e-6)])
+    spread = np.exp(np.linspace(np.log(1e-9 if signed else positive[0] / top * 1.001), 0, 4000))
+    y = np.concatenate([ends[(ends <= top) & (ends >= (0 if signed else positive[0]))] / top, spread])
+    y = np.resize(y, (-(-y.size // 255), 255))
+    x = np.concatenate([y, np.ones((len(y), 1))], 1).astype(np.float32)
+    if signed:
+        x[:, ::3] *= -1
+    steps = 3000
+    total = np.zeros(x.shape)
+    for step in range(1, steps + 1):
+        codes, absmax = stored(x, signed, place, step)
+        total += decoded(codes, absmax, signed)
+    u = np.stack([reference.dither(step, np.arange(len(x)), place) for step in range(1, steps + 1)])
+    u.sort(axis=0)
+    above, below = np.arange(1, steps + 1)[:, None, None] / steps - u, u - np.arange(steps)[:, None, None] / steps
+    discrepancy = np.maximum(above, below).max(axis=0)
+    assert discrepancy.max() < 0.02  # of random numbers it would be some 0.03
+    exact = np.abs(x.astype(np.float64)) / absmax[:, None].astype(np.float64)
+    upper = np.searchsorted(positive, exact).clip(0, positive.size - 1)
+    cell = positive[upper] - np.where(upper > 0, positive[upper - 1], 0)
+    mean = np.abs(total) / steps / absmax[:, None]
+    # Positions are rounded to units of 2^-16, by two lines at most; quotients have three roundings, and are made larger
+    # so that the largest's position is whole for all of them: by two units at the top.
+    off = np.abs(mean - exact) / cell
+    allowed = discrepancy + 4 * 2.0**-16 + 3 * 2.0**-24 * exact / cell
+    assert (off <= allowed).all(), (off - allowed).max()
+
+
+@STATES
+def test_the_largest_magnitude_is_kept_to_an_ulp_whatever_its_sign(signed: bool, place: int) -> None:
+    rng = np.random.default_rng(1)
+    mantissas = rng.choice(1 << 23, 1 << 14, replace=False).astype(np.int32)
+    largest = (mantissas | 0x3F800000).view(np.float32)
+    for exponent in (-120, -40, 0, 40, 126):
+        top = largest * np.float32(2.0**exponent)
+        for sign in (1, -1) if signed else (1,):
+            x = np.zeros((top.size, 256), np.float32)
+            x[:, 77] = sign * top
+            codes, absmax = stored(x, signed, place, step=int(rng.integers(1, 10**6)))
+            back = decoded(codes, absmax, signed)[:, 77] * sign
+            assert (np.abs(back / top.astype(np.float64) - 1) <= 2.0**-23).all()
+            assert (codes[:, 77] == (254 if sign > 0 else 0)).all()
+            others = np.delete(codes, 77, axis=1)
+            assert (others == reference.zero_code(signed)).all(), "zero stays zero"
+
+
+@pytest.mark.parametrize("top", [2.0**-149, 2.0**-140, 2.0**-126, 3.4028234663852886e38])
+@STATES
+def test_blocks_at_the_ends_of_the_range_stay_finite(signed: bool, place: int, top: float) -> None:
+    x = np.full((4, 256), top, np.float32) * np.linspace(0, 1, 256, dtype=np.float32)
+    codes, absmax = stored(x, signed, place, step=3)
+    assert np.isfinite(absmax).all()
+    assert (codes[:, -1] == 254).all()
+    back = (reference.dynamic_map(signed)[codes] * absmax[:, None]).astype(np.float32)
+    assert np.isfinite(back).all()
+    if not signed:
+        assert ((codes > 0) == (x > 0)).all(), "a positive value never becomes 0"
+
+
+@ALL
+def test_a_mirrored_problem_takes_the_mirrored_path(case: Case, device: torch.device) -> None:
+    """Gradients and parameters negated: every bit of the path is the same but the signs."""
+    paths = []
+    for sign in (1, -1):
+        p = parameter(hostile(3000, torch.float32, seed=1, small=-3, large=0).to(device) * sign)
+        optimizer = case.make([p])
+        for step in range(20):
+            p.grad = hostile(3000, torch.float32, seed=step).to(device) * sign
+            optimizer.step()
+        paths.append((p, optimizer.state[p]))
+    (p, state), (q, mirrored) = paths
+    assert bits(p.detach() + 0.0) == bits(-q.detach() + 0.0)
+    for name, signed in case.states.items():
+        assert bits(state[f"{name}_absmax"]) == bits(mirrored[f"{name}_absmax"])
+        codes, other = codes_of(state[f"{name}_codes"]), codes_of(mirrored[f"{name}_codes"])
+        assert np.array_equal(codes, 254 - other if signed else other)
+
+
+@ALL
+def test_parts_cut_at_blocks_take_the_path_of_the_whole(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the local shards of a DTensor do, which tell where they begin."""
+    size, cut = 256 * 9 + 100, 256 * 4
+    data = hostile(size, torch.float32, seed=1, small=-3, large=0).to(device)
+    whole, (one, two) = parameter(data.clone()), (parameter(part.clone()) for part in (data[:cut], data[cut:]))
+    firsts = {id(one): 0, id(two): cut}
+    optimizers = [case.make([whole]), case.make([one]), case.make([two])]
+    grads = [hostile(size, torch.float32, seed=10 + step).to(device) for step in range(5)]
+    for grad in grads:
+        for p, part, optimizer in zip((whole, one, two), (grad, grad[:cut], grad[cut:]), optimizers, strict=True):
+            p.grad = part.clone()
+            with monkeypatch.context() as patch:
+                if p is not whole:
+                    patch.setattr("optim8.step.parts.is_dtensor", lambda tensor: id(tensor) in firsts)
+                    patch.setattr("optim8.step.parts.dtensor_class", lambda: torch.nn.Parameter)
+                    patch.setattr("optim8.step.parts.local", lambda tensor: tensor.detach())
+                    patch.setattr("optim8.step.parts.first_of", lambda tensor: firsts[id(tensor)])
+                    patch.setattr("optim8.step.parts._local_grad", lambda who, param, grad: grad)
+                optimizer.step()
+    assert bits(whole) == bits(one) + bits(two)
+    joined = {key: state_bits(optimizers[1], one)[key] + value for key, value in state_bits(optimizers[2], two).items()}
+    alone = state_bits(optimizers[0], whole)
+    assert {key: alone[key] for key in alone if key != "step"} == {key: joined[key] for key in joined if key != "step"}
+    # Without telling, the second part would begin with the first block.
+    again = parameter(data[cut:].clone())
+    optimizer = case.make([again])
+    for grad in grads:
+        again.grad = grad[cut:].clone()
+        optimizer.step()
+    assert bits(again) != bits(two)
+
+
+@pytest.mark.parametrize("rounding", ["dithered", "nearest"])
+@ALL
+def test_each_rounding_goes_on_from_what_the_other_left(case: Case, rounding: str, device: torch.device) -> None:
+    p = parameter(hostile(3000, torch.float32, seed=1, small=-3, large=0).to(device))
+    other = {"dithered": "nearest", "nearest": "dithered"}[rounding]
+    first = case.make([p], rounding=other)
+    for step in range(3):
+        p.grad = hostile(3000, torch.float32, seed=step).to(device)
+        first.step()
+    second = case.make([p], rounding=rounding)
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["rounding"] == other, "a saved option goes before the present one, as in torch"
+    second.param_groups[0]["rounding"] = rounding
+    assert state_bits(first, p) == state_bits(second, p)
+    second.step()
+    assert state_bits(first, p) != state_bits(second, p)
+
+
+@ALL
+def test_old_state_dicts_without_the_option_keep_the_present_one(case: Case, device: torch.device) -> None:
+    p = parameter(torch.ones(300, device=device), torch.ones(300, device=device))
+    optimizer = case.make([p], rounding="nearest")
+    optimizer.step()
+    saved: Any = optimizer.state_dict()
+    del saved["param_groups"][0]["rounding"]
+    for rounding in ("dithered", "nearest"):
+        fresh = case.make([p], rounding=rounding)
+        fresh.load_state_dict(saved)
+        assert fresh.param_groups[0]["rounding"] == rounding
+
+
+@ALL
+def test_small_changes_are_followed(case: Case, device: torch.device) -> None:
+    """A state that each step changes by a small part of a code ends where the exact one does; to nearest it stays."""
+    name, signed = next(iter(case.states.items()))
+    slow = {"betas": (0.999, 0.999)} if "betas" in case.hypers[0] else {"momentum": 0.999, "dampening": 0.999}
+    hyper = {**case.without_decay(), **slow, "lr": 1e-6}
+    if "nesterov" in hyper:
+        hyper["nesterov"] = False
+    ends = {}
+    for rounding in ("dithered", "nearest"):
+        p = parameter(torch.zeros(2560, device=device))
+        optimizer = case.make([p], hyper, rounding=rounding, maximize=False)
+        state = random_state(case, 2560, 8, 1, seed=1)
+        for each, of_sign in case.states.items():
+            state[f"{each}_codes"] = torch.full((2560,), 200 if of_sign else 150, dtype=torch.uint8)
+            state[f"{each}_codes"][::256] = 254
+            state[f"{each}_absmax"] = torch.ones(10)
+        load_state(optimizer, {0: state})
+        start = reference.dynamic_map(signed)[200]
+        # The largest of each block stays what it is, so that no new scale moves the others.
+        grad = torch.full((2560,), 0.5 * float(start), device=device)
+        grad[::256] = reference.largest_value(signed)
+        for _ in range(700):
+            p.grad = grad
+            optimizer.step()
+        after = codec.dequantize(
+            optimizer.state[p][f"{name}_codes"], optimizer.state[p][f"{name}_absmax"], signed=signed
+        )
+        ends[rounding] = float(np.delete(values(after), np.s_[::256]).mean() / start)
+    exact = 0.5 + 0.5 * 0.999**700
+    assert abs(ends["dithered"] / exact - 1) < 0.02
+    assert ends["nearest"] > 0.99
