@@ -27,13 +27,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="source tree of the older build")
     parser.add_argument("--quick", action="store_true", help="small tensors: shows that it runs, says nothing of speed")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of parameters")
+    parser.add_argument("--rounding", default="dithered", choices=["dithered", "nearest"], help="if a build has it")
     parser.add_argument("--repeats", type=int, default=31, help="rounds")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     add_json(parser, "compare_builds")
     return parser.parse_args(argv)
 
 
-def work(quick: bool) -> None:
+def work(quick: bool, dtype: str, rounding: str) -> None:
     """Answers "case optimizer threads" with seconds of one step; of an optimizer's first with FIRST as the case."""
     import torch
     from shared.subjects import cases, make_parameters, optim8_subjects
@@ -47,9 +49,12 @@ def work(quick: bool) -> None:
         torch.set_num_threads(int(threads))
         if of_case != name:
             made.clear()
-            name, parameters = of_case, make_parameters(known[of_case], torch.float32)
+            name, parameters = of_case, make_parameters(known[of_case], getattr(torch, dtype))
         make = optim8_subjects(known[of_case].small)[subject]
         optimizer = make(parameters) if first or subject not in made else made[subject]
+        for group in optimizer.param_groups:
+            if "rounding" in group:
+                group["rounding"] = rounding
         if not first and subject not in made:
             optimizer.step()
             made[subject] = optimizer
@@ -61,10 +66,10 @@ def work(quick: bool) -> None:
 class Build:
     """A process that steps with the build of a source tree."""
 
-    def __init__(self, root: Path, quick: bool) -> None:
+    def __init__(self, root: Path, options: list[str]) -> None:
         # Threads that spin while they wait would take the processor from the other build.
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "passive"}
-        command = [sys.executable, __file__, str(root), "--worker", *(["--quick"] if quick else [])]
+        command = [sys.executable, __file__, str(root), "--worker", *options]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
         )
@@ -81,8 +86,8 @@ class Build:
 
 
 @contextlib.contextmanager
-def builds(roots: dict[str, Path], quick: bool) -> Iterator[dict[str, Build]]:
-    running = {name: Build(root, quick) for name, root in roots.items()}
+def builds(roots: dict[str, Path], options: list[str]) -> Iterator[dict[str, Build]]:
+    running = {name: Build(root, options) for name, root in roots.items()}
     try:
         yield running
     finally:
@@ -112,7 +117,7 @@ def subjects(quick: bool) -> Iterator[tuple[str, str, str]]:
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     if arguments.worker:
-        work(arguments.quick)
+        work(arguments.quick, arguments.dtype, arguments.rounding)
         return 0
     rows: list[dict[str, Any]] = []
     roots = {"before": arguments.before.resolve(), "after": Path(optim8.__file__).resolve().parents[1]}
@@ -120,7 +125,8 @@ def main() -> int:
         if not list((root / "optim8").glob("_cpu*")):
             sys.exit(f"compare_builds: there is no optim8 with a compiled module in {root}. Build it there first.")
     every = len(os.sched_getaffinity(0))
-    with builds(roots, arguments.quick) as running:
+    options = ["--dtype", arguments.dtype, "--rounding", arguments.rounding, *(["--quick"] if arguments.quick else [])]
+    with builds(roots, options) as running:
         for case, subject, first in subjects(arguments.quick):
             for threads in sorted({1, every}):
                 seconds: dict[str, list[float]] = {name: [] for name in running}

@@ -153,7 +153,6 @@ def quantize_dithered(
         uint8 codes and float32 absmax by block, on the device of the values.
     """
     codes, absmax = torch.empty(values.numel(), dtype=torch.uint8), torch.empty(blocks.numel(), dtype=torch.float32)
-    _native.cpu().quantize_dithered(
-        values.cpu().contiguous(), codes, absmax, signed, blocks.to("cpu", torch.int32), float(step), place
-    )
+    host, numbers = values.to(_CPU).contiguous(), blocks.to(_CPU, torch.int32)
+    _native.cpu().quantize_dithered(host, codes, absmax, signed, numbers, float(step), place)
     return codes.to(values.device), absmax.to(values.device)

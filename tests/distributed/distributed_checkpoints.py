@@ -90,7 +90,7 @@ def check_block(values: Array, codes: Array, scale: Array, new_codes: Array, new
         assert new_scale[0] == scale[0]
         return
     exact = values.astype(np.float64)
-    top = converted_scales(exact, signed)
+    top = converted_scales(exact, signed, new_scale[:1].astype(np.float64))
     assert new_scale[0] == top[0]
     assert not reference.wrong_codes(new_codes, Rounded.exact(exact), signed, top).size
 

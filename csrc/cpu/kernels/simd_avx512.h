@@ -185,8 +185,9 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
 }
 
 struct alignas(64) LastBytes {
-    uint8_t last[64];  // by the low six bits of the exponent; 0 for 0
+    uint8_t last[64];  // by the low six bits of the exponent; 0 for those of nothing
 };
+constexpr int nothing = lowest_binade - 1;  // stands for the exponent of what is stored as 0
 constexpr LastBytes make_last_bytes(Code code) {
     const DitherTables t = make_dither_tables(code);
     LastBytes made{};
@@ -212,10 +213,9 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
         if (is_signed(code)) y = _mm512_abs_ps(y);
         const __m512 clamped = _mm512_max_ps(y, lowest);
         if (!is_signed(code)) y = clamped;
-        // Index and exponent are 0 where nothing is to be stored.
         __mmask16 stored = 0xffff;
         if (code == Code::Positive) stored = _mm512_cmp_ps_mask(x[j].v, _mm512_setzero_ps(), _CMP_GT_OQ);
-        exponent[j] = _mm512_maskz_srli_epi32(stored, _mm512_castps_si512(clamped), 23);
+        exponent[j] = _mm512_mask_srli_epi32(_mm512_set1_epi32(nothing), stored, _mm512_castps_si512(clamped), 23);
         const F line = fma(F(y), pick(t.slope, exponent[j]), pick(t.offset, exponent[j]));
         const F other = minimum(fma(line, F(third), F(after_third)), fma(line, F(fifth), F(after_fifth)));
         const __m512i of_element = _mm512_load_si512(element_dither.of_element + at + j * width);
