@@ -99,7 +99,7 @@ def test_sharded_state_of_an_earlier_version_goes_on(one_rank: None, folder: Pat
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model)
-    optimizer = optim8.AdamW8bit(model.parameters(), lr=1e-2, min_8bit_size=100)
+    optimizer = optim8.AdamW8bit(model.parameters(), lr=1e-2, min_8bit_size=100, rounding="nearest")
     if shard:
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(model, optimizer, saved["state_dict"], options=options)

@@ -66,9 +66,9 @@ def take_steps(net: Net, optimizer: Any, first: int, last: int) -> None:
         optimizer.step()
 
 
-def default_size(case: Case, net: torch.nn.Module) -> Any:
+def default_size(case: Case, net: torch.nn.Module, rounding: str = "dithered") -> Any:
     """The optimizer with the default min_8bit_size."""
-    return case.make(net.parameters(), min_8bit_size=4096)
+    return case.make(net.parameters(), min_8bit_size=4096, rounding=rounding)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,14 +81,17 @@ def snapshot_local(optimizer: Any) -> list[Any]:
 
 
 class Twins:
-    """For every parameter its local shard with a plain optimizer of its own: what a step must do to the shard."""
+    """For every parameter its local shard with a plain optimizer of its own: what a step must do to the shard, but for
+    dithered rounding, which depends on where the shard begins."""
+
+    rounding = "nearest"
 
     def __init__(self, case: Case, params: list[torch.nn.Parameter]) -> None:
         self.params = params
         self.twins = [torch.nn.Parameter(local(p).clone()) for p in params]
         # What is 8-bit depends on the whole parameter.
         self.own = [
-            case.make([twin], min_8bit_size=0 if p.numel() >= 4096 else 10**9)
+            case.make([twin], min_8bit_size=0 if p.numel() >= 4096 else 10**9, rounding=self.rounding)
             for p, twin in zip(params, self.twins, strict=True)
         ]
 

@@ -53,9 +53,9 @@ CARRIERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def converted_scales(x: reference.Array, signed: bool, actual: reference.Array) -> reference.Array:
-    """What the scales of converted values may be, the one that is nearer to `actual`: with them the largest magnitude of
-    a block falls on 1, or on the last value before, as dithered steps leave it. If it is negative it falls on the lowest
-    code: there is none for -1."""
+    """What the scales of converted values may be, the one that is nearer to `actual`: with them the largest magnitude
+    of a block falls on 1, or on the last value before, as dithered steps leave it. If it is negative it falls on the
+    lowest code: there is none for -1."""
     top = reference.block_max(x).astype(np.float32)
     last = (top / np.float32(reference.largest_value(signed))).astype(np.float32)
     choose = np.abs(actual - last) < np.abs(actual - top)
