@@ -22,10 +22,10 @@ import gpu_budget
 import memory_models
 import memory_profile
 import paged
-import parity
 import quantization_error
 import roofline
 import small_gradients
+from lm import parity_report
 from lm.report import describe, draw_loss, results_table
 from shared.common import RESULTS, ROOT, origin, plural, table
 from shared.plotting import is_current, save
@@ -132,7 +132,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "memory_models": memory_models.render,
     "memory_profile": memory_profile.render,
     "paged": paged.render,
-    "parity": parity.render,
+    "parity": parity_report.render,
     "quantization_error": quantization_error.render,
     "small_gradients": small_gradients.render,
 }
@@ -150,7 +150,7 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "memory_models": ("memory_models", memory_models.draw),
     "memory_profile": ("memory_profile", memory_profile.draw),
     "paged": ("paged", paged.draw),
-    "parity": ("parity", parity.draw),
+    "parity": ("parity", parity_report.draw),
     "quantization_error": ("quantization_error", quantization_error.draw),
     "small_gradients": ("small_gradients", small_gradients.draw),
 }
