@@ -151,6 +151,8 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "memory_profile": ("memory_profile", memory_profile.draw),
     "paged": ("paged", paged.draw),
     "parity": ("parity", parity_report.draw),
+    "parity-long": ("parity-long", parity_report.draw),
+    "parity-long-shift": ("parity-long-shift", parity_report.draw),
     "quantization_error": ("quantization_error", quantization_error.draw),
     "small_gradients": ("small_gradients", small_gradients.draw),
 }
