@@ -22,11 +22,11 @@ import gpu_budget
 import memory_models
 import memory_profile
 import paged
-import parity
 import quantization_error
 import roofline
 import slow_state.report
 import small_gradients
+from lm import parity_report
 from lm.report import describe, draw_loss, results_table
 from shared.common import RESULTS, ROOT, origin, plural, table
 from shared.plotting import is_current, save
@@ -134,7 +134,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "memory_models": memory_models.render,
     "memory_profile": memory_profile.render,
     "paged": paged.render,
-    "parity": parity.render,
+    "parity": parity_report.render,
     "quantization_error": quantization_error.render,
     "small_gradients": small_gradients.render,
 }
@@ -153,7 +153,9 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "memory_models": ("memory_models", memory_models.draw),
     "memory_profile": ("memory_profile", memory_profile.draw),
     "paged": ("paged", paged.draw),
-    "parity": ("parity", parity.draw),
+    "parity": ("parity", parity_report.draw),
+    "parity-long": ("parity-long", parity_report.draw),
+    "parity-long-shift": ("parity-long-shift", parity_report.draw),
     "quantization_error": ("quantization_error", quantization_error.draw),
     "small_gradients": ("small_gradients", small_gradients.draw),
 }

@@ -1,6 +1,8 @@
 """Byte-level text, split into a training and a validation part, with batches that depend on the seed alone."""
 
 import hashlib
+import importlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+SOURCES = ("_pydecimal", "argparse", "inspect", "typing")
 VALIDATION_SHARE = 0.1  # the end of the text, never trained on
 
 
@@ -33,6 +36,16 @@ def load_text(path: Path | None, context: int) -> Text:
         content = "\n".join(topics[topic] for topic in sorted(topics)).encode()
     else:
         name, content = path.name, path.read_bytes()
+    return _parts(name, content, context)
+
+
+def load_source(context: int) -> Text:
+    """Source code that ships with every CPython, other text than the language reference (about as long)."""
+    content = b"\n".join(Path(inspect.getfile(importlib.import_module(name))).read_bytes() for name in SOURCES)
+    return _parts("source of " + ", ".join(SOURCES), content, context)
+
+
+def _parts(name: str, content: bytes, context: int) -> Text:
     split = int(len(content) * (1 - VALIDATION_SHARE))
     if len(content) - split <= context:
         raise ValueError(

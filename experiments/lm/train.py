@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lm import memory
 from lm.data import Text, all_batches, random_batch
 from lm.model import GPT, Shape
-from lm.optimizers import RECIPES, make_optimizer
+from lm.optimizers import MIN_8BIT_SIZE, RECIPES, make_optimizer
 
 WARMUP_SHARE = 0.05
 LAST_SHARE = 0.1  # the training loss that is reported is the mean over this part of the steps, the last
@@ -45,6 +45,10 @@ class Settings:
     device: str
     threads: int
     text_sha256: str
+    rate: float = 1.0  # times the learning rate of the optimizer's recipe
+    end: float = 0.1  # the learning rate after the last step, as a share of the largest
+    min_8bit_size: int = MIN_8BIT_SIZE
+    later_text_sha256: str | None = None  # of the text of the second half of the steps, where that is another
 
 
 @dataclass
@@ -63,28 +67,40 @@ def checkpoint_path(out: Path, optimizer: str) -> Path:
     return out / f"{optimizer}.checkpoint.pt"
 
 
-def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Linear warm-up over the first steps, then half a cosine down to a tenth of `peak`. `step` counts from 0."""
+def learning_rate(peak: float, step: int, steps: int, end: float = 0.1) -> float:
+    """Linear warm-up over the first steps, then half a cosine down to `end * peak`. `step` counts from 0."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * share))
+    return peak * ((1 + end) / 2 + (1 - end) / 2 * math.cos(math.pi * share))
 
 
 class Run:
-    """Model, optimizer, batches and progress of one optimizer's training. `train` goes on from wherever it stands."""
+    """Model, optimizer, batches and progress of one optimizer's training. `train` goes on from wherever it stands.
 
-    def __init__(self, settings: Settings, text: Text, out: Path) -> None:
+    With `later` the second half of the steps trains on that text, and is judged by it; the optimizer goes on.
+    """
+
+    def __init__(self, settings: Settings, text: Text, out: Path, later: Text | None = None) -> None:
         _make_deterministic(settings)
-        self.settings, self.text, self.out = settings, text, out
+        self.settings, self.text, self.later, self.out = settings, text, later or text, out
         self.device = torch.device(settings.device)
         self.memory_before = memory.current(self.device)
         shape = Shape(settings.layers, settings.heads, settings.width, settings.context)
         self.model = GPT(shape).to(self.device, getattr(torch, settings.dtype))
-        self.optimizer = make_optimizer(settings.optimizer, self.model)
+        self.optimizer = make_optimizer(settings.optimizer, self.model, settings.rate, settings.min_8bit_size)
         self.batches = torch.Generator().manual_seed(settings.seed)
         self.progress = Progress()
+
+    @property
+    def peak(self) -> float:
+        """The largest learning rate."""
+        return self.settings.rate * RECIPES[self.settings.optimizer].lr
+
+    @property
+    def current_text(self) -> Text:
+        return self.text if self.progress.step < self.settings.steps // 2 else self.later
 
     def train(self, leave_bar: bool = True) -> dict[str, Any]:
         """Trains to the last step, saving a checkpoint half way; gives the figures of the run.
@@ -124,10 +140,10 @@ class Run:
 
     def _step(self) -> float:
         settings, progress = self.settings, self.progress
-        lr = learning_rate(RECIPES[settings.optimizer].lr, progress.step, settings.steps)
+        lr = learning_rate(self.peak, progress.step, settings.steps, settings.end)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        inputs, targets = random_batch(self.text.training, settings.batch, settings.context, self.batches)
+        inputs, targets = random_batch(self.current_text.training, settings.batch, settings.context, self.batches)
         loss: Tensor = self.model.loss(inputs.to(self.device), targets.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
@@ -156,9 +172,10 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss in nats per byte over the whole validation text."""
+        """Mean loss in nats per byte over the whole validation part of the text that is trained on now."""
         total, count = 0.0, 0
-        for inputs, targets in all_batches(self.text.validation, self.settings.batch, self.settings.context):
+        values = self.current_text.validation
+        for inputs, targets in all_batches(values, self.settings.batch, self.settings.context):
             loss = self.model.loss(inputs.to(self.device), targets.to(self.device))
             total, count = total + loss.item() * targets.numel(), count + targets.numel()
         return total / count
@@ -196,7 +213,7 @@ class Run:
         return {
             "label": RECIPES[self.settings.optimizer].label,
             "settings": dataclasses.asdict(self.settings),
-            "learning_rate": RECIPES[self.settings.optimizer].lr,
+            "learning_rate": self.peak,
             "weight_decay": RECIPES[self.settings.optimizer].weight_decay,
             "parameters": size,
             "training_loss": sum(last) / len(last),
