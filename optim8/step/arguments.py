@@ -57,7 +57,7 @@ def complete(owner: str, defaults: dict[str, Any]) -> dict[str, Any]:
     extra: dict[str, Any] = defaults.pop("kwargs", {})
     args, is_paged = extra.pop("args", None), extra.pop("is_paged", False)
     if args is not None:
-        there = [name for name in (*EXTRA_DEFAULTS, *_NEUTRAL) if hasattr(args, name)]
+        there = [name for name in ("optim_bits", "min_8bit_size", *_NEUTRAL) if hasattr(args, name)]
         extra = {**extra, **{name: getattr(args, name) for name in there}}
     for name, value in without_neutral(owner, extra).items():
         if name not in EXTRA_DEFAULTS:

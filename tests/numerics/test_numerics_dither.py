@@ -12,6 +12,7 @@ import torch
 from cases import Case
 from support.harness import ALL, bits, codes_of, hostile, load_state, parameter, random_state, state_bits, values
 
+import optim8
 from optim8 import codec
 
 STATES = pytest.mark.parametrize(("signed", "place"), [(True, 0), (True, 1), (False, 0), (False, 1)])
@@ -167,6 +168,26 @@ def test_each_rounding_goes_on_from_what_the_other_left(case: Case, rounding: st
     assert state_bits(first, p) == state_bits(second, p)
     second.step()
     assert state_bits(first, p) != state_bits(second, p)
+
+
+@ALL
+def test_groups_and_overrides_choose_the_rounding(case: Case, device: torch.device) -> None:
+    def params() -> list[torch.nn.Parameter]:
+        return [parameter(hostile(700, torch.float32, seed=i, small=-3, large=0).to(device)) for i in range(3)]
+
+    def run(params: list[torch.nn.Parameter], optimizer: Any) -> list[dict[str, bytes]]:
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = hostile(700, torch.float32, seed=10 * step + i).to(device)
+            optimizer.step()
+        return [state_bits(optimizer, p) for p in params]
+
+    dithered, nearest = ((own := params()) and run(own, case.make(own, rounding=r)) for r in ("dithered", "nearest"))
+    assert all(one != other for one, other in zip(dithered, nearest, strict=True))
+    own = params()
+    groups = [{"params": own[:1]}, {"params": own[1:], "rounding": "nearest"}]
+    with optim8.override(own[2], rounding="dithered"):
+        assert run(own, case.make(groups)) == [dithered[0], nearest[1], dithered[2]]
 
 
 @ALL

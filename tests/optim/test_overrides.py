@@ -260,6 +260,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no option": (lambda: optim8.override(MODEL.embed), ValueError, "at least one option"),
     "a group's option": (lambda: optim8.override(MODEL.embed, maximize=True), ValueError, "'maximize'"),
     "bits": (lambda: optim8.override(MODEL.embed, optim_bits=16), ValueError, "optim_bits must be 8 or 32, got 16"),
+    "rounding": (lambda: optim8.override(MODEL.embed, rounding="up"), ValueError, "rounding must be 'dithered' or"),
     "a negative lr": (lambda: optim8.override(MODEL.embed, lr=-1.0), ValueError, "lr must be at least 0"),
     "betas": (lambda: optim8.override(MODEL.embed, betas="(0.9)"), ValueError, "betas must be a pair"),
     "betas of words": (lambda: optim8.override(MODEL.embed, betas="(a, b)"), ValueError, "betas must be a pair"),
