@@ -1,12 +1,13 @@
 """Compares the step of two builds of optim8, in turn, in one run: `python experiments/compare_builds.py BEFORE`.
 
 BEFORE is a source tree with its compiled module, such as an older commit after `python setup.py build_ext --inplace`.
-Each build runs in a process of its own; one waits while the other steps. A ratio above 1 says that the optim8 of
-this environment is faster.
+Each build runs in a process of its own, and then in another; one waits while the other steps. A ratio above 1 says
+that the optim8 of this environment is faster.
 """
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import subprocess
@@ -29,7 +30,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small tensors: shows that it runs, says nothing of speed")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of parameters")
     parser.add_argument("--rounding", default="dithered", choices=["dithered", "nearest"], help="if a build has it")
-    parser.add_argument("--repeats", type=int, default=31, help="rounds")
+    parser.add_argument(
+        "--processes", type=int, default=4, help="of each build, one after another: memory lies otherwise"
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of a process")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     add_json(parser, "compare_builds")
     return parser.parse_args(argv)
@@ -126,27 +130,30 @@ def main() -> int:
             sys.exit(f"compare_builds: there is no optim8 with a compiled module in {root}. Build it there first.")
     every = len(os.sched_getaffinity(0))
     options = ["--dtype", arguments.dtype, "--rounding", arguments.rounding, *(["--quick"] if arguments.quick else [])]
-    with builds(roots, options) as running:
-        for case, subject, first in subjects(arguments.quick):
-            for threads in sorted({1, every}):
-                seconds: dict[str, list[float]] = {name: [] for name in running}
+    seconds: dict[tuple[str, str, str, int], dict[str, list[float]]] = {}
+    for _ in range(arguments.processes):
+        with builds(roots, options) as running:
+            for (case, subject, first), threads in itertools.product(
+                list(subjects(arguments.quick)), sorted({1, every})
+            ):
+                taken = seconds.setdefault((case, subject, first, threads), {name: [] for name in running})
                 for turn in range(arguments.repeats + 1):
                     for name in random.sample(list(running), len(running)):  # which comes first is no advantage
-                        taken = running[name].seconds(case, subject, str(threads), first)
+                        time_of_step = running[name].seconds(case, subject, str(threads), first)
                         if turn:
-                            seconds[name].append(taken)
-                ratios = sorted(b / a for b, a in zip(seconds["before"], seconds["after"], strict=True))
-                times = {name: spread(values) for name, values in seconds.items()}
-                row = {
-                    "case": case,
-                    "subject": subject + (f", {first}" if first else ""),
-                    "threads": threads,
-                    **times,
-                    "ratio": times["before"]["median_ms"] / times["after"]["median_ms"],
-                    "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
-                }
-                rows.append(row)
-                print(f"{case}, {row['subject']}, {threads}: {row['ratio']:.3f}", flush=True)
+                            taken[name].append(time_of_step)
+    for (case, subject, first, threads), taken in seconds.items():
+        ratios = sorted(b / a for b, a in zip(taken["before"], taken["after"], strict=True))
+        times = {name: spread(values) for name, values in taken.items()}
+        row = {
+            "case": case,
+            "subject": subject + (f", {first}" if first else ""),
+            "threads": threads,
+            **times,
+            "ratio": times["before"]["median_ms"] / times["after"]["median_ms"],
+            "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+        }
+        rows.append(row)
     cells = [
         [
             f"{row['case']}, {row['subject']}",
