@@ -95,7 +95,8 @@ class StepTable {
     // parameters' names or None, `firsts` maps indices of parts of larger parameters to where in these they begin, in
     // values. Throws ValueError that names `owner`, group, index and name.
     Lacks add(py::list params, py::dict state, const std::string& rule, const StepOptions& options,
-              const std::string& owner, int64_t group, py::dict grads, const py::object& names_of, const py::dict& firsts);
+              const std::string& owner, int64_t group, py::dict grads, const py::object& names_of,
+              const py::dict& firsts);
 
     // Finds two of `params` whose values begin at the same address: threads would step them at once. It does not
     // search where the addresses are those of the last step that had no such pair.
