@@ -19,8 +19,8 @@ enum class Rounding : uint8_t { Nearest, Dithered };
 
 // From one decade to the next the slope of `position` falls to a third at the last value of the one, and to a fifth at
 // the first of the other. So near a boundary it is the index of that last value and the least of three lines in
-// t, linear in y and 0 at the last value: t, t / 3 and (t + 2) / 5. A zone has one boundary. Zones are
-// three binades long, and quotients scaled such that their ends lie within decades: the exponent tells the zone.
+// t, linear in y and 0 at the last value: t, t / 3 and (t + 2) / 5. A zone has one boundary. Zones are three binades
+// long, and quotients scaled such that their ends lie within decades: the exponent tells the zone.
 constexpr int zones = 8, binades_of_zone = 3;
 constexpr int lowest_binade = 108;  // exponent field
 // With this added, numbers from -122 to 6 are fixed-point numbers with 16 bits behind the point.
@@ -90,16 +90,16 @@ OPTIM8_HD uint32_t dither_start(uint32_t block, uint32_t time) {
     const uint32_t mixed = block * 0x9e3779b1u;
     return ((mixed ^ mixed >> 15) * 0x85ebca77u + time) >> 16;
 }
-// u of an element. The second state of a rule takes the complement: so what it adds up to over time is not the error of
-// the first one.
+// u of an element. The second state of a rule takes the complement: with the same u both would be rounded up at once,
+// and a sequence of its own would take more instructions.
 template <int state>
 OPTIM8_HD constexpr uint32_t dither(uint32_t start, uint32_t element) {
     const uint32_t u = (start + element * dither_of_element) & 0xffffu;
     return state % 2 == 0 ? u : 0xffffu - u;
 }
 
-// The code of |x|, finite, in a block whose largest magnitude has the given reciprocal, as the third byte: of the
-// fixed- point number position + u in units of 2^-16. `T`: as for on_line.
+// The code of |x|, finite, in a block whose largest magnitude has the given reciprocal, as the third byte: of
+// position + u as a fixed-point number in units of 2^-16. `T`: as for on_line.
 template <Code code, class T>
 OPTIM8_HD uint32_t encode_magnitude(float x, float reciprocal, uint32_t u, const T& t) {
     static_assert(code == Code::Signed || code == Code::Positive, "what states have");

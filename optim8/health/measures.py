@@ -103,13 +103,14 @@ def _moments(
     for place, moment in enumerate(optimizer.moments):
         # A step stores what is not finite as 0.
         exact = new[moment.name].nan_to_num(nan=0, posinf=0, neginf=0)
-        if group["rounding"] == "dithered":
+        dithered = group["rounding"] == "dithered"
+        if dithered:
             codes, absmax = codec.quantize_dithered(exact, blocks, signed=moment.signed, step=step, place=place)
         else:
             codes = torch.empty_like(exact, dtype=torch.uint8)
             absmax = exact.new_empty(codec.blocks(size))
             codec.quantize(exact, codes, absmax, signed=moment.signed, as_step=True)
-        seen[moment.name] = _compare(moment, old[moment.name], exact, codes, absmax)
+        seen[moment.name] = _compare(moment, old[moment.name], exact, codes, absmax, 254 if dithered else 255)
     return size, seen
 
 
@@ -122,8 +123,9 @@ def _blocks(size: int, most: int, device: torch.device) -> torch.Tensor | None:
 
 
 def _compare(
-    moment: Moment, old: torch.Tensor, exact: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor
+    moment: Moment, old: torch.Tensor, exact: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, highest: int
 ) -> MomentHealth:
+    """`highest`: the code of the largest value of a block."""
     stored, size = codec.dequantize(codes, absmax, signed=moment.signed), exact.abs()
     known = size > 0
     error = ((stored - exact).abs() / size).clamp(max=1)
@@ -131,7 +133,7 @@ def _compare(
     table = codec.code_table(moment.signed, exact.device)
     middle = (table[1:] + table[:-1]) / 2
     unseen = torch.bucketize(exact / scale, middle) == torch.bucketize(old / scale, middle)
-    top = codes >= 254  # 255 in rounding to nearest alone
+    top = codes >= highest
     low = codes == 0 if moment.signed else codes == 1
     parts = [
         torch.where(known, error, 0).sum(),

@@ -11,8 +11,8 @@ capturable: for CUDA parameters only.
 differentiable: must be False.
 min_8bit_size: tensors of fewer values keep 32-bit state.
 optim_bits: 8, or 32 for state in float32.
-rounding: of 8-bit state: "dithered" is right in the mean and follows 32-bit state over any number of steps; "nearest",
-    for comparison, is what other libraries do, and loses changes of less than half a code (docs/numerics.md).
+rounding: of 8-bit state: "dithered" keeps changes of less than half a code in the mean, and so follows 32-bit state;
+    "nearest", for comparison, is what other libraries do, and loses them (docs/numerics.md).
 paged: True keeps state in a memory-mapped file; an optim8.paging.Pager says where it lives, under which budget.
 **kwargs: what bitsandbytes' optimizers also take: `args`, `is_paged`; `percentile_clipping`, `block_wise`,
     `max_unorm` and `skip_zeros` with the values that change nothing."""

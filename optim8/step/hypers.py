@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from optim8.rules import Hyper, Rule
 
 MIN_8BIT_SIZE = 4096
 
-ROUNDINGS = ("dithered", "nearest")
-
 # Types of arguments. Numbers may also be numpy's, and pairs numpy arrays; they are stored as floats and tuples.
 Number: TypeAlias = float | torch.Tensor
 Betas: TypeAlias = Sequence[Number] | str
 Bits: TypeAlias = Literal[8, 32]
 Rounding: TypeAlias = Literal["dithered", "nearest"]
+ROUNDINGS = get_args(Rounding)
 
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
 EXTRA_DEFAULTS: dict[str, Any] = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8, "rounding": "dithered"}
@@ -149,7 +148,7 @@ def _normalize_precision(owner: str, group: dict[str, Any]) -> None:
     if bits not in (8, 32):
         raise ValueError(f"{owner}: optim_bits must be 8 or 32, got {group['optim_bits']!r}.")
     if group["rounding"] not in ROUNDINGS:
-        raise ValueError(f"{owner}: rounding must be 'dithered' or 'nearest', got {group['rounding']!r}.")
+        raise ValueError(f"{owner}: rounding must be {' or '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}.")
     group["min_8bit_size"], group["optim_bits"] = size, bits
 
 

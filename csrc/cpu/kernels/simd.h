@@ -27,8 +27,8 @@ constexpr ElementDither make_element_dither() {
     return made;
 }
 constexpr ElementDither element_dither = make_element_dither();
-// What they are added to in the lower halves of words, or taken from; the upper halves take away the exponent of a
-// fixed- point number.
+// What they are added to in the lower halves of words, or taken from; the upper halves take away what the bits of
+// a fixed-point number have there.
 template <int state>
 OPTIM8_HD uint32_t dither_base(uint32_t start) {
     return (state % 2 == 0 ? start : 0xffffu - start) - fixed_point_bits;

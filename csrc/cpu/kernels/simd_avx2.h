@@ -255,7 +255,8 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     const DitherZones& t = DitherZonesOf<code>::all;
     const __m256 magnitude_mask = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(abs_mask)));
     const F with(reciprocal), lowest(DitherTablesOf<code>::all.lowest);
-    const __m256i third_of_exponent = _mm256_set1_epi32(21846);
+    static_assert(binades_of_zone == 3, "a third, rounded down, of every exponent");
+    const __m256i third_of_exponent = _mm256_set1_epi32(21846);  // 2^16 / 3, rounded up
     const __m256i* elements = reinterpret_cast<const __m256i*>(element_dither.of_element + at);
     const __m256i base = _mm256_set1_epi32(static_cast<int>(dither_base<state>(start)));
     F y[n], line[n];
