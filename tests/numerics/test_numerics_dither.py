@@ -10,7 +10,18 @@ import pytest
 import reference
 import torch
 from cases import Case
-from support.harness import ALL, bits, codes_of, hostile, load_state, parameter, random_state, state_bits, values
+from support.harness import (
+    ALL,
+    bits,
+    codes_of,
+    hostile,
+    load_state,
+    parameter,
+    random_state,
+    shards_from,
+    state_bits,
+    values,
+)
 
 import optim8
 from optim8 import codec
@@ -118,26 +129,17 @@ def test_a_mirrored_problem_takes_the_mirrored_path(case: Case, device: torch.de
 
 
 @ALL
-def test_parts_cut_at_blocks_take_the_path_of_the_whole(
-    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_cut_at_blocks_take_the_path_of_the_whole(case: Case, device: torch.device) -> None:
     """As the local shards of a DTensor do, which tell where they begin."""
     size, cut = 256 * 9 + 100, 256 * 4
     data = hostile(size, torch.float32, seed=1, small=-3, large=0).to(device)
     whole, (one, two) = parameter(data.clone()), (parameter(part.clone()) for part in (data[:cut], data[cut:]))
-    firsts = {id(one): 0, id(two): cut}
     optimizers = [case.make([whole]), case.make([one]), case.make([two])]
     grads = [hostile(size, torch.float32, seed=10 + step).to(device) for step in range(5)]
     for grad in grads:
         for p, part, optimizer in zip((whole, one, two), (grad, grad[:cut], grad[cut:]), optimizers, strict=True):
             p.grad = part.clone()
-            with monkeypatch.context() as patch:
-                if p is not whole:
-                    patch.setattr("optim8.step.parts.is_dtensor", lambda tensor: id(tensor) in firsts)
-                    patch.setattr("optim8.step.parts.dtensor_class", lambda: torch.nn.Parameter)
-                    patch.setattr("optim8.step.parts.local", lambda tensor: tensor.detach())
-                    patch.setattr("optim8.step.parts.first_of", lambda tensor: firsts[id(tensor)])
-                    patch.setattr("optim8.step.parts._local_grad", lambda who, param, grad: grad)
+            with shards_from({one: 0, two: cut} if p is not whole else {}):
                 optimizer.step()
     assert bits(whole) == bits(one) + bits(two)
     joined = {key: state_bits(optimizers[1], one)[key] + value for key, value in state_bits(optimizers[2], two).items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +108,24 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def shards_from(firsts: Mapping[torch.Tensor, int]) -> Iterator[None]:
+    """Steps in here take each of these plain parameters for the local shard of a DTensor that begins at this element of
+    it."""
+    starts = {id(param): first for param, first in firsts.items()}
+    instead = {
+        "is_dtensor": lambda tensor: id(tensor) in starts,
+        "dtensor_class": lambda: torch.nn.Parameter if starts else None,
+        "local": lambda tensor: tensor.detach() if id(tensor) in starts else tensor,
+        "first_of": lambda tensor: starts[id(tensor)],
+        "_local_grad": lambda who, param, grad: grad,
+    }
+    with ExitStack() as patches:
+        for name, function in instead.items():
+            patches.enter_context(mock.patch(f"optim8.step.parts.{name}", function))
+        yield
 
 
 def snapshot(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor] = ()) -> dict[str, Any]:
