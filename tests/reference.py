@@ -121,12 +121,12 @@ def wrong_codes(
 
 
 def dither(t: int, blocks: npt.ArrayLike, state: int) -> npt.NDArray[np.float64]:
-    """u of the 256 elements of each of these blocks at step `t`, in [0, 1); of the second state the complement."""
+    """u of the 256 elements of each of these blocks at step `t`, in [0, 1); of the second state those of neighbours."""
     mixed = np.asarray(blocks, np.uint64) * 0x9E3779B1 & 0xFFFFFFFF
     mixed = (mixed ^ mixed >> np.uint64(15)) * np.uint64(0x85EBCA77)
     start = (mixed + np.uint64(t * 2447445414 & 0xFFFFFFFF) & np.uint64(0xFFFFFFFF)) >> np.uint64(16)
-    u = (start[:, None] + np.arange(BLOCK, dtype=np.uint64) * np.uint64(40503)).astype(np.int64) & 0xFFFF
-    return (u if state % 2 == 0 else 0xFFFF - u) / 2.0**16
+    elements = np.arange(BLOCK, dtype=np.uint64) ^ np.uint64(state)
+    return ((start[:, None] + elements * np.uint64(40503)).astype(np.int64) & 0xFFFF) / 2.0**16
 
 
 def largest_value(signed: bool) -> float:

@@ -34,7 +34,7 @@ constexpr float after_fifth = static_cast<float>(fixed_point + 0.4 - static_cast
 
 struct DitherTables {
     float slope[32], offset[32];  // of t + fixed_point, by the low five bits of the exponent
-    uint32_t last[32];            // what takes the bits of a fixed-point number to those of the code of the last value
+    uint32_t last[32];            // what takes the upper half of a fixed-point number to the code of the last value
     float lowest;                 // what is less is taken to be of its zone
     float quotient;               // a block's largest magnitude over its scaled quotient
     float absmax;                 // what is stored as absmax over that magnitude
@@ -57,7 +57,7 @@ constexpr DitherTables make_dither_tables(Code code) {
         t.slope[b] = static_cast<float>((from_zero ? 1 / smallest : n * decade_inverse[decade] / 0.9) / one);
         t.offset[b] = static_cast<float>(fixed_point + (from_zero ? -1 : 0.5 - n * 10 / 9.0));
         const int last = 2 * n - (with_sign ? 1 : 2);
-        t.last[b] = (static_cast<uint32_t>(zero_code_of(code) + last) << 16) - fixed_point_bits;
+        t.last[b] = static_cast<uint32_t>(zero_code_of(code) + last) - (fixed_point_bits >> 16);
     }
     const int n = first << (decades - 1);
     const double last_value = 1 - 0.45 / n;
@@ -79,23 +79,31 @@ struct DitherTablesOf {
 // Within a block the elements are spread evenly, by a multiple of the golden ratio of the range of u; blocks begin
 // anywhere; and each step goes on by a number that is far from every simple fraction (Roberts 2018, "The unreasonable
 // effectiveness of quasirandom sequences": the square of the inverse of the root of x^3 = x + 1).
-constexpr uint32_t dither_of_element = 40503;
-constexpr uint32_t dither_of_step = 2447445414u;  // in units of 2^-32
+constexpr uint32_t dither_of_element = 40503u << 16, dither_of_step = 2447445414u;  // in units of 2^-32
 
 OPTIM8_HD uint32_t dither_time(double step) {
     return static_cast<uint32_t>(static_cast<uint64_t>(step)) * dither_of_step;
 }
-// u of a block's first element, 16 bits. `block`: its number in the whole parameter.
+// u of a block's first element, in units of 2^-32. `block`: its number in the whole parameter.
 OPTIM8_HD uint32_t dither_start(uint32_t block, uint32_t time) {
     const uint32_t mixed = block * 0x9e3779b1u;
-    return ((mixed ^ mixed >> 15) * 0x85ebca77u + time) >> 16;
+    return (mixed ^ mixed >> 15) * 0x85ebca77u + time;
 }
-// u of an element. The second state of a rule takes the complement: with the same u both would be rounded up at once,
-// and a sequence of its own would take more instructions.
+// u of an element likewise; its upper half counts. With the same u all states of a rule would be rounded up at once,
+// and sequences of their own would take more instructions: the second state takes that of a neighbour, the third that
+// of the next but one.
 template <int state>
 OPTIM8_HD constexpr uint32_t dither(uint32_t start, uint32_t element) {
-    const uint32_t u = (start + element * dither_of_element) & 0xffffu;
-    return state % 2 == 0 ? u : 0xffffu - u;
+    return start + (element ^ state) * dither_of_element;
+}
+
+// An integer to the upper half of a word, and the upper half of another to the lower.
+OPTIM8_HD uint32_t halves(uint32_t upper, uint32_t lower) {
+#if defined(__CUDA_ARCH__)
+    return __funnelshift_l(lower, upper, 16);  // one instruction together with an addition
+#else
+    return upper << 16 | lower >> 16;
+#endif
 }
 
 // The code of |x|, finite, in a block whose largest magnitude has the given reciprocal, as the third byte: of
@@ -109,7 +117,7 @@ OPTIM8_HD uint32_t encode_magnitude(float x, float reciprocal, uint32_t u, const
     // Where nothing becomes 0, less than the smallest value has its position.
     const float line = fma(is_signed(code) ? y : clamped, of_binade(t.slope, exponent), of_binade(t.offset, exponent));
     const float least = smaller(line, smaller(fma(line, third, after_third), fma(line, fifth, after_fifth)));
-    return bits_of(least) + u + of_binade(t.last, exponent);
+    return halves(of_binade(t.last, exponent), u) + bits_of(least);
 }
 
 // The same of x.

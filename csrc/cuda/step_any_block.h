@@ -81,7 +81,7 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
     for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
     store_tile<span>(block.param, block.count, block.well, new_param);
     const LaneCodes<Rule, rounding> lane_codes;
-    const uint32_t start = lane_dither_start<span>(dither_start(block.number, scalars.dither_time));
+    const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
         const BlockScale by = block_scale<code_of<Rule, s.index>, rounding>(float_of(largest[s.index]));
         uint8_t encoded[per_lane];

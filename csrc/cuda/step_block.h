@@ -60,27 +60,22 @@ struct LaneCodes<Rule, Rounding::Nearest> {
     }
 };
 
-// core/dither.h's u of the lane's eight elements of a block, in the upper half of a word from here on. Of odd states,
-// what is missing to 0xffff stands in the table of last values.
+// core/dither.h's u of the lane's first element of a block, and from it that of the k-th.
 template <int span>
-OPTIM8_DEVICE uint32_t lane_dither_start(uint32_t start) {
-    return (start + static_cast<uint32_t>(lane()) * span * dither_of_element) << 16;
+OPTIM8_DEVICE uint32_t lane_dither_start(uint32_t block, uint32_t time) {
+    return dither_start(block, time) + static_cast<uint32_t>(place<span>(0)) * dither_of_element;
 }
 template <int state, int span>
 OPTIM8_DEVICE uint32_t lane_dither(uint32_t start, int k) {
-    const uint32_t element = static_cast<uint32_t>(k / span * (warp_size * span) + k % span);
-    const uint32_t u = (start + (element * dither_of_element << 16)) >> 16;
-    return state % 2 == 0 ? u : 0 - u;
+    static_assert(span % 4 == 0, "neighbours are of one lane");
+    return dither<state>(start, static_cast<uint32_t>(place<span>(k) - place<span>(0)));
 }
 
 template <class Rule>
 struct LaneCodes<Rule, Rounding::Dithered> {
     LaneDitherLines lines[state_count<Rule>];
     OPTIM8_DEVICE LaneCodes() {
-        each_state<Rule>([&](auto s) {
-            lines[s.index] = lane_dither_lines<code_of<Rule, s.index>>();
-            if (s.index % 2 != 0) lines[s.index].last.mine += 0xffffu;
-        });
+        each_state<Rule>([&](auto s) { lines[s.index] = lane_dither_lines<code_of<Rule, s.index>>(); });
     }
     template <int s>
     OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t u) const {
@@ -175,7 +170,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     if (!good) return false;
 
     store_tile<span>(block.param, tile, true, param);
-    const uint32_t start = lane_dither_start<span>(dither_start(block.number, scalars.dither_time));
+    const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
         const BlockScale by = block_scale<code_of<Rule, s.index>, rounding>(float_of(largest[s.index]));
         if (by.normal.scale != 1.0f)

@@ -13,26 +13,26 @@ constexpr int group = 64;
 
 // The magnitude index that DitherTables::last stands for, by the exponent field.
 constexpr uint8_t last_index(const DitherTables& t, Code code, int binade) {
-    return static_cast<uint8_t>(((t.last[binade % 32] + fixed_point_bits) >> 16) -
-                                static_cast<uint32_t>(zero_code_of(code)));
+    return static_cast<uint8_t>(t.last[binade % 32] + (fixed_point_bits >> 16) - zero_code_of(code));
 }
 
 // The part of a block's elements in u; sums are modulo 2^16.
 struct alignas(64) ElementDither {
     uint32_t of_element[step_block];
 };
+template <int state>
 constexpr ElementDither make_element_dither() {
     ElementDither made{};
-    for (uint32_t i = 0; i < step_block; ++i) made.of_element[i] = dither<0>(0, i);
+    for (uint32_t i = 0; i < step_block; ++i) made.of_element[i] = dither<state>(0, i) >> 16;
     return made;
 }
-constexpr ElementDither element_dither = make_element_dither();
-// What they are added to in the lower halves of words, or taken from; the upper halves take away what the bits of
-// a fixed-point number have there.
 template <int state>
-OPTIM8_HD uint32_t dither_base(uint32_t start) {
-    return (state % 2 == 0 ? start : 0xffffu - start) - fixed_point_bits;
-}
+struct ElementDitherOf {
+    static constexpr ElementDither all = make_element_dither<state>();
+};
+// What they are added to in the lower halves of words; the upper halves take away what the bits of a fixed-point number
+// have there.
+OPTIM8_HD uint32_t dither_base(uint32_t start) { return (start >> 16) - fixed_point_bits; }
 OPTIM8_END
 
 #if defined(__AVX512VBMI__)

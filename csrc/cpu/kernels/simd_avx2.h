@@ -257,8 +257,8 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     const F with(reciprocal), lowest(DitherTablesOf<code>::all.lowest);
     static_assert(binades_of_zone == 3, "a third, rounded down, of every exponent");
     const __m256i third_of_exponent = _mm256_set1_epi32(21846);  // 2^16 / 3, rounded up
-    const __m256i* elements = reinterpret_cast<const __m256i*>(element_dither.of_element + at);
-    const __m256i base = _mm256_set1_epi32(static_cast<int>(dither_base<state>(start)));
+    const __m256i* elements = reinterpret_cast<const __m256i*>(ElementDitherOf<state>::all.of_element + at);
+    const __m256i base = _mm256_set1_epi32(static_cast<int>(dither_base(start)));
     F y[n], line[n];
     __m256i zone[n], index[n];
     for (int j = 0; j < n; ++j) y[j] = x[j] * with;
@@ -274,10 +274,7 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     for (int j = 0; j < n; ++j) line[j] = fma(y[j], F(fifth), F(after_fifth));
     for (int j = 0; j < n; ++j) line[j] = minimum(fma(y[j], F(third), F(after_third)), line[j]);
     for (int j = 0; j < n; ++j) line[j] = minimum(y[j], line[j]);
-    for (int j = 0; j < n; ++j) {
-        const __m256i of_element = _mm256_load_si256(elements + j);
-        index[j] = state % 2 == 0 ? _mm256_add_epi16(base, of_element) : _mm256_sub_epi16(base, of_element);
-    }
+    for (int j = 0; j < n; ++j) index[j] = _mm256_add_epi16(base, _mm256_load_si256(elements + j));
     for (int j = 0; j < n; ++j) index[j] = _mm256_add_epi32(_mm256_castps_si256(line[j].v), index[j]);
     for (int j = 0; j < n; ++j) index[j] = _mm256_srai_epi32(index[j], 16);
     const __m256i lasts = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t.last)));

@@ -206,7 +206,7 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
                                      uint8_t* codes) {
     const DitherTables& t = DitherTablesOf<code>::all;
     const __m512 lowest = _mm512_set1_ps(t.lowest);
-    const __m512i base = _mm512_set1_epi32(static_cast<int>(dither_base<state>(start)));
+    const __m512i base = _mm512_set1_epi32(static_cast<int>(dither_base(start)));
     __m512i fixed[4], exponent[4];
     for (int j = 0; j < 4; ++j) {
         __m512 y = _mm512_mul_ps(x[j].v, _mm512_set1_ps(reciprocal));
@@ -218,9 +218,9 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
         exponent[j] = _mm512_mask_srli_epi32(_mm512_set1_epi32(nothing), stored, _mm512_castps_si512(clamped), 23);
         const F line = fma(F(y), pick(t.slope, exponent[j]), pick(t.offset, exponent[j]));
         const F other = minimum(fma(line, F(third), F(after_third)), fma(line, F(fifth), F(after_fifth)));
-        const __m512i of_element = _mm512_load_si512(element_dither.of_element + at + j * width);
-        const __m512i u = state % 2 == 0 ? _mm512_add_epi16(base, of_element) : _mm512_sub_epi16(base, of_element);
-        fixed[j] = _mm512_maskz_add_epi32(stored, _mm512_castps_si512(minimum(line, other).v), u);
+        const __m512i of_element = _mm512_load_si512(ElementDitherOf<state>::all.of_element + at + j * width);
+        fixed[j] = _mm512_maskz_add_epi32(stored, _mm512_castps_si512(minimum(line, other).v),
+                                          _mm512_add_epi16(base, of_element));
     }
     const __m512i binade = gather_bytes<0>(exponent[0], exponent[1], exponent[2], exponent[3]);
     __m512i index = gather_bytes<2>(fixed[0], fixed[1], fixed[2], fixed[3]);
