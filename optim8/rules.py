@@ -23,22 +23,36 @@ class Moment:
 
     name: the key of its values in float32.
     signed: whether its code has negative values.
+    root: whether codes stand for its square root.
     codes, absmax: the keys of its 8-bit codes and of their scales.
     """
 
     name: str
     signed: bool
+    root: bool = False
     codes: str = field(init=False)
     absmax: str = field(init=False)
 
     def __post_init__(self) -> None:
+        stem = f"{self.name}_root" if self.root else self.name
         # Interned: a step compares the keys of a state by identity.
-        object.__setattr__(self, "codes", sys.intern(f"{self.name}_codes"))
-        object.__setattr__(self, "absmax", sys.intern(f"{self.name}_absmax"))
+        object.__setattr__(self, "codes", sys.intern(f"{stem}_codes"))
+        object.__setattr__(self, "absmax", sys.intern(f"{stem}_absmax"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()  # keys are interned anew, and version 0.1.0 had none for codes
+
+    @property
+    def direct(self) -> Moment:
+        """The same with codes that stand for its values, as other libraries keep them, and earlier versions did."""
+        return Moment(self.name, self.signed) if self.root else self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys under which a state may have it."""
+        direct = self.direct
+        return self.name, *dict.fromkeys((self.codes, self.absmax, direct.codes, direct.absmax))
 
     @property
     def zero(self) -> int:

@@ -11,6 +11,7 @@ import torch
 
 import optim8
 
+ROOTS = frozenset({"exp_avg_sq"})
 ADAM_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.03},
     {"lr": 0.07, "betas": (0.95, 0.9995), "eps": 1e-12, "weight_decay": 0.0, "maximize": True},
@@ -41,6 +42,7 @@ class Case:
     torch_class: type[torch.optim.Optimizer] | None = None  # the 32-bit optimizer with the same meaning
     decay_in_gradient: bool = False  # weight decay passes through the moments
     is_scale_free: bool = True  # the size of an update does not depend on that of the gradients
+    roots: frozenset[str] = frozenset()  # the states of which codes stand for the square root
 
     def __str__(self) -> str:
         return self.name
@@ -49,6 +51,14 @@ class Case:
     def state(self) -> str:
         """The name of the first state."""
         return next(iter(self.states))
+
+    def codes(self, state: str) -> str:
+        """The key of a state's codes."""
+        return f"{state}_root_codes" if state in self.roots else f"{state}_codes"
+
+    def absmax(self, state: str) -> str:
+        """The key of a state's scales."""
+        return self.codes(state).removesuffix("codes") + "absmax"
 
     @property
     def cls(self) -> Any:
@@ -75,6 +85,7 @@ CASES = {
             {},
             {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 1e-4},
             torch_class=torch.optim.Adam,
+            roots=ROOTS,
             decay_in_gradient=True,
         ),
         Case(
@@ -85,6 +96,7 @@ CASES = {
             {},
             {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.05},
             torch_class=torch.optim.AdamW,
+            roots=ROOTS,
         ),
         Case(
             "Lion8bit",

@@ -76,9 +76,12 @@ def per_element(absmax: Array, size: int) -> Array:
     return np.repeat(absmax, BLOCK)[:size]
 
 
-def decode(codes: npt.NDArray[np.uint8], absmax: npt.NDArray[np.float32], signed: bool) -> Rounded:
-    """What the codes of a tensor stand for: table value times the block's absmax, one float32 product."""
+def decode(codes: npt.NDArray[np.uint8], absmax: npt.NDArray[np.float32], signed: bool, root: bool = False) -> Rounded:
+    """What the codes of a tensor stand for: table value times the block's absmax, one float32 product; of a root the
+    square, another."""
     product = dynamic_map(signed)[codes].astype(np.float64) * per_element(absmax.astype(np.float64), codes.size)
+    if root:
+        product = product.astype(np.float32).astype(np.float64) ** 2
     return Rounded.once(product, np.zeros_like(product))
 
 

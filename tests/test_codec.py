@@ -146,12 +146,12 @@ def test_the_step_encodes_m_to_the_nearest(name: str, device: torch.device) -> N
 
 
 def test_the_step_encodes_v_to_the_nearest(device: torch.device) -> None:
-    root = np.sqrt(_sweep())
-    root = np.resize(root[root > 0], (-(-root.size // 255), 255))
+    root = _sweep()
+    root = np.resize(root[root > 2.0**-74], (-(-root.size // 255), 255))  # their squares are positive
     g = np.concatenate([root, np.ones((len(root), 1), np.float32)], 1)
     state = _moments_of("AdamW8bit", g, device)
-    assert (state["exp_avg_sq_absmax"] == 1).all()
-    codes, y = codes_of(state["exp_avg_sq_codes"]), (g * g).ravel()
+    assert (state["exp_avg_sq_root_absmax"] == 1).all()
+    codes, y = codes_of(state["exp_avg_sq_root_codes"]), g.ravel()
     smallest = reference.dynamic_map(signed=False)[1]
     assert (codes[y < smallest] == 1).all(), "a positive v takes the smallest positive code at least"
     _assert_nearest(codes[y >= smallest], y[y >= smallest], signed=False)
@@ -165,7 +165,7 @@ def test_the_adam_step_decodes_m_exactly(device: torch.device) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     zero, one = torch.zeros(256, dtype=torch.uint8), torch.ones(1)
     state = {"exp_avg_codes": codes, "exp_avg_absmax": one}
-    state |= {"exp_avg_sq_codes": zero, "exp_avg_sq_absmax": torch.zeros(1)}
+    state |= {"exp_avg_sq_root_codes": zero, "exp_avg_sq_root_absmax": torch.zeros(1)}
     load_state(optimizer, {0: {"step": torch.tensor(4000.0), **state}})
     optimizer.step()
     assert np.array_equal(values(p), -0.5 * reference.dynamic_map(signed=True).astype(np.float64))
@@ -175,18 +175,19 @@ def test_the_adam_step_decodes_m_exactly(device: torch.device) -> None:
 
 
 def test_the_adam_step_decodes_v_exactly(device: torch.device) -> None:
-    """With m = 2, b1 = b2 = 1/2, g = eps = 0 and lr = 1 the step is p = -1 / sqrt(v / 2), IEEE root and division."""
+    """With m = 2, b1 = b2 = 1/2, g = eps = 0 and lr = 1 the step is p = -1 / sqrt(v / 2), IEEE root and division, and v
+    is the square of a value of the code."""
     p = parameter(torch.zeros(256, device=device), torch.zeros(256, device=device))
     hyper = {"lr": 1.0, "betas": (0.5, 0.5), "eps": 0.0, "weight_decay": 0.0}
     optimizer = CASES["AdamW8bit"].make([p], hyper, rounding="nearest")
     codes = torch.arange(256, dtype=torch.uint8)
     full = torch.full((256,), 255, dtype=torch.uint8)
-    state = {"exp_avg_codes": full, "exp_avg_absmax": torch.tensor([2.0]), "exp_avg_sq_codes": codes}
-    load_state(optimizer, {0: {"step": torch.tensor(4000.0), **state, "exp_avg_sq_absmax": torch.ones(1)}})
+    state = {"exp_avg_codes": full, "exp_avg_absmax": torch.tensor([2.0]), "exp_avg_sq_root_codes": codes}
+    load_state(optimizer, {0: {"step": torch.tensor(4000.0), **state, "exp_avg_sq_root_absmax": torch.ones(1)}})
     optimizer.step()
-    half = reference.dynamic_map(signed=False)[1:] * np.float32(0.5)
+    half = np.square(reference.dynamic_map(signed=False)[1:]) * np.float32(0.5)
     assert np.array_equal(values(p)[1:], (-np.float32(1) / np.sqrt(half)).astype(np.float64))
-    assert codes_of(optimizer.state[p]["exp_avg_sq_codes"]).tolist() == list(range(256))
+    assert codes_of(optimizer.state[p]["exp_avg_sq_root_codes"]).tolist() == list(range(256))
 
 
 def test_the_lion_step_decodes_m_exactly(device: torch.device) -> None:

@@ -11,6 +11,8 @@ namespace optim8 {
 namespace {
 
 constexpr const char* step_name = "step";
+// Of the keys of state in codes, as Python makes them too (rules.Moment).
+constexpr const char *root_suffix = "_root", *codes_suffix = "_codes", *absmax_suffix = "_absmax";
 
 PyObject* interned(const std::string& name) { return PyUnicode_InternFromString(name.c_str()); }
 
@@ -21,15 +23,17 @@ struct Key {
     explicit Key(const std::string& name) : text(name), object(interned(name)) {}
 };
 
-// The keys of the states of a rule, in its order: of float32 values, of codes and of their scales.
+// The keys of the states of a rule, in its order: of float32 values, of codes and of their scales. `direct`: codes stand
+// for the states themselves, also where the rule has roots.
 struct StateKeys {
     std::vector<Key> values, codes, absmax;
-    explicit StateKeys(const RuleInfo& rule) {
+    StateKeys(const RuleInfo& rule, bool direct) {
         for (int s = 0; s < rule.states; ++s) {
             const std::string name = rule.state[s].name;
+            const std::string coded = rule.state[s].root && !direct ? name + root_suffix : name;
             values.emplace_back(name);
-            codes.emplace_back(name + "_codes");
-            absmax.emplace_back(name + "_absmax");
+            codes.emplace_back(coded + codes_suffix);
+            absmax.emplace_back(coded + absmax_suffix);
         }
     }
 };
@@ -37,9 +41,12 @@ struct StateKeys {
 struct Names {
     PyObject *grad = interned("grad"), *is_neg = interned("is_neg"), *is_zero = interned("_is_zerotensor");
     Key step{step_name};
-    std::vector<StateKeys> of_rule;
+    std::vector<StateKeys> of_rule, of_rule_direct;
     Names() {
-        for (const RuleInfo& rule : rule_table) of_rule.emplace_back(rule);
+        for (const RuleInfo& rule : rule_table) {
+            of_rule.emplace_back(rule, false);
+            of_rule_direct.emplace_back(rule, true);
+        }
     }
 };
 
@@ -107,7 +114,7 @@ const RuleInfo& rule_of(const std::string& name) {
 
 void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p, const Place& place, Hint& hint,
                            Row& row, bool& moved, View& step) {
-    const StateKeys& keys = names().of_rule[static_cast<size_t>(rule.id)];
+    const StateKeys& keys = (row.direct ? names().of_rule_direct : names().of_rule)[static_cast<size_t>(rule.id)];
     const int64_t blocks = blocks_of(p.size, step_block);
     InOrder values_of(entry);
     PyObject* count = entry_of(values_of, names().step, place);
@@ -212,6 +219,7 @@ Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, c
         row.grad_storage = g.storage();
         row.options = &options_.back();
         row.rounding = options.rounding;
+        row.direct = options.direct;
         row.first_block = first_block_of(firsts, i);
         bool moved = false;
         View step;

@@ -12,10 +12,19 @@
 #pragma once
 
 #include "core/codec.h"
+#include "core/number.h"
 
 OPTIM8_BEGIN
 
 enum class Rounding : uint8_t { Nearest, Dithered };
+
+// How a step keeps the states of a rule in codes.
+template <Rounding rounding_, bool roots>
+struct Coding {
+    static constexpr Rounding rounding = rounding_;
+    template <class Rule, int s>
+    static constexpr bool root = roots && Rule::states[s].root;
+};
 
 // From one decade to the next the slope of `position` falls to a third at the last value of the one, and to a fifth at
 // the first of the other. So near a boundary it is the index of that last value and the least of three lines in
@@ -137,17 +146,38 @@ struct BlockScale {
     float absmax;
     Normalizer normal;
 };
-template <Code code, Rounding rounding>
+// `root`: the values are square roots, which lie far within the range of float32.
+template <Code code, Rounding rounding, bool root = false>
 OPTIM8_HD BlockScale block_scale(float largest) {
-    if constexpr (rounding == Rounding::Nearest) {
+    if constexpr (rounding == Rounding::Nearest && root) {
+        return {largest, {1.0f, largest > 0.0f ? reciprocal(largest) : 0.0f}};
+    } else if constexpr (rounding == Rounding::Nearest) {
         return {largest, normalizer(largest)};
     } else {
         // A quotient of 1 is far from 1 itself (DitherTables): no absmax has a reciprocal that is subnormal.
         constexpr float of_absmax = DitherTablesOf<code>::all.absmax, of_quotient = DitherTablesOf<code>::all.quotient;
-        const float scale = largest < 0x1p-120f ? 0x1p64f : 1.0f;  // or small ones would have infinity
+        const float scale = !root && largest < 0x1p-120f ? 0x1p64f : 1.0f;  // or small ones would have infinity
         const float inverse = largest > 0.0f ? reciprocal(largest * scale * of_quotient) : 0.0f;
-        return {smaller(largest * of_absmax, largest_finite), {scale, inverse}};
+        // The square of a root that is kept to an ulp must be finite.
+        constexpr float most = root ? 0x1.fffff0p63f * of_absmax : largest_finite;
+        return {smaller(largest * of_absmax, most), {scale, inverse}};
     }
+}
+
+// A value of a state as codes stand for it, and the value again.
+template <bool root, class F>
+OPTIM8_HD F kept(F x) {
+    if constexpr (root)
+        return square_root(x);
+    else
+        return x;
+}
+template <bool root, class F>
+OPTIM8_HD F restored(F x) {
+    if constexpr (root)
+        return x * x;
+    else
+        return x;
 }
 
 OPTIM8_END

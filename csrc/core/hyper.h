@@ -17,6 +17,7 @@ struct StepOptions {
     bool count_on_device = false;
     const float* device_lr = nullptr;  // where lr stands in device memory, instead of its value; needs count_on_device
     Rounding rounding = Rounding::Nearest;
+    bool direct = false;  // codes stand for the states themselves, as in other libraries, also where they have roots
 };
 
 }  // namespace optim8

@@ -23,9 +23,24 @@ struct Row {
     RuleId rule;
     Storage param_storage, grad_storage;
     Precision precision;
-    Rounding rounding;  // of 8-bit state
+    Rounding rounding;  // of state in codes
+    bool direct;        // StepOptions::direct
 };
 
 constexpr int64_t blocks_of(int64_t size, int64_t blocksize) { return size / blocksize + (size % blocksize != 0); }
 
 }  // namespace optim8
+
+OPTIM8_BEGIN
+
+// work(Coding) for a row of a rule with state in codes. Only the functional API keeps states themselves where a rule has
+// roots.
+template <class Rule, class Work>
+auto with_coding(const Row& row, const Work& work) {
+    if constexpr (has_roots<Rule>() && Rule::functional_name != nullptr)
+        if (row.direct) return work(Coding<Rounding::Nearest, false>{});
+    if (row.rounding == Rounding::Dithered) return work(Coding<Rounding::Dithered, true>{});
+    return work(Coding<Rounding::Nearest, true>{});
+}
+
+OPTIM8_END

@@ -83,16 +83,16 @@ OPTIM8_DEVICE void each_block(const StepBatch<Rule>& batch, const Visit& visit) 
     }
 }
 
-template <class Rule, Rounding rounding, class P, class G>
+template <class Rule, class Coding, class P, class G>
 __global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_constant__ StepBatch<Rule> batch) {
     if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
     // Two passes: what is rare, in the loop of what is not, would take its registers.
     uint32_t left_over = 0;
-    const LaneCodes<Rule, rounding> lane_codes;
+    const LaneCodes<Rule, Coding::rounding> lane_codes;
     static_assert(blocks_per_warp <= 32, "a bit for each");
     each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
         const Block<Rule, P, G> at(row, block);
-        const bool done = row.precision == Precision::Bits8 && at.well && step_quickly(at, scalars, lane_codes);
+        const bool done = row.precision == Precision::Bits8 && at.well && step_quickly<Coding>(at, scalars, lane_codes);
         left_over |= done ? 0u : 1u << i;
     });
     if (left_over == 0) return;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_c
         if (row.precision == Precision::Bits32)
             step_32bit(row, at, block * step_block, scalars);
         else
-            step_carefully<Rule, rounding>(at, scalars);
+            step_carefully<Coding>(at, scalars);
     });
 }
 
@@ -128,15 +128,13 @@ using Kernel = void (*)(StepBatch<Rule>);
 template <class Rule>
 Kernel<Rule> kernel_of(const Row& row) {
     const bool wide = row.grad_storage == Storage::Float32;
-    const auto of_rounding = [&](auto rounding) {
-        constexpr Rounding how = decltype(rounding)::value;
+    return with_coding<Rule>(row, [&](auto coding) {
+        using Way = decltype(coding);
         return with_storage(row.param_storage, [&](auto stored) -> Kernel<Rule> {
             using P = typename decltype(stored)::type;
-            return wide ? step_rows<Rule, how, P, float> : step_rows<Rule, how, P, P>;
+            return wide ? step_rows<Rule, Way, P, float> : step_rows<Rule, Way, P, P>;
         });
-    };
-    if (row.rounding == Rounding::Dithered) return of_rounding(std::integral_constant<Rounding, Rounding::Dithered>{});
-    return of_rounding(std::integral_constant<Rounding, Rounding::Nearest>{});
+    });
 }
 
 bool fits_packets(const Row& row) {
@@ -231,7 +229,7 @@ void step_rule(const Row* rows, int64_t count, const StepInputs& inputs, cudaStr
     if (inputs.scalars != nullptr) count_on_device<Rule>(rows, count, inputs, stream);
     // Rows of one kernel side by side, otherwise in their order.
     const auto kind = [&](int64_t i) {
-        return std::make_tuple(rows[i].param_storage, rows[i].grad_storage, rows[i].rounding);
+        return std::make_tuple(rows[i].param_storage, rows[i].grad_storage, rows[i].rounding, rows[i].direct);
     };
     std::vector<int64_t> order(static_cast<size_t>(count));
     std::iota(order.begin(), order.end(), int64_t{0});

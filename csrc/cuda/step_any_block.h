@@ -7,7 +7,7 @@ OPTIM8_BEGIN
 
 // What the lane's elements in `bad` would add to the block's maxima, had their gradients been 0. One element at a time
 // and from memory, where param and codes are still the old ones: this path is rare, and must cost no registers.
-template <class Rule, int span, class P, class G>
+template <class Coding, int span, class Rule, class P, class G>
 OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
                                              uint32_t bad, uint32_t (&largest)[state_count<Rule>]) {
 #pragma unroll 1
@@ -18,16 +18,18 @@ OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, con
         float param = there ? to_float(block.param[i]) : 0.0f, now[state_count<Rule>];
         each_state<Rule>([&](auto s) {
             const uint8_t code = there ? block.codes[s.index][i] : zero_code_of(code_of<Rule, s.index>);
-            now[s.index] = decode<code_of<Rule, s.index>>(code) * *block.absmax[s.index];
+            now[s.index] = restored<Coding::template root<Rule, s.index>>(decode<code_of<Rule, s.index>>(code) *
+                                                                          *block.absmax[s.index]);
         });
         Rule::update(param, 0.0f, now, scalars.of_rule);
+        each_state<Rule>([&](auto s) { now[s.index] = kept<Coding::template root<Rule, s.index>>(now[s.index]); });
         for (int s = 0; s < state_count<Rule>; ++s)
             if (is_finite(now[s])) largest[s] = maximum(largest[s], magnitude_bits(now[s]));
     }
 }
 
 // Any block.
-template <class Rule, Rounding rounding, class P, class G>
+template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars) {
     constexpr int span = packet_span<P>;
     P raw_param[per_lane];
@@ -48,9 +50,13 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
         param[k] = to_float(raw_param[k]);
-        each_state<Rule>(
-            [&](auto s) { now[k][s.index] = decode<code_of<Rule, s.index>>(codes[s.index][k]) * absmax[s.index]; });
+        each_state<Rule>([&](auto s) {
+            const float value = decode<code_of<Rule, s.index>>(codes[s.index][k]) * absmax[s.index];
+            now[k][s.index] = restored<Coding::template root<Rule, s.index>>(value);
+        });
         Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now[k], scalars.of_rule);
+        each_state<Rule>(
+            [&](auto s) { now[k][s.index] = kept<Coding::template root<Rule, s.index>>(now[k][s.index]); });
         for (int s = 0; s < state_count<Rule>; ++s) largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
     }
     bool finite = true;
@@ -72,7 +78,7 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
                 largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
             }
         }
-        count_as_without_gradient<Rule, span>(block, scalars, bad, largest);
+        count_as_without_gradient<Coding, span>(block, scalars, bad, largest);
         for (int s = 0; s < state_count<Rule>; ++s) largest[s] = largest_of_lanes(largest[s], warp_size);
     }
 
@@ -80,10 +86,11 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
     store_tile<span>(block.param, block.count, block.well, new_param);
-    const LaneCodes<Rule, rounding> lane_codes;
+    const LaneCodes<Rule, Coding::rounding> lane_codes;
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
-        const BlockScale by = block_scale<code_of<Rule, s.index>, rounding>(float_of(largest[s.index]));
+        constexpr bool root = Coding::template root<Rule, s.index>;
+        const BlockScale by = block_scale<code_of<Rule, s.index>, Coding::rounding, root>(float_of(largest[s.index]));
         uint8_t encoded[per_lane];
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {

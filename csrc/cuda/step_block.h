@@ -128,9 +128,9 @@ struct Block {
 
 // A whole block at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
 // range of Quick. The same in every lane.
-template <class Rule, Rounding rounding, class P, class G>
+template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
-                                const LaneCodes<Rule, rounding>& lane_codes) {
+                                const LaneCodes<Rule, Coding::rounding>& lane_codes) {
     constexpr int span = packet_span<P>;
     P param[per_lane];
     G grad[per_lane];
@@ -150,9 +150,13 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     for (int k = 0; k < per_lane; ++k) {
         Quick p(to_float(param[k])), state[state_count<Rule>];
         each_state<Rule>([&](auto s) {
-            state[s.index] = Quick(decode<code_of<Rule, s.index>>(byte_of(codes[s.index], k)) * absmax[s.index]);
+            const float value = decode<code_of<Rule, s.index>>(byte_of(codes[s.index], k)) * absmax[s.index];
+            state[s.index] = Quick(restored<Coding::template root<Rule, s.index>>(value));
         });
         Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars.of_rule);
+        each_state<Rule>([&](auto s) {
+            state[s.index] = kept<Coding::template root<Rule, s.index>>(state[s.index]);
+        });
         param[k] = from_float<P>(p.x);
         in_range = in_range && p.in_range;
         for (int s = 0; s < state_count<Rule>; ++s) {
@@ -172,7 +176,8 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     store_tile<span>(block.param, tile, true, param);
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
-        const BlockScale by = block_scale<code_of<Rule, s.index>, rounding>(float_of(largest[s.index]));
+        constexpr bool root = Coding::template root<Rule, s.index>;
+        const BlockScale by = block_scale<code_of<Rule, s.index>, Coding::rounding, root>(float_of(largest[s.index]));
         if (by.normal.scale != 1.0f)
             for (float& x : now[s.index]) x *= by.normal.scale;
         uint32_t words[per_lane / 4];

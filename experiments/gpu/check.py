@@ -17,6 +17,7 @@ from torch import Tensor
 
 import optim8
 import optim8.functional as F
+from optim8 import codec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 255, 256, 257, 4095, 100003)
@@ -242,8 +243,9 @@ def compare_quotients(compare: Comparison, quick: bool) -> None:
             compare(f"quotients, signed={signed}", on_gpu, codes)
 
 
-def _set_up(make: Any, p: torch.nn.Parameter, squares: Tensor, step: int) -> Any:
-    """An Adam whose state of `p` is 2 for all gradients' means, `squares` for the means of their squares."""
+def _set_up(make: Any, p: torch.nn.Parameter, roots: Tensor, step: int) -> Any:
+    """An Adam whose state of `p` is 2 for all gradients' means, the squares of `roots` for the means of their
+    squares."""
     optimizer = make([p])
     p.grad = torch.zeros_like(p)
     optimizer.step()  # allocates the state
@@ -251,45 +253,45 @@ def _set_up(make: Any, p: torch.nn.Parameter, squares: Tensor, step: int) -> Any
     state["step"].fill_(step)
     if "exp_avg_absmax" in state:
         state["exp_avg_codes"].fill_(255)  # the code of 1
-        state["exp_avg_sq_codes"].fill_(255)
+        state["exp_avg_sq_root_codes"].fill_(255)
         state["exp_avg_absmax"].fill_(2)
-        state["exp_avg_sq_absmax"].copy_(squares)
+        state["exp_avg_sq_root_absmax"].copy_(roots)
     else:
         state["exp_avg"].fill_(2)
-        state["exp_avg_sq"].copy_(squares)
+        state["exp_avg_sq"].copy_(roots.square())
     with torch.no_grad():
         p.zero_()
     return optimizer
 
 
 def compare_roots(compare: Comparison, quick: bool) -> None:
-    """Square root and reciprocal of the step's main path on CUDA beside the CPU's, over every mantissa.
+    """Square root and reciprocal of the step's main path on CUDA beside the CPU's, over the squares of every float32 in
+    [1, 4).
 
     With betas of 0.5, gradients of 0, eps 0, lr 1 and parameters of 0 a step leaves -1 / (sqrt(v) * c) in the
-    parameter, v half of the block's absmax, which runs over every float32 in [2, 8): both parities of the exponent.
+    parameter, v half of the square of the block's absmax: of both parities of the exponent.
     c is 1 after many steps; after one it is sqrt(1 / (1 - 0.5)), where other denominators tell roots apart.
     The CPU steps 32-bit state of the same values.
     """
     chunk, skip = (1 << 6, 1 << 10) if quick else (1 << 20, 1)
-    every = torch.arange(0x40000000, 0x41000000, skip, dtype=torch.int32).view(torch.float32)
-    # To nearest: then absmax is the largest v itself.
+    every = torch.arange(0x3F800000, 0x40800000, skip, dtype=torch.int32).view(torch.float32)
+    # To nearest: then absmax is the largest root itself.
     options: dict[str, Any] = {"lr": 1.0, "betas": (0.5, 0.5), "eps": 0.0, "weight_decay": 0.0, "rounding": "nearest"}
     for step in (1000, 0):
-        for squares in torch.split(every, chunk):
-            wide = torch.nn.Parameter(torch.zeros(squares.numel(), 256, device="cuda"))
-            narrow = torch.nn.Parameter(torch.zeros(squares.numel()))
-            in_8_bits = _set_up(lambda p: optim8.AdamW8bit(p, min_8bit_size=0, **options), wide, squares.cuda(), step)
-            in_32_bits = _set_up(lambda p: optim8.AdamW8bit(p, optim_bits=32, **options), narrow, squares, step)
+        for roots in torch.split(every, chunk):
+            wide = torch.nn.Parameter(torch.zeros(roots.numel(), 256, device="cuda"))
+            narrow = torch.nn.Parameter(torch.zeros(roots.numel()))
+            in_8_bits = _set_up(lambda p: optim8.AdamW8bit(p, min_8bit_size=0, **options), wide, roots.cuda(), step)
+            in_32_bits = _set_up(lambda p: optim8.AdamW8bit(p, optim_bits=32, **options), narrow, roots, step)
             in_8_bits.step()
             in_32_bits.step()
-            what = f"roots after {step} steps, squares from {float(squares[0])}"
+            what = f"roots after {step} steps, from {float(roots[0])}"
             compare(what, wide[:, 0], narrow)
             if not torch.equal(wide, wide[:, :1].expand_as(wide)):
                 compare.differing.append(f"{what}: values of a block")
-            compare(
-                f"{what}, absmax", in_8_bits.state[wide]["exp_avg_sq_absmax"], in_32_bits.state[narrow]["exp_avg_sq"]
-            )
-            if not torch.all(in_8_bits.state[wide]["exp_avg_sq_codes"] == 255):
+            expected = codec.square_root(in_32_bits.state[narrow]["exp_avg_sq"])
+            compare(f"{what}, absmax", in_8_bits.state[wide]["exp_avg_sq_root_absmax"], expected)
+            if not torch.all(in_8_bits.state[wide]["exp_avg_sq_root_codes"] == 255):
                 compare.differing.append(f"{what}: codes")
 
 

@@ -63,16 +63,16 @@ def options(rule: Rule, case: Case) -> dict[str, Any]:
 def decoded(state: dict[str, Any], moment: Moment, number: int) -> Tensor:
     """The values of a rule's moment, its `number`th, in the state of one parameter, whosever optimizer it is."""
     from optim8 import functional
+    from optim8.state.conversion import as_sources
+    from optim8.state.moments import values
 
     if moment.codes in state:
-        codes, absmax = state[moment.codes], state[moment.absmax]
-        code = functional.create_dynamic_map(signed=moment.signed)
-    elif f"qmap{number}" in state:  # bitsandbytes
+        return values(moment, as_sources([moment], state)[moment.name], torch.device("cpu"))
+    if f"qmap{number}" in state:  # bitsandbytes
         codes, absmax, code = (state[f"{name}{number}"] for name in ("state", "absmax", "qmap"))
-    else:  # torch, or torchao's subclass of a tensor
-        values: Tensor = state[moment.name]
-        return values if type(values) is Tensor else values.dequantize()
-    return functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=BLOCK)
+        return functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=BLOCK)
+    held: Tensor = state[moment.name]  # torch, or torchao's subclass of a tensor
+    return held if type(held) is Tensor else held.dequantize()
 
 
 class Walk:

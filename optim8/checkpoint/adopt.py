@@ -10,15 +10,24 @@ from optim8.checkpoint import formats
 from optim8.checkpoint.formats import Format, own
 from optim8.rules import Moment
 from optim8.state.conversion import Target, new_states
-from optim8.state.layout import bits_of, others, under_present_names
+from optim8.state.layout import bits_of, moments_in, others, under_present_names
 from optim8.state.moments import check_values
-from optim8.state.shards import copy_beside, is_dtensor
+from optim8.state.shards import copy_beside, is_dtensor, local
 from optim8.state.states import States
 from optim8.step import supply
 from optim8.step.memory import Memory
 from optim8.step.supply import Stateful
 
 Given = tuple[str, torch.Tensor, dict[str, Any], int]  # what it is; its parameter; the state; bits of the new one
+
+
+def put(optimizer: Stateful, param: torch.Tensor, entry: dict[str, Any]) -> None:
+    """Set a state that an earlier run left, maybe of an earlier version; then it is adopted before its first use."""
+    entry = under_present_names(optimizer.moments, entry)
+    if moments_in(optimizer.moments, entry) == optimizer.moments:
+        optimizer.state.put(param, entry)
+    else:
+        optimizer.state[param] = entry
 
 
 def adopt_states(optimizer: Stateful) -> None:
@@ -37,15 +46,18 @@ def adopt_states(optimizer: Stateful) -> None:
     for at, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             entry = optimizer.state.get(param) if param in optimizer.state.given else None
-            if not entry or is_dtensor(param):  # nobody puts in shards
+            if not entry:
                 continue
             entry = under_present_names(moments, entry)
+            if is_dtensor(param) and moments_in(moments, entry) == moments:  # nobody else puts in shards
+                continue
             optimizer.state[param] = entry
-            bits = 8 if moments[0].absmax in entry else supply.bits_wanted(optimizer, group, param)
+            is_quantized = bits_of(moments_in(moments, entry), entry) == 8
+            bits = 8 if is_quantized else supply.bits_wanted(optimizer, group, param)
             if not own.is_own(moments, entry, bits):
                 given.append((f"{owner}: the state of parameter {i} of group {at}", param, entry, bits))
     for in_8_or_32 in (8, 32):
-        part = [each for each in given if bits_of(moments, each[2]) == in_8_or_32]
+        part = [each for each in given if bits_of(moments_in(moments, each[2]), each[2]) == in_8_or_32]
         known = formats.of_states([entry for _, _, entry, _ in part])
         if known is None:  # the step says what it lacks
             continue
@@ -63,11 +75,12 @@ def _adopted(
     """States of another library as (parameter, state) in the optimizer's own form."""
     sources = []
     for where, param, entry, bits in given:
-        source = known.read_entry(where, moments, param, entry)
+        source = known.read_entry(where, moments, local(param), entry)
         check_values(where, moments, source, bits)
-        sources.append((Target(param, bits, where), source))
+        sources.append((Target(local(param), bits, where), source))
     result = []
-    for (target, source), entry in zip(sources, new_states(moments, sources, memory), strict=True):
-        entry.update({key: copy_beside(value, target.param) for key, value in others(moments, source).items()})
-        result.append((target.param, entry))
+    fresh = new_states(moments, sources, memory)
+    for (_, param, _, _), (_, source), entry in zip(given, sources, fresh, strict=True):
+        entry.update({key: copy_beside(value, param) for key, value in others(moments, source).items()})
+        result.append((param, entry))
     return result

@@ -65,11 +65,14 @@ def _sort_entry(
 ) -> dict[str, Any]:
     sorted_ = dict(entry)
     for moment in moments:
-        for key in (moment.name, moment.codes, moment.absmax):
+        for key in moment.keys:
             if key in entry:
                 sorted_[key] = _unpack(moment, key, entry[key], param)
                 if is_nothing(sorted_[key], param):
                     del sorted_[key]
+        if moment.root and moment.direct.absmax in sorted_:  # came from an earlier version; the rest is the optimizer's
+            own = (moment.codes, moment.absmax, *([moment.name] if moment.direct.codes in sorted_ else []))
+            sorted_ = {key: value for key, value in sorted_.items() if key not in own}
         if moment.name in sorted_ and moment.codes in sorted_ and present:
             # Both precisions: the optimizer's own, and what came.
             quantized = moment.absmax in present
@@ -77,9 +80,9 @@ def _sort_entry(
             if quantized and sorted_[moment.name].is_floating_point():
                 sorted_.pop(moment.absmax, None)
     own_count = "step" in present and entry.get("step") is present["step"]
-    keys = [key for m in moments for key in (m.name, m.codes, m.absmax) if key in entry]
-    own = [key for key in keys if not is_nothing(entry[key], param) and _is_own(key, entry, present)]
-    missing = [key for key in own if key in sorted_]
+    keys = [key for m in moments for key in m.keys if key in entry]
+    untouched = [key for key in keys if not is_nothing(entry[key], param) and _is_own(key, entry, present)]
+    missing = [key for key in untouched if key in sorted_]
     if missing and present and not own_count:
         raise ValueError(
             f"{where} has a count of steps, but nothing came for {', '.join(map(repr, missing))}: "
@@ -125,9 +128,10 @@ def _unpack(moment: Moment, key: str, value: Any, param: torch.Tensor) -> Any:
     if part is None or is_nothing(part, param) or not shards.is_dtensor(param):
         return value
     shape, stride = tuple(param.shape), dense_stride(param)
-    if key == moment.absmax and part.dim() == 1:
+    is_absmax = key in (moment.absmax, moment.direct.absmax)
+    if is_absmax and part.dim() == 1:
         shape, stride = (blocks(param.numel()),), (1,)
-    elif key == moment.absmax:
+    elif is_absmax:
         shape = tiles.tiled_shape(shape, *shards.tiling_of(param))
         stride = shards.contiguous_stride(shape)
     return shards.wrap(part, shape, stride, param)

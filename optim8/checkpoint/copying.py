@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from optim8.checkpoint.adopt import put
 from optim8.checkpoint.optimizer import Checkpointed
 from optim8.checkpoint.pickling import PagedStates, copy_states
 from optim8.paging import Store
-from optim8.state.layout import under_present_names
 from optim8.state.states import States
 from optim8.step import hypers, pending, supply
 from optim8.step.memory import Memory
@@ -60,7 +60,7 @@ def complete(optimizer: Any) -> None:
     optimizer.state = States(optimizer.state)
     for param, entry in optimizer.state.items():
         if isinstance(param, torch.Tensor) and isinstance(entry, dict):
-            optimizer.state.put(param, under_present_names(optimizer.moments, entry))
+            put(optimizer, param, entry)
     optimizer.memory.watch(optimizer.param_groups, optimizer.state)
     for group in optimizer.param_groups:
         for name, value in hypers.EXTRA_DEFAULTS.items():

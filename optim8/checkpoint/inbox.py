@@ -57,7 +57,7 @@ class Inbox(torch.Tensor):
 
 def absent_keys(moments: Sequence[Moment], bits: int) -> list[str]:
     """The keys under which a state in this precision has nothing."""
-    return [key for m in moments for key in ((m.name,) if bits == 8 else (m.codes, m.absmax))]
+    return [key for m in moments for key in m.keys if key not in ((m.codes, m.absmax) if bits == 8 else (m.name,))]
 
 
 def nothing(param: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from optim8 import codec, rules
-from optim8.checkpoint import arrivals, formats, read
+from optim8.checkpoint import adopt, arrivals, formats, read
 from optim8.checkpoint.optimizer import Checkpointed
-from optim8.state.layout import bits_of, dense_stride, keys_of, others, under_present_names
+from optim8.state.layout import bits_of, dense_stride, keys_of, others
 from optim8.state.moments import check_scales as check_scales_of
 from optim8.step import hypers, pending, supply
 from optim8.step.run import is_capturing
@@ -20,7 +20,7 @@ from optim8.step.run import is_capturing
 def resume(optimizer: Checkpointed, first: int) -> None:
     """Bring what an earlier run kept to the parameter groups from `first` on: options and state."""
     for param, entry in optimizer.memory.resume(optimizer.param_groups, first):
-        optimizer.state.put(param, under_present_names(optimizer.moments, entry))
+        adopt.put(optimizer, param, entry)
 
 
 def load_state_dict(optimizer: Any, state_dict: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from optim8.state.mapped import copy
 from optim8.state.shards import local
 
 _PART = 2**20  # bytes that are in memory at a time
+_WITH_ROOTS = "roots"  # which keys the state in a pickle has
 
 
 def _pager_of_copy(store: Store) -> Pager:
@@ -29,7 +30,7 @@ def _pager_of_copy(store: Store) -> Pager:
 
 
 def _is_state(moments: Sequence[Moment], param: Any, entry: Any) -> bool:
-    keys = {moments[0].name, moments[0].codes}
+    keys = {moments[0].name, moments[0].codes, moments[0].direct.codes}
     return isinstance(param, torch.Tensor) and isinstance(entry, dict) and not keys.isdisjoint(entry)
 
 
@@ -88,7 +89,7 @@ class _Empty:
             store.owner,
             store.rule,
             _pager_of_copy(store),
-            (),
+            _WITH_ROOTS,
             self.params,
             bits,
             more,
@@ -128,7 +129,7 @@ def _allocated(
     owner: str,
     rule: str,
     pager: Pager,
-    _: Sequence[Moment],  # those of the rule; version 0.1.0 wrote them
+    form: Sequence[Moment] | str,  # before there were roots, the moments or nothing
     params: Sequence[torch.Tensor],
     bits: Sequence[int],  # or whether it is 8, as version 0.1.0 wrote
     more: Sequence[dict[str, Any]],
@@ -137,6 +138,8 @@ def _allocated(
     store = Store(owner, rule, pager)
     state: defaultdict[Any, Any] = defaultdict(dict)
     moments = rules.rule(rule).moments
+    if form != _WITH_ROOTS:
+        moments = tuple(moment.direct for moment in moments)
     layouts = [
         (shard, layout_of(moments, shard, 8 if each in (8, True) else 32))
         for shard, each in zip(map(local, params), bits, strict=True)

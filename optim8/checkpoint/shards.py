@@ -108,7 +108,8 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
             )
         if not isinstance(source, Tiled):
             return source
-        return Codes(*tiles.to_absmax(where, moment, source.codes, source.tiles, dense_stride(shard)))
+        whole = tiles.to_absmax(where, moment, source.codes, source.tiles, dense_stride(shard))
+        return Codes(*whole, root=source.root)
     if isinstance(source, Codes):
         if source.table is None and source.blocksize == BLOCK:
             source = _tiled(source, param)
@@ -119,7 +120,7 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
         return cut
     tiles.size_of(where, moment, source.tiles, param.numel())  # checks the whole, so that no rank goes on alone
     cut_tiles = shard_of(where, moment.absmax, source.tiles, param)
-    return Codes(*tiles.to_absmax(where, moment, cut, cut_tiles, dense_stride(shard)))
+    return Codes(*tiles.to_absmax(where, moment, cut, cut_tiles, dense_stride(shard)), root=source.root)
 
 
 def _tiled(source: Codes, param: Any) -> Tiled:
@@ -128,4 +129,4 @@ def _tiled(source: Codes, param: Any) -> Tiled:
     if is_dtensor(absmax):
         absmax = absmax.full_tensor()  # type: ignore[attr-defined]
     lead, size = tiling_of(param, codes.is_contiguous())
-    return Tiled(codes, tiles.from_absmax(tuple(codes.shape), codes.stride(), absmax, lead, size))
+    return Tiled(codes, tiles.from_absmax(tuple(codes.shape), codes.stride(), absmax, lead, size), source.root)

@@ -78,7 +78,7 @@ def optimizer_update_8bit_blockwise(
         if i >= len(rule.moments):
             _check_absent(who, optimizer_name, {"state2": state, "qmap2": qmap, "absmax2": absmax})
             continue
-        moment = rule.moments[i]
+        moment = rule.moments[i].direct
         entry[moment.codes] = _check_state(who, f"state{i + 1}", state, p, torch.uint8)
         _check_map(who, f"qmap{i + 1}", qmap, moment.signed)
         blocks = _check.blocks(p.numel(), BLOCK)
@@ -210,7 +210,7 @@ def _run(
     param, gradient = p.detach(), g.detach()
     if gradient.stride() != param.stride():
         gradient = dense_grad(param, gradient)
-    options = _native.cpu().StepOptions(who, rule.name, hypers, gradient_scale=gnorm_scale)
+    options = _native.cpu().StepOptions(who, rule.name, hypers, gradient_scale=gnorm_scale, direct=True)
     state = {**entry, "step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")}
     step_array(who, rule.name, options, param, gradient, state)
     torch.autograd.graph.increment_version([p])

@@ -22,7 +22,7 @@ from optim8.step import supply
 
 @dataclass(frozen=True)
 class MomentHealth:
-    """One moment of one parameter at one step.
+    """One moment of one parameter at one step, or the square root of a second moment: what codes stand for.
 
     Attributes:
         error: mean of |stored - exact| / |exact| over values that are finite and not 0; each counts at most 1.
@@ -102,7 +102,9 @@ def _moments(
     seen = {}
     for place, moment in enumerate(optimizer.moments):
         # A step stores what is not finite as 0.
-        exact = new[moment.name].nan_to_num(nan=0, posinf=0, neginf=0)
+        exact, before = new[moment.name].nan_to_num(nan=0, posinf=0, neginf=0), old[moment.name]
+        if moment.root:
+            exact, before = codec.square_root(exact), codec.square_root(before)
         dithered = group["rounding"] == "dithered"
         if dithered:
             codes, absmax = codec.quantize_dithered(exact, blocks, signed=moment.signed, step=step, place=place)
@@ -110,7 +112,7 @@ def _moments(
             codes = torch.empty_like(exact, dtype=torch.uint8)
             absmax = exact.new_empty(codec.blocks(size))
             codec.quantize(exact, codes, absmax, signed=moment.signed, as_step=True)
-        seen[moment.name] = _compare(moment, old[moment.name], exact, codes, absmax, 254 if dithered else 255)
+        seen[moment.name] = _compare(moment, before, exact, codes, absmax, 254 if dithered else 255)
     return size, seen
 
 

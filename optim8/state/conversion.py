@@ -34,7 +34,7 @@ def as_sources(moments: Sequence[Moment], entry: Mapping[str, Any]) -> Entry:
     read: Entry = {STEP: entry[STEP]}
     for moment in moments:
         values = moment.values(entry)
-        read[moment.name] = Codes(values, entry[moment.absmax]) if moment.absmax in entry else values
+        read[moment.name] = Codes(values, entry[moment.absmax], root=moment.root) if moment.absmax in entry else values
     return read
 
 

@@ -1,8 +1,9 @@
 """Which tensors the state of a parameter consists of: their keys, shapes, strides, bytes. Only this module decides it.
 
 State in 8 bits is `name_codes` (uint8, of the parameter's shape and strides) and `name_absmax` (float32, one for each
-256 consecutive values in memory order) for each moment; in 32 bits `name` alone, float32. Codes never stand under
-`name`: other optimizers would take them for values. Every state has a count of steps, `step`.
+256 consecutive values in memory order) for each moment; `name_root_codes` and `name_root_absmax` where they stand for
+the square roots of its values. In 32 bits it is `name` alone, float32. Codes never stand under `name`: other optimizers
+would take them for values. Every state has a count of steps, `step`.
 """
 
 from __future__ import annotations
@@ -115,6 +116,11 @@ def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:
     return 8 if moments[0].absmax in entry else 32
 
 
+def moments_in(moments: Sequence[Moment], entry: Mapping[str, Any]) -> tuple[Moment, ...]:
+    """The moments as a state has them that may be of an earlier version, which kept no roots."""
+    return tuple(moment.direct if moment.direct.absmax in entry else moment for moment in moments)
+
+
 def keys_of(moments: Sequence[Moment], bits: int) -> list[str]:
     """The keys of a state in 8 or 32 bits."""
     return [STEP, *(key for m in moments for key in ((m.codes, m.absmax) if bits == 8 else (m.name,)))]
@@ -122,16 +128,17 @@ def keys_of(moments: Sequence[Moment], bits: int) -> list[str]:
 
 def others(moments: Sequence[Moment], entry: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept with a parameter's state and is not the optimizer's, such as the slow weights of Lookahead."""
-    own = {*keys_of(moments, 8), *keys_of(moments, 32)}
+    own = {STEP, *(key for moment in moments for key in moment.keys)}
     return {key: value for key, value in entry.items() if key not in own}
 
 
 def under_present_names(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state under the names of today: version 0.1.0 kept codes under `name`. Any other state comes back
     as it is."""
-    if not any(moment.absmax in entry and moment.name in entry for moment in moments):
+    direct = [moment.direct for moment in moments]
+    if not any(moment.absmax in entry and moment.name in entry for moment in direct):
         return entry
-    codes = {moment.name: moment.codes for moment in moments if moment.absmax in entry}
+    codes = {moment.name: moment.codes for moment in direct if moment.absmax in entry}
     return {codes.get(name, name): value for name, value in entry.items()}
 
 

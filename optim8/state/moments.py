@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,12 +22,14 @@ class Codes:
     absmax: float32, one for each block.
     table: float32 [256], the value of each code; None is the dynamic code of the moment's sign.
     blocksize: values of one absmax.
+    root: whether they stand for the square roots of the moment's values.
     """
 
     codes: torch.Tensor
     absmax: torch.Tensor
     table: torch.Tensor | None = None
     blocksize: int = codec.BLOCK
+    root: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Tiled:
 
     codes: uint8, of the parameter's shape.
     tiles: float32 [..., 2].
+    root: as of Codes.
     """
 
     codes: torch.Tensor
     tiles: torch.Tensor
+    root: bool = False
 
 
 # A float moment is a tensor of any float dtype. An entry has `step`, a number, and one source for each moment; in dicts
@@ -63,6 +67,19 @@ def values(moment: Moment, source: Source, device: torch.device) -> torch.Tensor
     """A moment in float32 on `device`, of the shape of its source."""
     if isinstance(source, torch.Tensor):
         return source.to(device, torch.float32)
+    decoded = _decoded(moment, source, device)
+    return decoded.square_() if source.root else decoded
+
+
+def kept(moment: Moment, source: Source, device: torch.device) -> torch.Tensor:
+    """What codes of a moment stand for, values or roots, in float32 on `device`, of the shape of its source."""
+    if isinstance(source, Codes) and source.root == moment.root:
+        return _decoded(moment, source, device)
+    floats = values(moment, source, device)
+    return codec.square_root(floats) if moment.root else floats
+
+
+def _decoded(moment: Moment, source: Codes, device: torch.device) -> torch.Tensor:
     codes, absmax = source.codes.to(device), source.absmax.to(device).contiguous()
     return codec.dequantize(codes, absmax, signed=moment.signed, table=source.table, blocksize=source.blocksize)
 
@@ -120,22 +137,23 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
     if isinstance(source, Codes):
         if not source.codes.is_contiguous() and source.codes.stride() != goal.stride():
             # Keeps the strides of a dense tensor, and closes the gaps of others.
-            source = Codes(source.codes.clone(), source.absmax, source.table, source.blocksize)
+            source = replace(source, codes=source.codes.clone())
         codes = source.codes
         same_order = codes.is_contiguous() if goal.is_contiguous() else codes.stride() == goal.stride()
-        if moment.absmax in target and same_order and source.table is None and source.blocksize == codec.BLOCK:
+        same_code = source.table is None and source.blocksize == codec.BLOCK and source.root == moment.root
+        if moment.absmax in target and same_order and same_code:
             copy(goal, codes)
             copy(target[moment.absmax], source.absmax)
             _report(moment, source, target, name, "copied")
             return
     # Blocks run in memory order, so other strides mean other blocks: quantized anew.
-    floats = values(moment, source, goal.device)
     if moment.absmax not in target:
-        copy(goal, floats)
+        copy(goal, values(moment, source, goal.device))
         _report(moment, source, target, name, "widened" if isinstance(source, Codes) else "copied")
         return
     relaid = torch.empty_strided(tuple(goal.shape), goal.stride(), dtype=torch.float32, device=goal.device)
-    codec.quantize(relaid.copy_(floats), goal, target[moment.absmax], signed=moment.signed)
+    relaid.copy_(kept(moment, source, goal.device))
+    codec.quantize(relaid, goal, target[moment.absmax], signed=moment.signed)
     _report(moment, source, target, name, "requantized" if isinstance(source, Codes) else "quantized")
 
 
@@ -144,7 +162,7 @@ def _report(moment: Moment, source: Source, target: Entry, name: str, how: str) 
     if asked is None or not name:
         return
     goal = moment.values(target)
-    written: Source = Codes(goal, target[moment.absmax]) if moment.absmax in target else goal
+    written: Source = Codes(goal, target[moment.absmax], root=moment.root) if moment.absmax in target else goal
     asked.add(
         f"{name}[{moment.name!r}]", how, values(moment, source, goal.device), values(moment, written, goal.device)
     )

@@ -12,6 +12,8 @@ from optim8 import _native, codec, rules
 from optim8.rules import Rule
 from optim8.state.allocation import move_steps
 from optim8.state.layout import bits_of, dense, dense_grad
+from optim8.state.moments import Codes
+from optim8.state.moments import values as values_of
 from optim8.state.shards import local
 from optim8.step import arrays, hypers, run, supply
 from optim8.step.parts import LocalStep, Part
@@ -97,7 +99,7 @@ class Stepper:
             if bits == 8:
                 absmax = local(entry[moment.absmax])
                 absmax = absmax if blocks is None else absmax[blocks.to(absmax.device)]
-                old = codec.dequantize(old, absmax.to(whole.device), signed=moment.signed)
+                old = values_of(moment, Codes(old, absmax.to(whole.device), root=moment.root), whole.device)
             state[moment.name] = old
         rule = rules.rule(optimizer.rule)
         before = {moment.name: state[moment.name].clone() for moment in optimizer.moments}

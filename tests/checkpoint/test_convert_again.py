@@ -28,7 +28,7 @@ def all_extremes(optimizer: Any, params: list[torch.nn.Parameter]) -> None:
             continue
         for moment in optimizer.moments:
             entry, absmax = optimizer.state[p], optimizer.state[p][moment.absmax]
-            codes = next(entry[key] for key in (f"{moment.name}_codes", moment.name) if key in entry)
+            codes = entry[moment.codes]
             new = torch.randint(256, (absmax.numel(), 256), generator=generator, dtype=torch.int16)
             reach = torch.arange(absmax.numel(), dtype=torch.int16)[:, None] % 127 + 1
             new = (new - 127).clamp(-reach, reach) + 127 if moment.signed else new.clamp(max=2 * reach)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import reference
 import torch
 from cases import CASES
 from support.convert_harness import (
     CARRIERS,
+    REQUANTIZED,
     SHAPES,
     Params,
     assert_holds,
@@ -19,7 +22,7 @@ from support.convert_harness import (
     steps,
     twins,
 )
-from support.harness import bits, snapshot
+from support.harness import bits, codes_of, moments, snapshot, state_bits
 
 import optim8
 
@@ -76,13 +79,21 @@ def test_their_dict_loads_here(kind: str, paged: str, bits_of_state: str, dtype:
         state, was = optimizer.state[p], theirs.state[q]
         assert state["step"] == 3
         assert (optimizer.precision(p) == "8bit") == (was["state1"].dtype == torch.uint8)
+        in_8_bits = optimizer.precision(p) == "8bit"
         for number, name in enumerate(case.states, 1):
-            in_8_bits = optimizer.precision(p) == "8bit"
+            if in_8_bits and name in case.roots:
+                continue
             assert bits(state[f"{name}_codes" if in_8_bits else name]) == bits(was[f"state{number}"])
             if in_8_bits:
                 assert bits(state[f"{name}_absmax"]) == bits(was[f"absmax{number}"])
+        if in_8_bits:
+            roots = replace(case, states={name: case.states[name] for name in case.roots})
+            meant = reference.decode(codes_of(was["state2"]), was["absmax2"].numpy(), False) if case.roots else None
+            floats = {name: torch.from_numpy(meant.value).view_as(p) for name in case.roots} if meant else {}
+            assert_holds(optimizer, roots, p, floats)
     if dtype == torch.float32:
-        assert_same_step(params, optimizer, theirs_params, theirs, 3)
+        within = REQUANTIZED if case.roots and bits_of_state == "8bit" else 0.0
+        assert_same_step(params, optimizer, theirs_params, theirs, 3, within=within)
     else:
         steps(params, optimizer, 3, 4)
 
@@ -96,7 +107,12 @@ def test_our_dict_loads_there_and_steps(kind: str, optim_bits: int, carrier: str
     steps(params, optimizer, 0, 3)
     with optim8.convert.report() as report:
         written = CARRIERS[carrier](optim8.convert.to_bitsandbytes(optimizer))
-    assert {(row.how, row.max_error) for row in report.rows} == {("copied", 0.0)}
+    case = CASES[KINDS[kind]]
+    requantized = [row for row in report.rows if row.how != "copied"]
+    assert all(row.max_error == 0 for row in report.rows if row not in requantized)
+    assert bool(requantized) == bool(case.roots and optim_bits == 8)
+    assert all(row.how == "requantized" and "exp_avg_sq" in row.name for row in requantized)
+    assert all(row.relative_error < REQUANTIZED for row in requantized)
     others = twins(params)
     theirs = getattr(bnb.optim, f"{kind}{optim_bits}bit")(others, lr=0.5)
     theirs.load_state_dict(written)
@@ -107,6 +123,11 @@ def test_our_dict_loads_there_and_steps(kind: str, optim_bits: int, carrier: str
         assert type(there["step"]) is int
         for number, name in enumerate(CASES[KINDS[kind]].states, 1):
             in_8_bits = optimizer.precision(p) == "8bit"
+            if in_8_bits and name in case.roots:
+                v = moments(optimizer, case, p)[name]
+                codes, scales = codes_of(there[f"state{number}"]), there[f"absmax{number}"].double().numpy()
+                assert not reference.wrong_codes(codes, v, False, scales).size
+                continue
             assert bits(state[f"{name}_codes" if in_8_bits else name]) == bits(there[f"state{number}"])
             if in_8_bits:
                 assert bits(state[f"{name}_absmax"]) == bits(there[f"absmax{number}"])
@@ -118,8 +139,10 @@ def test_our_dict_loads_there_and_steps(kind: str, optim_bits: int, carrier: str
     again = ours(KINDS[kind], twins(params), optim_bits=optim_bits)
     again.load_state_dict(theirs.state_dict())
     for p, q in zip(params, again.param_groups[0]["params"], strict=True):
-        assert {k: bits(v) for k, v in again.state[q].items()} == {k: bits(v) for k, v in optimizer.state[p].items()}
-    assert_same_step(others, theirs, params, optimizer, 3)
+        one, other = state_bits(again, q), state_bits(optimizer, p)
+        assert one.keys() == other.keys()
+        assert all(one[key] == other[key] for key in one if "_root" not in key)
+    assert_same_step(params, optimizer, others, theirs, 3, within=REQUANTIZED if requantized else 0.0)
 
 
 @pytest.mark.parametrize("optim_bits", [8, 32])
@@ -131,7 +154,7 @@ def test_channels_last_is_laid_out_row_after_row_there(optim_bits: int) -> None:
     with optim8.convert.report() as report:
         written = optim8.convert.to_bitsandbytes(optimizer)
     assert {row.how for row in report.rows} == {"requantized" if optim_bits == 8 else "copied"}
-    assert all((row.max_error == 0) == (optim_bits == 32) and row.relative_error < 0.02 for row in report.rows)
+    assert all((row.max_error == 0) == (optim_bits == 32) and row.relative_error < REQUANTIZED for row in report.rows)
     assert written["state"][0]["state1"].is_contiguous()
     others = twins(params)
     theirs = getattr(bnb.optim, f"AdamW{optim_bits}bit")(others)
@@ -183,12 +206,14 @@ def test_other_block_sizes_are_quantized_anew(kind: str, blocksize: int, optim_b
     optimizer = ours(KINDS[kind], params, optim_bits=optim_bits)
     with optim8.convert.report() as report:
         optimizer.load_state_dict(state_dict)
-    how = {32: "widened", 8: "copied" if blocksize == 256 else "requantized"}[optim_bits]
+    case = CASES[KINDS[kind]]
+    how = {32: "widened", 8: "copied" if blocksize == 256 and not case.roots else "requantized"}[optim_bits]
     assert {row.how for row in report.rows} == {how, "copied"}
     for i, p in enumerate(params):
         assert optimizer.state[p]["step"] == 7
-        if how != "copied" or p.numel() < 4096:
-            assert_holds(optimizer, CASES[KINDS[kind]], p, means[i])
+        if blocksize == 256 and p.numel() >= 4096 and optim_bits == 8:  # what is not a root was copied
+            case = replace(case, states={name: case.states[name] for name in case.roots})
+        assert_holds(optimizer, case, p, means[i])
     steps(params, optimizer, 7, 8)
 
 
@@ -210,7 +235,7 @@ def test_a_table_with_other_roundings_is_the_same_table() -> None:
     optimizer = optim8.AdamW8bit(params)
     with optim8.convert.report() as report:
         optimizer.load_state_dict(state_dict)
-    assert {row.how for row in report.rows} == {"copied"}
+    assert {row.how for row in report.rows if "exp_avg'" in row.name} == {"copied"}
     assert bits(optimizer.state[params[0]]["exp_avg_codes"]) == bits(entry["state1"])
 
 
@@ -300,7 +325,7 @@ def test_a_decoupled_weight_decay_stays_decoupled() -> None:
     params = twins(theirs_params)
     optimizer = optim8.AdamW8bit(params)
     optimizer.load_state_dict(theirs.state_dict())
-    assert_same_step(params, optimizer, theirs_params, theirs, 2)
+    assert_same_step(params, optimizer, theirs_params, theirs, 2, within=REQUANTIZED)
 
 
 @pytest.mark.parametrize(

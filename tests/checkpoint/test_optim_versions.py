@@ -1,4 +1,7 @@
-"""What earlier versions saved goes on to the bit; and no other optimizer takes what we save for its own."""
+"""What earlier versions saved goes on; and no other optimizer takes what we save for its own.
+
+To the bit, but for second moments in 8 bits, of which earlier versions kept no roots: they are quantized once more.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import EVERY, Case
+from support.convert_harness import REQUANTIZED
 from support.harness import bits
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
@@ -36,13 +40,26 @@ def assert_goes_on(params: Any, optimizer: Any, after: list[torch.Tensor]) -> No
     """Two more steps lead where they led, rounded as then, and the state has today's names."""
     for group in optimizer.param_groups:
         group["rounding"] = "nearest"
+    before = [p.detach().clone() for p in params]
     write.steps(params, optimizer, 3, 5)
-    assert [bits(p) for p in params] == [bits(value) for value in after]
+    for p, was, value in zip(params, before, after, strict=True):
+        requantized = optimizer.precision(p) == "8bit" and any(moment.root for moment in optimizer.moments)
+        assert_led_to(p, was, value, requantized)
     assert [optimizer.precision(p) for p in params] == ["8bit", "8bit", "8bit", "32bit"]
     for p in params:
         entry, codes = optimizer.state[p], {moment.codes for moment in optimizer.moments}
         assert (codes <= entry.keys()) == (optimizer.precision(p) == "8bit")
         assert ("exp_avg" in entry) == (optimizer.precision(p) == "32bit")
+
+
+def assert_led_to(p: torch.Tensor, before: torch.Tensor, after: torch.Tensor, requantized: bool) -> None:
+    if requantized:
+        assert bits(p) != bits(before)
+        # Rounding to bfloat16 makes more of a small difference.
+        within = REQUANTIZED * (1 if p.dtype == torch.float32 else 3)
+        assert (p - after).float().norm() <= within * (after - before).float().norm()
+    else:
+        assert bits(p) == bits(after)
 
 
 def fill(params: Any, values: list[torch.Tensor]) -> None:
@@ -79,7 +96,7 @@ def test_a_kept_directory_of_an_earlier_version_goes_on(folder: Path, tmp_path: 
     optimizer.close()
     # It was written anew under today's names.
     again = write.make(optim8.AdamW8bit, paged=pager)[1]
-    assert {"exp_avg_codes", "exp_avg_sq_codes"} <= next(iter(again.state.values())).keys()
+    assert {"exp_avg_codes", "exp_avg_sq_root_codes"} <= next(iter(again.state.values())).keys()
     again.close()
 
 
@@ -106,8 +123,9 @@ def test_sharded_state_of_an_earlier_version_goes_on(one_rank: None, folder: Pat
     else:
         optimizer.load_state_dict(by_position(saved["state_dict"], model))
     write.net_steps(model, optimizer, 3, 5)
-    full = [p.full_tensor() if shard else p for p in model.parameters()]
-    assert [bits(p) for p in full] == [bits(value) for value in saved["after"]]
+    for p, before, after in zip(model.parameters(), saved["params"], saved["after"], strict=True):
+        full = p.full_tensor() if shard else p
+        assert_led_to(full.detach(), before, after, requantized=True)  # gradients depend on all parameters
 
 
 def by_position(state_dict: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:

@@ -51,12 +51,12 @@ class Saved:
             self.steps[name] = float(entry["step"])
             self.moments[name] = {}
             for moment, signed in case.states.items():
-                if entry.get(f"{moment}_absmax", torch.empty(0)).numel() == 0:
+                if entry.get(case.absmax(moment), torch.empty(0)).numel() == 0:
                     floats = entry[moment].cpu().numpy()
                     self.moments[name][moment] = (floats, floats, np.ones_like(floats))
                     continue
-                codes = entry[f"{moment}_codes"].cpu().numpy()
-                scales = entry[f"{moment}_absmax"].cpu()
+                codes = entry[case.codes(moment)].cpu().numpy()
+                scales = entry[case.absmax(moment)].cpu()
                 if scales.dim() == 1:
                     scale = scales.repeat_interleave(BLOCK)[: codes.size]
                 else:

@@ -49,8 +49,8 @@ def whole_dicts(place: Place, case: Case) -> dict[str, Any]:
         entry.update({name: value.bfloat16() for name, value in entry.items() if name != "step"})
     old = deepcopy(dicts["codes"])  # as version 0.1.0 named codes
     for entry in old["state"].values():
-        for name in [name for name in entry if name.endswith("_codes")]:
-            entry[name.removesuffix("_codes")] = entry.pop(name)
+        for name in [name for name in entry if name.endswith(("_codes", "_root_absmax"))]:
+            entry[name.removesuffix("_codes").replace("_root", "")] = entry.pop(name)
     dicts["codes of 0.1.0"] = old
     return dicts
 

@@ -1,12 +1,14 @@
-"""The step functions do what the optimizer classes do."""
+"""The step functions do what the optimizer classes do, except that no second moment is kept as its root."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from support.harness import DTYPES, bits, set_grad
+from cases import CASES
+from support.harness import DTYPES, assert_stepped, bits, decoded, set_grad, values
 
 import optim8
 from optim8 import functional as F
@@ -15,6 +17,7 @@ HYPER = {
     "adam": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
     "lion": {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1},
 }
+ZEROS = {"adam": {"exp_avg": 127, "exp_avg_sq": 0}, "lion": {"exp_avg": 127}}  # the codes of 0
 CLASSES = {"adam": optim8.AdamW8bit, "lion": optim8.Lion8bit}
 
 
@@ -43,10 +46,25 @@ def step(name: str, g: torch.Tensor, p: torch.Tensor, state: dict[str, Any], num
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_keeps_the_second_moment_itself(device: torch.device, dtype: str) -> None:
+    """As bitsandbytes does; the classes keep its root."""
+    case = replace(CASES["AdamW8bit"], roots=frozenset())
+    for p in parameters(DTYPES[dtype], device):
+        state = {f"{key}_codes": torch.full_like(p, zero, dtype=torch.uint8) for key, zero in ZEROS["adam"].items()}
+        state |= {f"{key}_absmax": torch.zeros(-(-p.numel() // 256), device=device) for key in ZEROS["adam"]}
+        for number in range(1, 6):
+            g = torch.randn_like(p)
+            before = values(p), values(g) * 0.5, decoded(case, state, p)
+            step("adam", g, p, state, number, 0.5)
+            assert_stepped(case, p, state, before, HYPER["adam"], number, dithered=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "optim_bits"), [(name, bits) for name in CLASSES for bits in (8, 32) if (name, bits) != ("adam", 8)]
+)
 @pytest.mark.parametrize("g_dtype", ["own", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CLASSES)
 def test_bit_equal_to_the_classes(device: torch.device, name: str, dtype: str, g_dtype: str, optim_bits: int) -> None:
     kind = torch.float32 if g_dtype == "float32" else DTYPES[dtype]
     ours = parameters(DTYPES[dtype], device)
@@ -63,8 +81,7 @@ def test_bit_equal_to_the_classes(device: torch.device, name: str, dtype: str, g
             p.grad_for_step = g  # a contiguous gradient, whatever the parameter's strides
         if number == 1:
             for p, state in zip(ours, states):
-                rule = {"exp_avg": 127, "exp_avg_sq": 0} if name == "adam" else {"exp_avg": 127}
-                for key, zero in rule.items():
+                for key, zero in ZEROS[name].items():
                     if optim_bits == 32:
                         state[key] = torch.zeros_like(p).float()
                     else:

@@ -67,7 +67,7 @@ def test_its_codes_are_those_that_the_step_writes(
         assert health.size == health.sampled == p.numel()
         assert health.nonfinite == (10 if i == 0 else 0)
         for name in case.states:
-            codes = codes_of(optimizer.state[p][f"{name}_codes"])
+            codes = codes_of(optimizer.state[p][case.codes(name)])
             assert np.array_equal(health.moments[name].codes.cpu().numpy(), codes)
 
 
@@ -86,9 +86,11 @@ def test_shares_and_errors_follow_their_definitions(case: Case, device: torch.de
     watch = optim8.monitor(optimizer, Writer(), every=1)
     optimizer.step()
     stored = moments(optimizer, case, p)
+    for name in case.roots:  # what codes stand for
+        old[name], exact[name], stored[name] = (each[name].sqrt() for each in (old, exact, stored))
     for name, signed in case.states.items():
         found = watch.latest["group 0 parameter 0"].moments[name]
-        codes, value = codes_of(optimizer.state[p][f"{name}_codes"]), exact[name].value
+        codes, value = codes_of(optimizer.state[p][case.codes(name)]), exact[name].value
         there = value != 0
         size = np.abs(value[there])
         error = np.minimum(np.abs(stored[name].value - value)[there] / size, 1)
@@ -102,7 +104,7 @@ def test_shares_and_errors_follow_their_definitions(case: Case, device: torch.de
         after, exactly = np.abs(stored[name].value).sum(), np.abs(value).sum()
         assert abs(found.drift - (after / exactly - 1)) <= exact[name].error.sum() / exactly * 2
         # Where the nearest code is that of what was there, in the scale of the step.
-        scale = np.repeat(optimizer.state[p][f"{name}_absmax"].cpu().double().numpy(), 256)[: value.size]
+        scale = np.repeat(optimizer.state[p][case.absmax(name)].cpu().double().numpy(), 256)[: value.size]
         table = reference.dynamic_map(signed)
         same = reference.nearest(table, value / scale) == reference.nearest(table, old[name].value / scale)
         unseen = np.mean(same & (value != old[name].value))
@@ -122,7 +124,7 @@ def test_a_sample_is_of_whole_blocks(case: Case, device: torch.device) -> None:
     (health,) = watch.latest.values()
     assert (health.size, health.sampled) == (200 * 256 + 3, 3 * 256)
     for name in case.states:
-        blocks = codes_of(optimizer.state[p][f"{name}_codes"])[: 200 * 256].reshape(200, 256)[[0, 99, 199]]
+        blocks = codes_of(optimizer.state[p][case.codes(name)])[: 200 * 256].reshape(200, 256)[[0, 99, 199]]
         assert np.array_equal(health.moments[name].codes.cpu().numpy(), blocks.reshape(-1))
 
 

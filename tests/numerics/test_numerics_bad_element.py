@@ -73,11 +73,11 @@ def test_one_bad_element_stays_one_element(
             ours, theirs = moments(optimizer, case, p)[name].value, moments(clean, case, q)[name].value
             assert (ours[others] == theirs[others]).all(), name
             if state_bits == 8:
-                codes = codes_of(optimizer.state[p][f"{name}_codes"])
-                assert (codes[others] == codes_of(clean.state[q][f"{name}_codes"])[others]).all(), name
+                codes = codes_of(optimizer.state[p][case.codes(name)])
+                assert (codes[others] == codes_of(clean.state[q][case.codes(name)])[others]).all(), name
                 assert (codes[places] == reference.zero_code(signed)).all(), name
-                absmax = values(optimizer.state[p][f"{name}_absmax"])
-                assert (absmax == values(clean.state[q][f"{name}_absmax"])).all(), name
+                absmax = values(optimizer.state[p][case.absmax(name)])
+                assert (absmax == values(clean.state[q][case.absmax(name)])).all(), name
         for i in places:
             expected = _as_torch(case, hyper, old_p[i], old[case.state].value[i], BAD[bad])
             actual = values(p)[i]

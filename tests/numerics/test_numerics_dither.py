@@ -123,8 +123,8 @@ def test_a_mirrored_problem_takes_the_mirrored_path(case: Case, device: torch.de
     (p, state), (q, mirrored) = paths
     assert bits(p.detach() + 0.0) == bits(-q.detach() + 0.0)
     for name, signed in case.states.items():
-        assert bits(state[f"{name}_absmax"]) == bits(mirrored[f"{name}_absmax"])
-        codes, other = codes_of(state[f"{name}_codes"]), codes_of(mirrored[f"{name}_codes"])
+        assert bits(state[case.absmax(name)]) == bits(mirrored[case.absmax(name)])
+        codes, other = codes_of(state[case.codes(name)]), codes_of(mirrored[case.codes(name)])
         assert np.array_equal(codes, 254 - other if signed else other)
 
 
@@ -219,9 +219,9 @@ def test_small_changes_are_followed(case: Case, device: torch.device) -> None:
         optimizer = case.make([p], hyper, rounding=rounding, maximize=False)
         state = random_state(case, 2560, 8, 1, seed=1)
         for each, of_sign in case.states.items():
-            state[f"{each}_codes"] = torch.full((2560,), 200 if of_sign else 150, dtype=torch.uint8)
-            state[f"{each}_codes"][::256] = 254
-            state[f"{each}_absmax"] = torch.ones(10)
+            state[case.codes(each)] = torch.full((2560,), 200 if of_sign else 150, dtype=torch.uint8)
+            state[case.codes(each)][::256] = 254
+            state[case.absmax(each)] = torch.ones(10)
         load_state(optimizer, {0: state})
         start = reference.dynamic_map(signed)[200]
         # The largest of each block stays what it is, so that no new scale moves the others.
@@ -231,7 +231,9 @@ def test_small_changes_are_followed(case: Case, device: torch.device) -> None:
             p.grad = grad
             optimizer.step()
         after = codec.dequantize(
-            optimizer.state[p][f"{name}_codes"], optimizer.state[p][f"{name}_absmax"], signed=signed
+            optimizer.state[p][case.codes(name)],
+            optimizer.state[p][case.absmax(name)],
+            signed=signed,
         )
         ends[rounding] = float(np.delete(values(after), np.s_[::256]).mean() / start)
     exact = 0.5 + 0.5 * 0.999**700

@@ -46,7 +46,7 @@ def test_dense_strides(case: Case, layout: str, dtype: str, device: torch.device
     assert bits(p) == bits(in_a_row)
     assert state_bits(optimizer, p) == state_bits(row_optimizer, in_a_row)
     for name in case.states:
-        codes = optimizer.state[p][f"{name}_codes"]
+        codes = optimizer.state[p][case.codes(name)]
         assert codes.shape == p.shape
         assert all(a == b for a, b, n in zip(codes.stride(), p.stride(), p.shape, strict=True) if n > 1)
 
@@ -120,9 +120,9 @@ def test_what_is_8bit_is_stated_and_can_be_asked_for(case: Case, device: torch.d
         for p, precision in zip(params, expected, strict=True):
             for name in case.states:
                 in_8_bits, entry = precision == "8bit", optimizer.state[p]
-                dtype = entry[f"{name}_codes" if in_8_bits else name].dtype
+                dtype = entry[case.codes(name) if in_8_bits else name].dtype
                 assert dtype == (torch.uint8 if in_8_bits else torch.float32)
-                assert (f"{name}_absmax" in entry) == in_8_bits
+                assert (case.absmax(name) in entry) == in_8_bits
 
 
 def _available_bytes() -> int:
@@ -157,7 +157,7 @@ def test_more_than_2_to_the_31_elements(case: Case, device: torch.device) -> Non
     assert bits(p[:head]) == bits(start)
     assert not p[head:-tail].any()
     for name in case.states:
-        assert bits(optimizer.state[p][f"{name}_codes"][-tail:]) == bits(small.state[q][f"{name}_codes"])
-        absmax = optimizer.state[p][f"{name}_absmax"]
+        assert bits(optimizer.state[p][case.codes(name)][-tail:]) == bits(small.state[q][case.codes(name)])
+        absmax = optimizer.state[p][case.absmax(name)]
         assert absmax.numel() == -(-n // 256)
-        assert np.array_equal(values(absmax[-3:]), values(small.state[q][f"{name}_absmax"]))
+        assert np.array_equal(values(absmax[-3:]), values(small.state[q][case.absmax(name)]))

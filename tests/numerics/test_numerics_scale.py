@@ -33,7 +33,7 @@ def _scaled_run(
         p.grad = torch.ldexp(g, torch.tensor(-k, device=g.device))
         optimizer.step()
         path.append(bits(torch.ldexp(p.detach(), torch.tensor(back, device=data.device))))
-    codes = {name: bits(optimizer.state[p][f"{name}_codes"]) for name in case.states} if state_bits == 8 else {}
+    codes = {name: bits(optimizer.state[p][case.codes(name)]) for name in case.states} if state_bits == 8 else {}
     return path, codes
 
 
@@ -88,7 +88,7 @@ def test_a_positive_v_never_codes_to_zero(
         for name in unsigned:
             # v is positive wherever the gradient or the old v is: nothing here is so small that float32 makes it 0.
             positive = (values(p.grad) != 0) | (old[name].value > 0)
-            codes = codes_of(optimizer.state[p][f"{name}_codes"])
+            codes = codes_of(optimizer.state[p][case.codes(name)])
             assert (codes[positive] > 0).all()
             assert (codes[~positive] == 0).all()
             assert positive.sum() < n or state
@@ -96,7 +96,7 @@ def test_a_positive_v_never_codes_to_zero(
 
 @pytest.mark.parametrize("case", V_CASES, ids=str)
 def test_a_small_v_beside_a_large_one_does_not_explode(case: Case, device: torch.device) -> None:
-    """Element 1 has 10^-6 of its block's largest gradient. With v coded to 0 its update would be 1 / sqrt(1 - b2)."""
+    """With v coded to 0 the update of 10^-6 of the block's largest gradient would be 1 / sqrt(1 - b2)."""
     p = parameter(torch.zeros(256, device=device))
     hyper = case.without_decay(betas=(0.9, 0.999), eps=0.0, lr=1.0, maximize=False)
     optimizer = case.make([p], hyper)
@@ -105,8 +105,9 @@ def test_a_small_v_beside_a_large_one_does_not_explode(case: Case, device: torch
         p.grad[0] = 1.0
         before = values(p)
         optimizer.step()
-        # |m| <= sqrt(v) holds for a constant gradient: m's code may be half a step large, v's is only ever too large.
-        assert (np.abs(values(p) - before) <= 1.05).all()
+        # Here the codes are coarse: m is at most that above 10^-6, and the root at least the smallest positive one.
+        signed, positive = (reference.dynamic_map(kind).astype(np.float64) for kind in (True, False))
+        assert (np.abs(values(p) - before) <= signed[signed > 1e-6][0] / positive[1]).all()
 
 
 ZERO_ROWS = {
@@ -178,5 +179,5 @@ def test_without_gradient_only_weight_decay_moves(
     for name, moment in moments(optimizer, case, p).items():
         assert (moment.value[zeros] == 0).all(), name
         if state_bits == 8:
-            codes = codes_of(optimizer.state[p][f"{name}_codes"])
+            codes = codes_of(optimizer.state[p][case.codes(name)])
             assert (codes[zeros] == reference.zero_code(case.states[name])).all(), name

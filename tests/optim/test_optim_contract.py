@@ -44,8 +44,8 @@ def test_state_is_plain_tensors_under_the_documented_names(case: Case, device: t
         assert len(optimizer.state) == 0
         optimizer.step()
         state = optimizer.state_dict()["state"][0]
-        codes = {name: f"{name}_codes" if optim_bits == 8 else name for name in case.states}
-        absmax = {f"{name}_absmax" for name in case.states} if optim_bits == 8 else set()
+        codes = {name: case.codes(name) if optim_bits == 8 else name for name in case.states}
+        absmax = {case.absmax(name) for name in case.states} if optim_bits == 8 else set()
         assert set(state) == {"step", *codes.values(), *absmax}
         assert all(type(value) is torch.Tensor for value in state.values())
         assert (state["step"].dtype, state["step"].shape, state["step"].item()) == (torch.float32, (), 1.0)
@@ -53,7 +53,10 @@ def test_state_is_plain_tensors_under_the_documented_names(case: Case, device: t
             assert state[codes[name]].shape == p.shape
             assert state[codes[name]].dtype == (torch.uint8 if optim_bits == 8 else torch.float32)
             if optim_bits == 8:
-                assert (state[f"{name}_absmax"].shape, state[f"{name}_absmax"].dtype) == ((3,), torch.float32)
+                assert (state[case.absmax(name)].shape, state[case.absmax(name)].dtype) == (
+                    (3,),
+                    torch.float32,
+                )
 
 
 @BOTH

@@ -120,7 +120,7 @@ def test_a_parameter_whose_strides_change(case: Case, optim_bits: int, device: t
         largest = abs(old[name].value).max() + abs(expected[name].value).max()
         tolerance = expected[name].error + (0.00704 * largest if optim_bits == 8 else 0.0)
         assert (abs(actual - expected[name].value) <= tolerance).all(), name
-        assert optimizer.state[p][f"{name}_codes" if optim_bits == 8 else name].stride() == p.stride()
+        assert optimizer.state[p][case.codes(name) if optim_bits == 8 else name].stride() == p.stride()
     if optim_bits == 32:
         q = parameter(data.view(shape).contiguous(memory_format=torch.channels_last))
         always = case.make([q], optim_bits=32)

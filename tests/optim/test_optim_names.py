@@ -183,6 +183,7 @@ def _train(library: Any) -> torch.Tensor:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    manager.initialize()  # bitsandbytes' would go on to override the parameter at this place of any other optimizer
     codes, state = library.functional.quantize_blockwise(model[3].weight.detach())
     return library.functional.dequantize_blockwise(codes, state).norm() * loss.item()
 

@@ -138,7 +138,7 @@ def test_state_that_was_spoilt_by_hand_is_new_again(case: Case, device: torch.de
     hostile_steps(params, optimizer, 0, 2)
     for name in case.states:
         optimizer.state[params[0]][name] = torch.zeros_like(params[0])
-        optimizer.state[params[3]][f"{name}_absmax"] = torch.zeros(2, device=device)
+        optimizer.state[params[3]][case.absmax(name)] = torch.zeros(2, device=device)
     optimizer.reset_state()
     twins = _twins(params)
     fresh = case.make(twins)

@@ -169,9 +169,22 @@ def test_our_dict_of_version_0_1_0_goes_on_too() -> None:
     optimizer = optim8.AdamW8bit(params)
     steps(params, optimizer, 0, 2)
     saved = optimizer.state_dict()
-    old = {i: {k.removesuffix("_codes"): v for k, v in e.items()} for i, e in saved["state"].items()}
+    keys = {"state": "exp_avg{}", "absmax": "exp_avg{}_absmax"}
+    old = {
+        i: {"step": saved["state"][i]["step"]}
+        | {
+            key.format(end): e[f"{theirs}{number}"]
+            for number, end in ((1, ""), (2, "_sq"))
+            for theirs, key in keys.items()
+            if f"{theirs}{number}" in e
+        }
+        for i, e in optim8.convert.to_bitsandbytes(optimizer)["state"].items()
+    }
+    assert any(entry["exp_avg_sq"].dtype == torch.uint8 for entry in old.values())
     zero = ZeroRedundancyOptimizer(others := twins(params), optim8.AdamW8bit)
     zero.load_state_dict(copy.deepcopy({**saved, "state": old}))
     steps(others, zero, 2, 3)
-    steps(params, optimizer, 2, 3)
-    assert [state_bits(zero.optim, q) for q in others] == [state_bits(optimizer, p) for p in params]
+    again = optim8.AdamW8bit(same := twins(params))
+    again.load_state_dict({**saved, "state": old})
+    steps(same, again, 2, 3)
+    assert [state_bits(zero.optim, q) for q in others] == [state_bits(again, p) for p in same]

@@ -282,7 +282,7 @@ def check_refusals(gpu: Gpu) -> None:
         assert len(kept.param_groups) == 1
         kept.close()
     for paged in (None, Pager(device_budget=0)):
-        for name in ("exp_avg_codes", "exp_avg_sq_absmax"):
+        for name in ("exp_avg_codes", "exp_avg_sq_root_absmax"):
             p = params_of("cuda")
             other: Any = optim8.AdamW8bit(p, min_8bit_size=300, paged=paged)
             steps(p, other, 0, 1)

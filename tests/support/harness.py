@@ -148,14 +148,19 @@ def state_bits(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, b
 
 def moments(optimizer: torch.optim.Optimizer, case: Case, p: torch.Tensor) -> dict[str, Rounded]:
     """The moments as float32 decodes them, 8-bit or 32-bit, in memory order; zero before the first step."""
-    state = optimizer.state.get(p, {})
+    return decoded(case, optimizer.state.get(p, {}), p)
+
+
+def decoded(case: Case, state: Mapping[str, torch.Tensor], p: torch.Tensor) -> dict[str, Rounded]:
+    """The same of a state."""
     out: dict[str, Rounded] = {}
     for name, signed in case.states.items():
         if not state:
             out[name] = Rounded.exact(np.zeros(p.numel()))
-        elif f"{name}_codes" in state:
-            absmax = state[f"{name}_absmax"].cpu().numpy()
-            out[name] = reference.decode(codes_of(state[f"{name}_codes"]), absmax, signed)
+        elif case.codes(name) in state:
+            absmax = state[case.absmax(name)].cpu().numpy()
+            codes = codes_of(state[case.codes(name)])
+            out[name] = reference.decode(codes, absmax, signed, name in case.roots)
         else:
             out[name] = Rounded.exact(values(state[name]))
     return out
@@ -182,10 +187,11 @@ def random_state(case: Case, n: int, bits_of_state: int, t: int, seed: int) -> d
         absmax[1::7] = 0
         codes[reference.per_element(absmax.astype(np.float64), n) == 0] = reference.zero_code(signed)
         if bits_of_state == 8:
-            state[f"{name}_codes"] = torch.from_numpy(codes)
-            state[f"{name}_absmax"] = torch.from_numpy(absmax)
+            state[case.codes(name)] = torch.from_numpy(codes)
+            state[case.absmax(name)] = torch.from_numpy(absmax)
         else:
-            state[name] = torch.from_numpy(reference.decode(codes, absmax, signed).value.astype(np.float32))
+            exact = reference.decode(codes, absmax, signed, name in case.roots).value
+            state[name] = torch.from_numpy(exact.astype(np.float32))
     return state
 
 
@@ -204,6 +210,23 @@ def assert_step(
     t: int,
 ) -> None:
     """One step took `before` = (parameter, gradient, moments) where float32 arithmetic may take it, and no farther."""
+    (group,) = (group for group in optimizer.param_groups if any(p is each for each in group["params"]))
+    state = optimizer.state[p]
+    assert float(state["step"]) == t
+    assert_stepped(case, p, state, before, hyper, t, dithered=group["rounding"] == "dithered")
+
+
+def assert_stepped(
+    case: Case,
+    p: torch.Tensor,
+    state: Mapping[str, torch.Tensor],
+    before: tuple[Array, Array, dict[str, Rounded]],
+    hyper: Mapping[str, Any],
+    t: int,
+    *,
+    dithered: bool,
+) -> None:
+    """The same of a parameter and its state, without an optimizer."""
     old_p, g, old = before
     dtype = str(p.dtype).removeprefix("torch.")
     expected, new = case.rule(Rounded.exact(old_p), Rounded.exact(g), old, t=t, **hyper)
@@ -213,28 +236,25 @@ def assert_step(
     overflows &= actual == np.copysign(np.inf, expected.value)
     wrong = np.flatnonzero(~(overflows | (np.abs(actual - expected.value) <= expected.error)))
     assert not wrong.size, _first(wrong, "parameter", actual, expected)
-    state = optimizer.state[p]
-    assert float(state["step"]) == t
-    (group,) = (group for group in optimizer.param_groups if any(p is each for each in group["params"]))
-    dithered = group["rounding"] == "dithered"
     for at, (name, signed) in enumerate(case.states.items()):
         if name in state:
             actual = values(state[name])
             wrong = np.flatnonzero(~(np.abs(actual - new[name].value) <= new[name].error))
             assert not wrong.size, _first(wrong, name, actual, new[name])
             continue
-        absmax = state[f"{name}_absmax"].cpu().double().numpy()
-        top = Rounded(reference.block_max(new[name].value), reference.block_max(new[name].error))
+        absmax = state[case.absmax(name)].cpu().double().numpy()
+        kept = new[name].sqrt() if name in case.roots else new[name]
+        top = Rounded(reference.block_max(kept.value), reference.block_max(kept.error))
         if dithered:
             top = top * Rounded.of(1 / reference.largest_value(signed))
         wrong = np.flatnonzero(~(np.abs(absmax - np.minimum(top.value, FLT_MAX)) <= top.error))
-        assert not wrong.size, _first(wrong, f"{name}_absmax", absmax, top)
-        codes = codes_of(state[f"{name}_codes"])
+        assert not wrong.size, _first(wrong, case.absmax(name), absmax, top)
+        codes = codes_of(state[case.codes(name)])
         if dithered:
             u = reference.dither(t, np.arange(absmax.size), at).ravel()[: codes.size]
-            wrong = reference.wrong_dithered_codes(codes, new[name], signed, u)
+            wrong = reference.wrong_dithered_codes(codes, kept, signed, u)
         else:
-            wrong = reference.wrong_codes(codes, new[name], signed)
+            wrong = reference.wrong_codes(codes, kept, signed)
         assert not wrong.size, _first(wrong, f"{name} codes", codes.astype(np.float64), new[name])
 
 

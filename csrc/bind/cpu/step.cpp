@@ -56,7 +56,7 @@ py::object conflict(const std::string& rule, const py::dict& group) {
 }
 
 StepOptions options_of(const std::string& owner, const std::string& rule, const py::dict& group, bool maximize,
-                       double gradient_scale, bool count_on_device, uintptr_t device_lr, bool dithered) {
+                       double gradient_scale, bool count_on_device, uintptr_t device_lr, bool dithered, bool direct) {
     StepOptions options = values_of(rule_of(rule), group, device_lr != 0);
     if (const char* text = rule_of(rule).conflict(options)) throw py::value_error(owner + ": " + text);
     options.maximize = maximize;
@@ -64,6 +64,7 @@ StepOptions options_of(const std::string& owner, const std::string& rule, const 
     options.count_on_device = count_on_device;
     options.device_lr = reinterpret_cast<const float*>(device_lr);
     options.rounding = dithered ? Rounding::Dithered : Rounding::Nearest;
+    options.direct = direct;
     return options;
 }
 
@@ -73,7 +74,7 @@ py::list rules() {
     for (const RuleInfo& rule : rule_table) {
         py::list states, hypers;
         for (int s = 0; s < rule.states; ++s)
-            states.append(py::make_tuple(rule.state[s].name, is_signed(rule.state[s].code)));
+            states.append(py::make_tuple(rule.state[s].name, is_signed(rule.state[s].code), rule.state[s].root));
         for (int i = 0; i < rule.hypers; ++i) {
             const HyperInfo& h = rule.hyper[i];
             hypers.append(py::make_tuple(h.name, h.part, h.initial, h.least, h.below, h.is_flag));
@@ -88,9 +89,8 @@ py::list rules() {
 void bind_step(py::module_& m) {
     m.def("rules", &rules,
           "Every rule: (name, name in torch.optim or None, name in the functional API or None, [(state, whether its "
-          "code is signed)], [(option, "
-          "place in its pair or -1, default, at "
-          "least, below, whether it is a flag)]).");
+          "code is signed, whether codes stand for its root)], [(option, place in its pair or -1, default, at least, "
+          "below, whether it is a flag)]).");
     m.def("conflict", &conflict, py::arg("rule"), py::arg("group"),
           "What is wrong with the options of a group of which each is within its bounds, or None.");
     m.def("cut", &cut, py::arg("flat"), py::arg("begins"), py::arg("shapes"), py::arg("strides"),
@@ -98,7 +98,7 @@ void bind_step(py::module_& m) {
     py::class_<StepOptions>(m, "StepOptions", "The options of a parameter group in a step, and what the step adds.")
         .def(py::init(&options_of), py::arg("owner"), py::arg("rule"), py::arg("group"), py::kw_only(),
              py::arg("maximize") = false, py::arg("gradient_scale") = 1.0, py::arg("count_on_device") = false,
-             py::arg("device_lr") = 0, py::arg("dithered") = false)
+             py::arg("device_lr") = 0, py::arg("dithered") = false, py::arg("direct") = false)
         .def_readonly("count_on_device", &StepOptions::count_on_device);
     py::class_<Lacks>(m, "Lacks", "What a step lacks before it can run: indices of parameters.")
         .def_readonly("gaps", &Lacks::gaps)

@@ -8,7 +8,7 @@ OPTIM8_BEGIN
 
 template <bool decoupled>
 struct AdamFamily : RuleDefaults {
-    static constexpr State states[] = {{"exp_avg", Code::Signed}, {"exp_avg_sq", Code::Positive}};
+    static constexpr State states[] = {{"exp_avg", Code::Signed}, {"exp_avg_sq", Code::Positive, true}};
     static constexpr const char* torch_name = decoupled ? "AdamW" : "Adam";
     // The field's "adam" takes weight decay off the parameter.
     static constexpr const char* functional_name = decoupled ? "adam" : nullptr;

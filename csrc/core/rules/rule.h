@@ -21,9 +21,12 @@ OPTIM8_BEGIN
 constexpr int max_states = 3, max_hypers = 10;
 
 // name: the key of its float32 values in a parameter's state. A state starts as 0.
+// root: codes stand for its square root, as is best for a second moment: a step divides by the root, and the range of the
+// code in gradients is squared.
 struct State {
     const char* name;
     Code code;
+    bool root = false;
 };
 
 enum class HyperKind { Number, Flag };
@@ -74,6 +77,12 @@ template <class Rule>
 constexpr int hyper_count = static_cast<int>(sizeof(Rule::hypers) / sizeof(Rule::hypers[0]));
 template <class Rule, int s>
 constexpr Code code_of = Rule::states[s].code;
+template <class Rule>
+constexpr bool has_roots() {
+    for (const State& state : Rule::states)
+        if (state.root) return true;
+    return false;
+}
 
 // base^exponent for a whole exponent, by squaring. The order of the float64 multiplications is fixed, so host and
 // device agree; their libraries' pow does not promise that.

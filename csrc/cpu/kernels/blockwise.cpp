@@ -166,11 +166,18 @@ void dither_block(const DitherJob& job, int64_t b) {
 }  // namespace
 
 void dither_blocks(const DitherJob& job, int64_t begin, int64_t end) {
+    static_assert(max_states == 3, "a case for each");
     for (int64_t b = begin; b < end; ++b)
-        if (job.state % 2 == 0)
-            job.with_sign ? dither_block<Code::Signed, 0>(job, b) : dither_block<Code::Positive, 0>(job, b);
-        else
-            job.with_sign ? dither_block<Code::Signed, 1>(job, b) : dither_block<Code::Positive, 1>(job, b);
+        switch (job.state) {
+            case 0:
+                job.with_sign ? dither_block<Code::Signed, 0>(job, b) : dither_block<Code::Positive, 0>(job, b);
+                break;
+            case 1:
+                job.with_sign ? dither_block<Code::Signed, 1>(job, b) : dither_block<Code::Positive, 1>(job, b);
+                break;
+            default:
+                job.with_sign ? dither_block<Code::Signed, 2>(job, b) : dither_block<Code::Positive, 2>(job, b);
+        }
 }
 
 void encode_blocks(const EncodeJob& job, int64_t begin, int64_t end) {

@@ -38,26 +38,37 @@ constexpr const CodeTables& tables_of() {
     return Tables<code_of<Rule, s>>::all;
 }
 
-template <int s, class Rule>
+template <class Coding, int s, class Rule>
 OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[state_count<Rule>], int at,
                              F (&state)[state_count<Rule>][group_vectors]) {
     if constexpr (s < state_count<Rule>) {
         decode_group<code_of<Rule, s>>(block.codes[s] + at, state[s]);
-        for (int j = 0; j < group_vectors; ++j) state[s][j] = state[s][j] * absmax[s];
-        decode_states<s + 1, Rule>(block, absmax, at, state);
+        constexpr bool root = Coding::template root<Rule, s>;
+        for (int j = 0; j < group_vectors; ++j) state[s][j] = restored<root>(state[s][j] * absmax[s]);
+        decode_states<Coding, s + 1, Rule>(block, absmax, at, state);
     }
 }
 
-template <int s, class Rule>
-float decode_one(const Block<Rule>& block, int wanted, int i) {
-    if constexpr (s + 1 < state_count<Rule>)
-        if (wanted != s) return decode_one<s + 1, Rule>(block, wanted, i);
-    return tables_of<s, Rule>().value[block.codes[s][i]] * *block.absmax[s];
+// One element of all states: what was, and what is kept of it now.
+template <class Coding, int s, class Rule>
+void decode_one(const Block<Rule>& block, int i, float (&state)[state_count<Rule>]) {
+    if constexpr (s < state_count<Rule>) {
+        state[s] = restored<Coding::template root<Rule, s>>(tables_of<s, Rule>().value[block.codes[s][i]] *
+                                                            *block.absmax[s]);
+        decode_one<Coding, s + 1, Rule>(block, i, state);
+    }
+}
+template <class Coding, int s, class Rule>
+void keep_one(float (&state)[state_count<Rule>]) {
+    if constexpr (s < state_count<Rule>) {
+        state[s] = kept<Coding::template root<Rule, s>>(state[s]);
+        keep_one<Coding, s + 1, Rule>(state);
+    }
 }
 
 // The rare path of a block that holds values which are not finite. Such an element gets code 0, and its part in the
 // block's maxima is what it would be had its gradient been 0; so the block's other elements do not notice it.
-template <class Rule>
+template <class Coding, class Rule>
 __attribute__((noinline)) void mend(Block<Rule>& block, const StepScalars<Rule>& scalars,
                                     uint32_t (&largest)[state_count<Rule>]) {
     for (uint32_t& l : largest) l = 0;
@@ -70,11 +81,10 @@ __attribute__((noinline)) void mend(Block<Rule>& block, const StepScalars<Rule>&
         }
         if (!finite) {
             float param = Rule::states_need_param ? block.old_param[i] : 0.0f;
-            for (int s = 0; s < state_count<Rule>; ++s) {
-                now[s] = decode_one<0, Rule>(block, s, i);
-                block.state[s][i] = 0.0f;
-            }
+            for (int s = 0; s < state_count<Rule>; ++s) block.state[s][i] = 0.0f;
+            decode_one<Coding, 0, Rule>(block, i, now);
             Rule::update(param, 0.0f, now, scalars.of_rule);
+            keep_one<Coding, 0, Rule>(now);
         }
         for (int s = 0; s < state_count<Rule>; ++s)
             if (is_finite(now[s])) largest[s] = maximum(largest[s], magnitude_bits(now[s]));
@@ -98,11 +108,24 @@ struct Pass {
 // What orders like the magnitude; where the code has no sign, nor have the values.
 OPTIM8_HD U sized_bits(Code code, F x) { return is_signed(code) ? magnitude_bits(x) : bits_of(x); }
 
-template <class Rule, class P, class G>
+// Stores what is kept of a new state, and counts it.
+template <class Coding, int s, class Rule>
+OPTIM8_HD void keep_states(Block<Rule>& block, Pass<Rule>& pass, const Vectors (&now)[state_count<Rule>], int i) {
+    if constexpr (s < state_count<Rule>) {
+        const Vectors keeps = kept<Coding::template root<Rule, s>>(now[s]);
+        for (int k = 0; k < together; ++k) {
+            store(block.state[s] + i + k * width, keeps.v[k]);
+            pass.largest[s] = maximum(pass.largest[s], sized_bits(Rule::states[s].code, keeps.v[k]));
+        }
+        keep_states<Coding, s + 1>(block, pass, now, i);
+    }
+}
+
+template <class Coding, class Rule, class P, class G>
 OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* grad, const StepScalars<Rule>& scalars,
                        int at) {
     F state[state_count<Rule>][group_vectors];
-    decode_states<0, Rule>(block, pass.absmax, at, state);
+    decode_states<Coding, 0, Rule>(block, pass.absmax, at, state);
     for (int j = 0; j < group_vectors; j += together) {
         const int i = at + j * width;
         Vectors p = Vectors::of([&](int k) { return load(param + i + k * width); });
@@ -112,30 +135,26 @@ OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* 
         Vectors now[state_count<Rule>];
         for (int s = 0; s < state_count<Rule>; ++s) now[s] = Vectors::of([&](int k) { return state[s][j + k]; });
         Rule::update(p, g * Vectors(scalars.gradient_factor), now, scalars.of_rule);
-        for (int k = 0; k < together; ++k) {
-            store(param + i + k * width, p.v[k]);
-            for (int s = 0; s < state_count<Rule>; ++s) {
-                store(block.state[s] + i + k * width, now[s].v[k]);
-                pass.largest[s] = maximum(pass.largest[s], sized_bits(Rule::states[s].code, now[s].v[k]));
-            }
-        }
+        for (int k = 0; k < together; ++k) store(param + i + k * width, p.v[k]);
+        keep_states<Coding, 0>(block, pass, now, i);
     }
 }
 
-template <int s, Rounding rounding, class Rule>
+template <class Coding, int s, class Rule>
 OPTIM8_HD void scale_states(Block<Rule>& block, const uint32_t (&largest)[state_count<Rule>]) {
     if constexpr (s < state_count<Rule>) {
-        const BlockScale by = block_scale<code_of<Rule, s>, rounding>(float_of(largest[s]));
+        constexpr bool root = Coding::template root<Rule, s>;
+        const BlockScale by = block_scale<code_of<Rule, s>, Coding::rounding, root>(float_of(largest[s]));
         block.new_absmax[s] = by.absmax;
         block.reciprocal[s] = by.normal.reciprocal;
         if (__builtin_expect(by.normal.scale != 1.0f, 0))
             for (float& x : block.state[s]) x *= by.normal.scale;
-        scale_states<s + 1, rounding>(block, largest);
+        scale_states<Coding, s + 1>(block, largest);
     }
 }
 
 // After the last group has advanced.
-template <Rounding rounding, class Rule>
+template <class Coding, class Rule>
 OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const StepScalars<Rule>& scalars) {
     uint32_t bits[state_count<Rule>];
     bool finite = true;
@@ -143,47 +162,47 @@ OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const StepS
         bits[s] = reduce_max(pass.largest[s]);
         finite = finite && bits[s] < inf_bits;
     }
-    if (__builtin_expect(!finite, 0)) mend<Rule>(block, scalars, bits);
-    scale_states<0, rounding>(block, bits);
+    if (__builtin_expect(!finite, 0)) mend<Coding>(block, scalars, bits);
+    scale_states<Coding, 0>(block, bits);
 }
 
-template <int s, Rounding rounding, class Rule>
+template <class Coding, int s, class Rule>
 OPTIM8_HD void seal_states(const Block<Rule>& block, int at) {
     if constexpr (s < state_count<Rule>) {
         F x[group_vectors];
         for (int j = 0; j < group_vectors; ++j) x[j] = load(block.state[s] + at + j * width);
         constexpr Code code = code_of<Rule, s>;
-        if constexpr (rounding == Rounding::Dithered)
+        if constexpr (Coding::rounding == Rounding::Dithered)
             encode_group_dithered<code, s>(x, block.reciprocal[s], block.dither, at, block.codes[s] + at);
         else
             encode_group<code>(x, block.reciprocal[s], block.codes[s] + at);
-        seal_states<s + 1, rounding>(block, at);
+        seal_states<Coding, s + 1>(block, at);
     }
 }
-template <Rounding rounding, class Rule>
+template <class Coding, class Rule>
 OPTIM8_HD void seal(const Block<Rule>& block, int at) {
-    seal_states<0, rounding>(block, at);
+    seal_states<Coding, 0>(block, at);
     if (at + code_group == step_block)
         for (int s = 0; s < state_count<Rule>; ++s) *block.absmax[s] = block.new_absmax[s];
 }
 
 // Advances a block, and seals the one before it where there is one.
-template <Rounding rounding, class Rule, class P, class G>
+template <class Coding, class Rule, class P, class G>
 OPTIM8_HD void work(Block<Rule>& block, P* param, const G* grad, const StepScalars<Rule>& scalars,
                     const Block<Rule>* before) {
     Pass<Rule> pass(block);
     for (int at = 0; at < step_block; at += code_group) {
-        advance(block, pass, param, grad, scalars, at);
-        if (before != nullptr) seal<rounding>(*before, at);
+        advance<Coding>(block, pass, param, grad, scalars, at);
+        if (before != nullptr) seal<Coding>(*before, at);
     }
-    normalize<rounding>(block, pass, scalars);
+    normalize<Coding>(block, pass, scalars);
 }
-template <Rounding rounding, class Rule>
+template <class Coding, class Rule>
 OPTIM8_HD void seal_all(const Block<Rule>& block) {
-    for (int at = 0; at < step_block; at += code_group) seal<rounding>(block, at);
+    for (int at = 0; at < step_block; at += code_group) seal<Coding>(block, at);
 }
 
-template <class Rule, Rounding rounding, class P, class G>
+template <class Rule, class Coding, class P, class G>
 void step_8bit(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
     P* param = static_cast<P*>(row.param);
@@ -196,19 +215,19 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
             block.codes[s] = static_cast<uint8_t*>(row.state[s]) + b * step_block;
             block.absmax[s] = row.absmax[s] + b;
         }
-        if (rounding == Rounding::Dithered)
+        if (Coding::rounding == Rounding::Dithered)
             block.dither = dither_start(row.first_block + static_cast<uint32_t>(b), scalars.dither_time);
     };
     const auto params = [&](int64_t b) { return param + b * step_block; };
     const auto grads = [&](int64_t b) { return grad + b * step_block; };
     if (begin < whole) {
         point(blocks[begin & 1], begin);
-        work<rounding, Rule>(blocks[begin & 1], params(begin), grads(begin), scalars, nullptr);
+        work<Coding, Rule>(blocks[begin & 1], params(begin), grads(begin), scalars, nullptr);
         for (int64_t b = begin + 1; b < whole; ++b) {
             point(blocks[b & 1], b);
-            work<rounding>(blocks[b & 1], params(b), grads(b), scalars, &blocks[(b - 1) & 1]);
+            work<Coding>(blocks[b & 1], params(b), grads(b), scalars, &blocks[(b - 1) & 1]);
         }
-        seal_all<rounding>(blocks[(whole - 1) & 1]);
+        seal_all<Coding>(blocks[(whole - 1) & 1]);
     }
 
     if (end > whole) {
@@ -225,8 +244,8 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
             std::memcpy(tail.codes[s], block.codes[s], n);
             block.codes[s] = tail.codes[s];
         }
-        work<rounding, Rule, P, G>(block, tail.param, tail.grad, scalars, nullptr);
-        seal_all<rounding>(block);
+        work<Coding, Rule, P, G>(block, tail.param, tail.grad, scalars, nullptr);
+        seal_all<Coding>(block);
         std::memcpy(param + at, tail.param, n * sizeof(P));
         for (int s = 0; s < state_count<Rule>; ++s)
             std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
@@ -277,10 +296,8 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
 
 template <class Rule, class P, class G>
 void step_precision(const Row& row, int64_t begin, int64_t end) {
-    if (row.precision == Precision::Bits8)
-        return row.rounding == Rounding::Dithered ? step_8bit<Rule, Rounding::Dithered, P, G>(row, begin, end)
-                                                  : step_8bit<Rule, Rounding::Nearest, P, G>(row, begin, end);
-    step_32bit<Rule, P, G>(row, begin, end);
+    if (row.precision == Precision::Bits32) return step_32bit<Rule, P, G>(row, begin, end);
+    with_coding<Rule>(row, [&](auto coding) { step_8bit<Rule, decltype(coding), P, G>(row, begin, end); });
 }
 
 // Gradients are of the parameter's type or float32; the binding has checked it.

@@ -10,7 +10,7 @@ import torch
 from optim8 import codec, rules
 from optim8.checkpoint.formats import common
 from optim8.rules import Moment
-from optim8.state.layout import bits_of, dense, under_present_names
+from optim8.state.layout import bits_of, dense, moments_in, under_present_names
 from optim8.state.moments import Codes, Entry, Tiled, check_scales
 
 # The key of the dimensions of codes, the outermost in memory first, as torch.Tensor.dim_order gives them.
@@ -29,6 +29,7 @@ def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
 
 def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
     entry = under_present_names(moments, entry)
+    moments = moments_in(moments, entry)
     bits = bits_of(moments, entry)
     if not isinstance(entry.get("step"), (int, float)):
         common.tensor(where, entry, "step", (torch.float32,), ())
@@ -47,10 +48,10 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
             known.append(moment.absmax)
             scales = entry.get(moment.absmax)
             if isinstance(scales, torch.Tensor) and scales.dim() > 1:
-                read[moment.name] = Tiled(values, scales)
+                read[moment.name] = Tiled(values, scales, moment.root)
                 continue
             scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (codec.blocks(param.numel()),))
-            read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales))
+            read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales), root=moment.root)
             if type(values) is type(scales) is torch.Tensor:  # those of DTensors are looked at shard by shard
                 check_scales(where, moment, codec.flat(dense(values)), scales.to(values.device))
     for key, value in entry.items():
@@ -91,6 +92,8 @@ def with_dim_order(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str
 
 def is_own(moments: Sequence[Moment], entry: dict[str, Any], bits: int) -> bool:
     """Whether a state that somebody put into an optimizer can be stepped as it is; the step looks at it closely."""
+    if moments_in(moments, entry) != tuple(moments):
+        return False
     if bits_of(moments, entry) == 8:
         return _DIM_ORDER not in entry  # which only a saved one has
     others = {"exp_avg_sq", "max_exp_avg_sq", "mu_product"}.difference(moment.name for moment in moments)
