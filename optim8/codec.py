@@ -146,10 +146,31 @@ def _use_last_value(
     absmax.copy_(torch.where(chosen, new_absmax, absmax))
 
 
+def quantize16(
+    values: torch.Tensor, codes: torch.Tensor, low: torch.Tensor, absmax: torch.Tensor, *, signed: bool
+) -> None:
+    """Fill codes, low bytes and absmax of state in 16 bits from float32 values of the same shape and strides, with the
+    nearest positions (csrc/core/code16.h). A positive value of an unsigned state never becomes 0."""
+    host = [tensor.to(_CPU) for tensor in (flat(values).nan_to_num(0, 0, 0), flat(codes), flat(low), absmax)]
+    numbers = torch.zeros(absmax.numel(), dtype=torch.int32)  # u does not depend on them here
+    _native.cpu().keep_state(*host, signed, numbers, 1.0, 0, False)
+    for goal, made in zip((flat(codes), flat(low), absmax), host[1:], strict=True):
+        if made.data_ptr() != goal.data_ptr():
+            goal.copy_(made)
+
+
+def dequantize16(codes: torch.Tensor, low: torch.Tensor, absmax: torch.Tensor, *, signed: bool) -> torch.Tensor:
+    """State in 16 bits in float32, of the shape and strides of its codes."""
+    out = torch.empty_strided(tuple(codes.shape), codes.stride(), dtype=torch.float32)
+    host = [tensor.to(_CPU) for tensor in (flat(codes), flat(low), absmax)]
+    _native.cpu().restore_state(*host, signed, flat(out))
+    return out.to(codes.device)
+
+
 def quantize_dithered(
     values: torch.Tensor, blocks: torch.Tensor, *, signed: bool, step: int, place: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and absmax as a step with dithered rounding stores them.
+    """Codes and absmax as a step with dithered rounding stores them in 8 bits.
 
     Args:
         values: float32 of one dimension, finite, in whole blocks but for the last.
@@ -163,5 +184,5 @@ def quantize_dithered(
     """
     codes, absmax = torch.empty(values.numel(), dtype=torch.uint8), torch.empty(blocks.numel(), dtype=torch.float32)
     host, numbers = values.to(_CPU).contiguous(), blocks.to(_CPU, torch.int32)
-    _native.cpu().quantize_dithered(host, codes, absmax, signed, numbers, float(step), place)
+    _native.cpu().keep_state(host, codes, None, absmax, signed, numbers, float(step), place, True)
     return codes.to(values.device), absmax.to(values.device)

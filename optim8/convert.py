@@ -61,11 +61,11 @@ def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
 def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
     """The state as a dict that the optimizer of the same name in `bitsandbytes.optim` loads.
 
-    Codes are taken over as they are; those of roots are quantized anew, since bitsandbytes keeps second moments
-    themselves, and so are all where a parameter does not lie row after row (channels last), since blocks run row after
-    row there. The layout is the flat one, which every version reads. The optimizer is
-    not changed, and the dict shares no memory with it. What others keep in a parameter's state is left out. No
-    state dict holds overrides, neither theirs nor ours: repeat them.
+    Codes are taken over as they are. Roots are quantized anew, since bitsandbytes keeps second moments themselves; so
+    is state in 16 bits; and so is all state of a parameter that does not lie row after row (channels last), since
+    blocks run row after row there. The layout is the flat one, which every version reads. The optimizer is not changed,
+    and the dict shares no memory with it. What others keep in a parameter's state is left out. No state dict holds
+    overrides, neither theirs nor ours: repeat them.
 
     Raises:
         TypeError: no optimizer of this library.
@@ -159,6 +159,6 @@ def _add(asked: Report, name: str, moment: Moment, old: Source, new: Source) -> 
     elif isinstance(new, torch.Tensor):
         how = "widened"
     else:
-        how = "copied" if old.codes.is_contiguous() and not old.root else "requantized"
+        how = "copied" if old.codes.is_contiguous() and not old.root and old.low is None else "requantized"
     device = old.device if isinstance(old, torch.Tensor) else old.codes.device
     asked.add(name, how, values(moment, old, device), values(moment, new, device))

@@ -24,19 +24,21 @@ class Moment:
     name: the key of its values in float32.
     signed: whether its code has negative values.
     root: whether codes stand for its square root.
-    codes, absmax: the keys of its 8-bit codes and of their scales.
+    codes, low, absmax: the keys of its 8-bit codes, of their low bytes in 16 bits, and of their scales.
     """
 
     name: str
     signed: bool
     root: bool = False
     codes: str = field(init=False)
+    low: str = field(init=False)
     absmax: str = field(init=False)
 
     def __post_init__(self) -> None:
         stem = f"{self.name}_root" if self.root else self.name
         # Interned: a step compares the keys of a state by identity.
         object.__setattr__(self, "codes", sys.intern(f"{stem}_codes"))
+        object.__setattr__(self, "low", sys.intern(f"{stem}_low"))
         object.__setattr__(self, "absmax", sys.intern(f"{stem}_absmax"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -52,7 +54,7 @@ class Moment:
     def keys(self) -> tuple[str, ...]:
         """All keys under which a state may have it."""
         direct = self.direct
-        return self.name, *dict.fromkeys((self.codes, self.absmax, direct.codes, direct.absmax))
+        return self.name, *dict.fromkeys((self.codes, self.low, self.absmax, direct.codes, direct.absmax))
 
     @property
     def zero(self) -> int:
@@ -60,9 +62,15 @@ class Moment:
         zero: int = _native.cpu().zero_code(self.signed)
         return zero
 
+    @property
+    def middle(self) -> int:
+        """The low byte of a value that its code stands for."""
+        middle: int = _native.cpu().middle_low
+        return middle
+
     def key(self, bits: int) -> str:
-        """The key of the tensor that has one element for each value of the parameter, for state in 8 or 32 bits."""
-        return self.codes if bits == 8 else self.name
+        """The key of the tensor that has one element for each value of the parameter: codes, or float32."""
+        return self.name if bits == 32 else self.codes
 
     def values(self, entry: Mapping[str, Any]) -> torch.Tensor:
         """That tensor of a parameter's state: codes, or float32."""

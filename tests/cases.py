@@ -56,6 +56,10 @@ class Case:
         """The key of a state's codes."""
         return f"{state}_root_codes" if state in self.roots else f"{state}_codes"
 
+    def low(self, state: str) -> str:
+        """The key of a state's low bytes in 16 bits."""
+        return self.codes(state).removesuffix("codes") + "low"
+
     def absmax(self, state: str) -> str:
         """The key of a state's scales."""
         return self.codes(state).removesuffix("codes") + "absmax"

@@ -76,6 +76,39 @@ def per_element(absmax: Array, size: int) -> Array:
     return np.repeat(absmax, BLOCK)[:size]
 
 
+def value_at(position: npt.ArrayLike, signed: bool) -> Array:
+    """The inverse of `position`, for state in 16 bits: below the first positive value of an unsigned code the line of
+    its decade goes on."""
+    table = dynamic_map(signed).astype(np.float64)
+    table = table[table >= 0]
+    index = np.asarray(position, np.float64)
+    value = np.interp(index, np.arange(table.size), table)
+    if not signed:
+        value = np.where((index > 0) & (index < 1), table[1] - (1 - index) * (table[2] - table[1]), value)
+    return np.asarray(value)
+
+
+def number16(codes: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8], signed: bool) -> npt.NDArray[np.int64]:
+    """The signed position that codes and low bytes stand for (csrc/core/code16.h), in units of 1/256."""
+    return np.asarray(codes.astype(np.int64) * 256 + low - (zero_code(signed) * 256 + 128))
+
+
+def decode16(
+    codes: npt.NDArray[np.uint8],
+    low: npt.NDArray[np.uint8],
+    absmax: npt.NDArray[np.float32],
+    signed: bool,
+    root: bool = False,
+) -> Rounded:
+    """What codes and low bytes stand for. The quotient is a line in float32, one fused multiply-add with two rounded
+    constants, each as large as 9 times the value at most."""
+    number = number16(codes, low, signed)
+    quotient = np.sign(number) * value_at(np.abs(number) / 256, signed)
+    value = Rounded(quotient, 19 * UNIT * np.abs(quotient))
+    value = value * Rounded.exact(per_element(absmax.astype(np.float64), codes.size))
+    return value * value if root else value
+
+
 def decode(codes: npt.NDArray[np.uint8], absmax: npt.NDArray[np.float32], signed: bool, root: bool = False) -> Rounded:
     """What the codes of a tensor stand for: table value times the block's absmax, one float32 product; of a root the
     square, another."""
@@ -144,8 +177,15 @@ def position(y: npt.ArrayLike, signed: bool) -> Array:
     return np.interp(np.asarray(y, np.float64), table, np.arange(table.size))
 
 
-def wrong_dithered_codes(codes: npt.NDArray[np.uint8], new: Rounded, signed: bool, u: Array) -> npt.NDArray[np.intp]:
-    """Positions whose code is not floor(position + u) for any quotient that float32 may have computed for `new`.
+def wrong_dithered_codes(
+    codes: npt.NDArray[np.uint8],
+    new: Rounded,
+    signed: bool,
+    u: Array,
+    low_bytes: npt.NDArray[np.uint8] | None = None,
+) -> npt.NDArray[np.intp]:
+    """Positions whose code is not floor(position + u) for any quotient that float32 may have computed for `new`; with
+    low bytes, whose number is not floor(256 * position + u), u having eight bits.
 
     The quotient y = x * (1 / (absmax * constant)) has the error of x, the error of absmax and four roundings. The
     position is rounded to a unit of 2^-16 from below and above, by one of three lines with two rounded constants, each
@@ -156,18 +196,30 @@ def wrong_dithered_codes(codes: npt.NDArray[np.uint8], new: Rounded, signed: boo
     safe = np.where(top > 0, top, 1.0)
     y = np.abs(new.value) / safe * largest_value(signed)
     d = new.error / safe + y * (top_error / safe + 4 * UNIT)
-    low, high = (position(np.clip(y + sign * d, 0, largest_value(signed)), signed) for sign in (-1, 1))
-    if not signed:  # a positive value takes the smallest positive code at least
-        low, high = np.maximum(low, 1), np.maximum(high, 1)
-    low, high = (np.floor(p + u + sign * 2.0**-15) for p, sign in ((low, -1), (high, 1)))
-    highest = 254 - zero_code(signed)  # 1 stays unused
-    index = codes.astype(np.int64) - zero_code(signed)
+    low, high = (_position(np.clip(y + sign * d, 0, largest_value(signed)), signed, low_bytes) for sign in (-1, 1))
+    parts = 1 if low_bytes is None else 256
+    u = u if low_bytes is None else np.floor(u * 256) / 256
+    low, high = (np.floor((p + sign * 2.0**-15) * parts + u) for p, sign in ((low, -1), (high, 1)))
+    highest = (254 - zero_code(signed)) * parts  # 1 stays unused
+    index = codes.astype(np.int64) - zero_code(signed) if low_bytes is None else number16(codes, low_bytes, signed)
     low, high = np.minimum(low, highest), np.minimum(high, highest)
     good = (np.abs(index) >= low) & (np.abs(index) <= high)
     good |= (index == 0) & (np.abs(new.value) <= new.error)
     good &= (np.sign(index) * np.sign(new.value) >= 0) | (np.abs(new.value) <= new.error)
     good &= (index == 0) | (top > 0)
     return np.flatnonzero(~good)
+
+
+def _position(y: Array, signed: bool, low_bytes: npt.NDArray[np.uint8] | None) -> Array:
+    """Where a value that is not 0 lies: in an unsigned code at the smallest positive one at least, or in 16 bits half a
+    cell below on the line of its decade."""
+    if signed:
+        return position(y, signed)
+    if low_bytes is None:
+        return np.maximum(position(y, signed), 1)
+    table = dynamic_map(signed).astype(np.float64)
+    below = 1 - (table[1] - y) / (table[2] - table[1])
+    return np.where(y < table[1], np.maximum(below, 0.5), position(y, signed))
 
 
 # The rules. `p`, `g` and the moments are Rounded; the rest are Python numbers, as the caller gave them.

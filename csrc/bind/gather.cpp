@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* step_name = "step";
 // Of the keys of state in codes, as Python makes them too (rules.Moment).
-constexpr const char *root_suffix = "_root", *codes_suffix = "_codes", *absmax_suffix = "_absmax";
+constexpr const char *root_suffix = "_root", *codes_suffix = "_codes", *low_suffix = "_low", *absmax_suffix = "_absmax";
 
 PyObject* interned(const std::string& name) { return PyUnicode_InternFromString(name.c_str()); }
 
@@ -23,16 +23,17 @@ struct Key {
     explicit Key(const std::string& name) : text(name), object(interned(name)) {}
 };
 
-// The keys of the states of a rule, in its order: of float32 values, of codes and of their scales. `direct`: codes stand
+// The keys of the states of a rule, in its order: of float32 values, of codes, low bytes and scales. `direct`: codes stand
 // for the states themselves, also where the rule has roots.
 struct StateKeys {
-    std::vector<Key> values, codes, absmax;
+    std::vector<Key> values, codes, low, absmax;
     StateKeys(const RuleInfo& rule, bool direct) {
         for (int s = 0; s < rule.states; ++s) {
             const std::string name = rule.state[s].name;
             const std::string coded = rule.state[s].root && !direct ? name + root_suffix : name;
             values.emplace_back(name);
             codes.emplace_back(coded + codes_suffix);
+            low.emplace_back(coded + low_suffix);
             absmax.emplace_back(coded + absmax_suffix);
         }
     }
@@ -68,9 +69,9 @@ PyObject* entry_of(InOrder& entries, const Key& key, const Place& place) {
 
 // Code that knows torch's names may put values beside codes, for instance to reset state. A step would ignore them.
 void check_one_kind(PyObject* entry, const StateKeys& keys, Precision precision, const Place& place) {
-    const bool codes = precision == Precision::Bits8;
+    const bool codes = precision != Precision::Bits32;
     const auto states = static_cast<Py_ssize_t>(keys.values.size());
-    if (PyDict_Size(entry) <= 1 + states * (codes ? 2 : 1)) return;
+    if (PyDict_Size(entry) <= 1 + states * (precision == Precision::Bits16 ? 3 : codes ? 2 : 1)) return;
     for (size_t s = 0; s < keys.values.size(); ++s)
         if (PyDict_Contains(entry, (codes ? keys.values : keys.codes)[s].object) == 1)
             place.fail("has both " + quoted(keys.values[s]) + " and " + quoted(keys.codes[s]) +
@@ -124,7 +125,7 @@ void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p,
             tensor = values_of.is_next(keys.values[s].object) ? nullptr : values_of.find(keys.codes[s].object);
             row.precision = tensor != nullptr ? Precision::Bits8 : Precision::Bits32;
         }
-        const bool codes = row.precision == Precision::Bits8;
+        const bool codes = row.precision != Precision::Bits32;
         const Key& key = (codes ? keys.codes : keys.values)[s];
         if (tensor == nullptr) tensor = entry_of(values_of, key, place);
         const View values = state_view(tensor, key, place, hint);
@@ -135,6 +136,15 @@ void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p,
         moved = moved || !values.same_layout(p);
         row.state[s] = values.data;
         if (!codes) continue;
+        if (s == 0 && !values_of.is_next(keys.absmax[s].object) && PyDict_Contains(entry, keys.low[s].object) == 1)
+            row.precision = Precision::Bits16;
+        if (row.precision == Precision::Bits16) {
+            const View low = state_view(entry_of(values_of, keys.low[s], place), keys.low[s], place, hint);
+            if (!low.is_uint8() || !low.same_layout(values) || !reaches(p, low))
+                place.fail("needs a " + quoted(keys.low[s]) + " of uint8 like the codes, got " + low.describe() +
+                           ". Load the checkpoint with load_state_dict.");
+            row.low[s] = static_cast<uint8_t*>(low.data);
+        }
         const View absmax = state_view(entry_of(values_of, keys.absmax[s], place), keys.absmax[s], place, hint);
         if (!absmax.is_float32() || absmax.size != blocks || !absmax.contiguous() || !reaches(p, absmax))
             place.fail("needs a " + quoted(keys.absmax[s]) + " of float32 [" + std::to_string(blocks) +

@@ -19,9 +19,12 @@ OPTIM8_BEGIN
 enum class Rounding : uint8_t { Nearest, Dithered };
 
 // How a step keeps the states of a rule in codes.
-template <Rounding rounding_, bool roots>
+template <Rounding rounding_, bool roots, bool low_bytes = false>
 struct Coding {
     static constexpr Rounding rounding = rounding_;
+    static constexpr bool in_16_bits = low_bytes;  // core/code16.h
+    // The rounding whose scales blocks have.
+    static constexpr Rounding scaling = low_bytes ? Rounding::Dithered : rounding_;
     template <class Rule, int s>
     static constexpr bool root = roots && Rule::states[s].root;
 };
@@ -44,7 +47,8 @@ constexpr float after_fifth = static_cast<float>(fixed_point + 0.4 - static_cast
 struct DitherTables {
     float slope[32], offset[32];  // of t + fixed_point, by the low five bits of the exponent
     uint32_t last[32];            // what takes the upper half of a fixed-point number to the code of the last value
-    float lowest;                 // what is less is taken to be of its zone
+    uint32_t last16[32];          // the same for state in 16 bits, and half a cell, in units of 1/256
+    float lowest, lowest16;       // what is less is taken to be of its zone; the second for state in 16 bits
     float quotient;               // a block's largest magnitude over its scaled quotient
     float absmax;                 // what is stored as absmax over that magnitude
 };
@@ -67,10 +71,13 @@ constexpr DitherTables make_dither_tables(Code code) {
         t.offset[b] = static_cast<float>(fixed_point + (from_zero ? -1 : 0.5 - n * 10 / 9.0));
         const int last = 2 * n - (with_sign ? 1 : 2);
         t.last[b] = static_cast<uint32_t>(zero_code_of(code) + last) - (fixed_point_bits >> 16);
+        t.last16[b] = (t.last[b] << 8) + 0x80u;
     }
     const int n = first << (decades - 1);
     const double last_value = 1 - 0.45 / n;
     t.lowest = static_cast<float>(with_sign ? 0x1p-17 : smallest * one);
+    // The line of the first decade goes on below the smallest value, where its cell ends, half an index lower.
+    t.lowest16 = static_cast<float>(with_sign ? 0x1p-17 : decade_scale[0] * 0.1 * one);
     // The position of the largest magnitude must be whole, for all roundings of its quotient: t may be off by half a
     // unit of fixed point below 0, and by three halves above, where a third counts. Without a sign the cells are half
     // as wide, so that roundings are twice as far: there what comes out above is taken down.
@@ -115,18 +122,24 @@ OPTIM8_HD uint32_t halves(uint32_t upper, uint32_t lower) {
 #endif
 }
 
+// The position of a quotient y relative to the last value of its zone, as a fixed-point number. `exponent`: of
+// `clamped`, which is y, or what is the least of its zone.
+template <Code code, class T>
+OPTIM8_HD float least_line(float y, float clamped, uint32_t exponent, const T& t) {
+    static_assert(code == Code::Signed || code == Code::Positive, "what states have");
+    // Where nothing becomes 0, less than the smallest value has its position.
+    const float line = fma(is_signed(code) ? y : clamped, of_binade(t.slope, exponent), of_binade(t.offset, exponent));
+    return smaller(line, smaller(fma(line, third, after_third), fma(line, fifth, after_fifth)));
+}
+
 // The code of |x|, finite, in a block whose largest magnitude has the given reciprocal, as the third byte: of
 // position + u as a fixed-point number in units of 2^-16. `T`: as for on_line.
 template <Code code, class T>
 OPTIM8_HD uint32_t encode_magnitude(float x, float reciprocal, uint32_t u, const T& t) {
-    static_assert(code == Code::Signed || code == Code::Positive, "what states have");
     const float y = (is_signed(code) ? absolute(x) : x) * reciprocal;
     const float clamped = maximum(y, t.lowest);
     const uint32_t exponent = bits_of(clamped) >> 23;
-    // Where nothing becomes 0, less than the smallest value has its position.
-    const float line = fma(is_signed(code) ? y : clamped, of_binade(t.slope, exponent), of_binade(t.offset, exponent));
-    const float least = smaller(line, smaller(fma(line, third, after_third), fma(line, fifth, after_fifth)));
-    return halves(of_binade(t.last, exponent), u) + bits_of(least);
+    return halves(of_binade(t.last, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
 }
 
 // The same of x.

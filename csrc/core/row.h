@@ -8,12 +8,13 @@
 
 namespace optim8 {
 
-enum class Precision : uint8_t { Bits8, Bits32 };
+enum class Precision : uint8_t { Bits8, Bits16, Bits32 };
 
 struct Row {
     void* param;
     const void* grad;
     void* state[max_states];     // uint8 codes, or float32; null behind the rule's last state
+    uint8_t* low[max_states];    // the low bytes of 16-bit state, or null
     float* absmax[max_states];   // one for each block of step_block values; null with 32-bit state
     int64_t size;                // values
     uint32_t first_block;        // where its blocks begin in the whole parameter, of which the tensor may be a part
@@ -29,6 +30,9 @@ struct Row {
 
 constexpr int64_t blocks_of(int64_t size, int64_t blocksize) { return size / blocksize + (size % blocksize != 0); }
 
+// Bytes of a value in `state`.
+constexpr int64_t bytes_of(Precision precision) { return precision == Precision::Bits32 ? 4 : 1; }
+
 }  // namespace optim8
 
 OPTIM8_BEGIN
@@ -39,6 +43,10 @@ template <class Rule, class Work>
 auto with_coding(const Row& row, const Work& work) {
     if constexpr (has_roots<Rule>() && Rule::functional_name != nullptr)
         if (row.direct) return work(Coding<Rounding::Nearest, false>{});
+    if (row.precision == Precision::Bits16) {
+        if (row.rounding == Rounding::Dithered) return work(Coding<Rounding::Dithered, true, true>{});
+        return work(Coding<Rounding::Nearest, true, true>{});
+    }
     if (row.rounding == Rounding::Dithered) return work(Coding<Rounding::Dithered, true>{});
     return work(Coding<Rounding::Nearest, true>{});
 }

@@ -164,6 +164,19 @@ OPTIM8_DEVICE void store_bytes(uint8_t* to, const uint32_t (&words)[per_lane / 4
 OPTIM8_DEVICE uint32_t byte_of(const uint32_t (&words)[per_lane / 4], int k) {
     return __byte_perm(words[k / 4], 0, 0x4440 + k % 4);
 }
+// Eight pairs of an upper and a lower byte, two pairs a word; and back.
+OPTIM8_DEVICE void join_pairs(const uint32_t (&upper)[per_lane / 4], const uint32_t (&lower)[per_lane / 4],
+                              uint32_t (&pairs)[per_lane / 2]) {
+    for (int i = 0; i < per_lane / 2; ++i)
+        pairs[i] = __byte_perm(lower[i / 2], upper[i / 2], i % 2 == 0 ? 0x5140 : 0x7362);
+}
+OPTIM8_DEVICE void part_pairs(const uint32_t (&pairs)[per_lane / 2], uint32_t (&upper)[per_lane / 4],
+                              uint32_t (&lower)[per_lane / 4]) {
+    for (int i = 0; i < per_lane / 4; ++i) {
+        upper[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531);
+        lower[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420);
+    }
+}
 // Byte `which` of eight words.
 template <int which>
 OPTIM8_DEVICE void pack_bytes(const uint32_t (&bytes)[per_lane], uint32_t (&words)[per_lane / 4]) {
@@ -179,6 +192,15 @@ OPTIM8_DEVICE uint32_t sign_bytes(uint32_t a, uint32_t b) {
     uint32_t bytes;
     asm("prmt.b32 %0, %1, %2, 0x00fb;" : "=r"(bytes) : "r"(a), "r"(b));
     return bytes;
+}
+#endif
+
+// For the signs of two floats, as bits, two halves of a word 0xffff or 0.
+#if defined(__CUDACC__)
+OPTIM8_DEVICE uint32_t sign_halves(uint32_t a, uint32_t b) {
+    uint32_t halves;
+    asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(halves) : "r"(a), "r"(b));
+    return halves;
 }
 #endif
 

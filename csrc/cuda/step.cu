@@ -88,11 +88,11 @@ __global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_c
     if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
     // Two passes: what is rare, in the loop of what is not, would take its registers.
     uint32_t left_over = 0;
-    const LaneCodes<Rule, Coding::rounding> lane_codes;
+    const LaneCodesOf<Rule, Coding> lane_codes;
     static_assert(blocks_per_warp <= 32, "a bit for each");
     each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
         const Block<Rule, P, G> at(row, block);
-        const bool done = row.precision == Precision::Bits8 && at.well && step_quickly<Coding>(at, scalars, lane_codes);
+        const bool done = row.precision != Precision::Bits32 && at.well && step_quickly<Coding>(at, scalars, lane_codes);
         left_over |= done ? 0u : 1u << i;
     });
     if (left_over == 0) return;
@@ -140,6 +140,7 @@ Kernel<Rule> kernel_of(const Row& row) {
 bool fits_packets(const Row& row) {
     uintptr_t all = reinterpret_cast<uintptr_t>(row.param) | reinterpret_cast<uintptr_t>(row.grad);
     for (void* state : row.state) all |= reinterpret_cast<uintptr_t>(state);
+    for (uint8_t* low : row.low) all |= reinterpret_cast<uintptr_t>(low);
     return all % 16 == 0;
 }
 
@@ -159,10 +160,13 @@ class Batcher {
             if (!on_device) scalars = place_of(row);
         }
         StepRow<Rule>& to = batch_->row[batch_->rows];
-        to = StepRow<Rule>{row.param,     row.grad,         {}, {}, row.size, scalars, row.first_block,
-                           row.precision, fits_packets(row)};
+        to = StepRow<Rule>{row.param,       row.grad,      {},
+                           {},              {},            row.size,
+                           scalars,         row.first_block, row.precision,
+                           fits_packets(row)};
         for (int s = 0; s < state_count<Rule>; ++s) {
             to.state[s] = row.state[s];
+            to.low[s] = row.low[s];
             to.absmax[s] = row.absmax[s];
         }
         const int64_t before = batch_->first[batch_->rows++];
@@ -229,7 +233,8 @@ void step_rule(const Row* rows, int64_t count, const StepInputs& inputs, cudaStr
     if (inputs.scalars != nullptr) count_on_device<Rule>(rows, count, inputs, stream);
     // Rows of one kernel side by side, otherwise in their order.
     const auto kind = [&](int64_t i) {
-        return std::make_tuple(rows[i].param_storage, rows[i].grad_storage, rows[i].rounding, rows[i].direct);
+        return std::make_tuple(rows[i].param_storage, rows[i].grad_storage, rows[i].rounding, rows[i].direct,
+                               rows[i].precision == Precision::Bits16);
     };
     std::vector<int64_t> order(static_cast<size_t>(count));
     std::iota(order.begin(), order.end(), int64_t{0});

@@ -5,6 +5,15 @@
 
 OPTIM8_BEGIN
 
+// The quotient of a code, with its low byte in 16 bits.
+template <class Coding, Code code>
+OPTIM8_DEVICE float decode_either(uint8_t of, uint8_t low) {
+    if constexpr (Coding::in_16_bits)
+        return decode16_lane<code>(mantissa_unit_bits | number16(of, low));
+    else
+        return decode<code>(of);
+}
+
 // What the lane's elements in `bad` would add to the block's maxima, had their gradients been 0. One element at a time
 // and from memory, where param and codes are still the old ones: this path is rare, and must cost no registers.
 template <class Coding, int span, class Rule, class P, class G>
@@ -18,8 +27,10 @@ OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, con
         float param = there ? to_float(block.param[i]) : 0.0f, now[state_count<Rule>];
         each_state<Rule>([&](auto s) {
             const uint8_t code = there ? block.codes[s.index][i] : zero_code_of(code_of<Rule, s.index>);
-            now[s.index] = restored<Coding::template root<Rule, s.index>>(decode<code_of<Rule, s.index>>(code) *
-                                                                          *block.absmax[s.index]);
+            uint8_t low = middle_low;
+            if constexpr (Coding::in_16_bits) low = there ? block.low[s.index][i] : middle_low;
+            now[s.index] = restored<Coding::template root<Rule, s.index>>(
+                decode_either<Coding, code_of<Rule, s.index>>(code, low) * *block.absmax[s.index]);
         });
         Rule::update(param, 0.0f, now, scalars.of_rule);
         each_state<Rule>([&](auto s) { now[s.index] = kept<Coding::template root<Rule, s.index>>(now[s.index]); });
@@ -34,7 +45,7 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
     constexpr int span = packet_span<P>;
     P raw_param[per_lane];
     G grad[per_lane];
-    uint8_t codes[state_count<Rule>][per_lane];
+    uint8_t codes[state_count<Rule>][per_lane], low[state_count<Rule>][per_lane] = {};
     float absmax[state_count<Rule>];
     load_tile<span>(block.param, block.count, block.well, P{}, raw_param);
     load_tile<span>(block.grad, block.count, block.well, G{}, grad);
@@ -42,6 +53,8 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
         // Values that are not there decode to 0, so they take part in nothing.
         load_tile<span>(block.codes[s.index], block.count, block.well, zero_code_of(code_of<Rule, s.index>),
                         codes[s.index]);
+        if constexpr (Coding::in_16_bits)
+            load_tile<span>(block.low[s.index], block.count, block.well, middle_low, low[s.index]);
         absmax[s.index] = *block.absmax[s.index];
     });
 
@@ -51,7 +64,8 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
     for (int k = 0; k < per_lane; ++k) {
         param[k] = to_float(raw_param[k]);
         each_state<Rule>([&](auto s) {
-            const float value = decode<code_of<Rule, s.index>>(codes[s.index][k]) * absmax[s.index];
+            const float value =
+                decode_either<Coding, code_of<Rule, s.index>>(codes[s.index][k], low[s.index][k]) * absmax[s.index];
             now[k][s.index] = restored<Coding::template root<Rule, s.index>>(value);
         });
         Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now[k], scalars.of_rule);
@@ -86,18 +100,20 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
     store_tile<span>(block.param, block.count, block.well, new_param);
-    const LaneCodes<Rule, Coding::rounding> lane_codes;
+    const LaneCodesOf<Rule, Coding> lane_codes;
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
         constexpr bool root = Coding::template root<Rule, s.index>;
-        const BlockScale by = block_scale<code_of<Rule, s.index>, Coding::rounding, root>(float_of(largest[s.index]));
-        uint8_t encoded[per_lane];
+        const BlockScale by = block_scale<code_of<Rule, s.index>, Coding::scaling, root>(float_of(largest[s.index]));
+        uint8_t encoded[per_lane], rest[per_lane];
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {
             const uint32_t word = lane_codes.template encode<s.index>(
                 now[k][s.index] * by.normal.scale, by.normal.reciprocal, lane_dither<s.index, span>(start, k));
-            encoded[k] = static_cast<uint8_t>(word);
+            encoded[k] = Coding::in_16_bits ? code_of16(word) : static_cast<uint8_t>(word);
+            rest[k] = low_of16(word);
         }
+        if constexpr (Coding::in_16_bits) store_tile<span>(block.low[s.index], block.count, block.well, rest);
         store_tile<span>(block.codes[s.index], block.count, block.well, encoded);
         if (lane() == 0) *block.absmax[s.index] = by.absmax;
     });

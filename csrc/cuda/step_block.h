@@ -14,6 +14,7 @@ struct StepRow {
     void* param;
     const void* grad;
     void* state[state_count<Rule>];
+    uint8_t* low[state_count<Rule>];
     float* absmax[state_count<Rule>];
     int64_t size;
     int32_t scalars;       // index
@@ -37,11 +38,13 @@ OPTIM8_DEVICE void each_state(const Work& work) {
 }
 
 // The encoders of all states, loaded once for all blocks of a warp: of one value, and of the lane's eight into words.
-template <class Rule, Rounding rounding>
+template <class Rule, Rounding rounding, bool in_16_bits = false>
 struct LaneCodes;
+template <class Rule, class Coding>
+using LaneCodesOf = LaneCodes<Rule, Coding::rounding, Coding::in_16_bits>;
 
 template <class Rule>
-struct LaneCodes<Rule, Rounding::Nearest> {
+struct LaneCodes<Rule, Rounding::Nearest, false> {
     LaneLines lines[state_count<Rule>];
     OPTIM8_DEVICE LaneCodes() {
         each_state<Rule>([&](auto s) { lines[s.index] = lane_code<code_of<Rule, s.index>>(); });
@@ -72,7 +75,7 @@ OPTIM8_DEVICE uint32_t lane_dither(uint32_t start, int k) {
 }
 
 template <class Rule>
-struct LaneCodes<Rule, Rounding::Dithered> {
+struct LaneCodes<Rule, Rounding::Dithered, false> {
     LaneDitherLines lines[state_count<Rule>];
     OPTIM8_DEVICE LaneCodes() {
         each_state<Rule>([&](auto s) { lines[s.index] = lane_dither_lines<code_of<Rule, s.index>>(); });
@@ -101,12 +104,52 @@ struct LaneCodes<Rule, Rounding::Dithered> {
     }
 };
 
+// State in 16 bits: codes and low bytes.
+template <class Rule, Rounding rounding>
+struct LaneCodes<Rule, rounding, true> {
+    LaneDitherLines lines[state_count<Rule>];
+    OPTIM8_DEVICE LaneCodes() {
+        each_state<Rule>([&](auto s) { lines[s.index] = lane_dither_lines<code_of<Rule, s.index>>(); });
+    }
+    template <int s>
+    OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t u) const {
+        constexpr Code code = code_of<Rule, s>;
+        return encode16<code>(x, reciprocal, rounding == Rounding::Dithered ? u : u_of_nearest,
+                              LaneDither<code>{lines[s]});
+    }
+    template <int s>
+    OPTIM8_DEVICE uint32_t encode_size(float x, float reciprocal, uint32_t u) const {
+        constexpr Code code = code_of<Rule, s>;
+        return encode16_magnitude<code>(x, reciprocal, rounding == Rounding::Dithered ? u : u_of_nearest,
+                                        LaneDither<code>{lines[s]});
+    }
+    template <int s, int span>
+    OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t start, uint32_t (&words)[2],
+                              uint32_t (&low)[2]) const {
+        constexpr Code code = code_of<Rule, s>;
+        uint32_t pairs[per_lane / 2];
+#pragma unroll
+        for (int i = 0; i < per_lane / 2; ++i) {
+            const int k = 2 * i;
+            pairs[i] = __byte_perm(encode_size<s>(x[k], reciprocal, lane_dither<s, span>(start, k)),
+                                   encode_size<s>(x[k + 1], reciprocal, lane_dither<s, span>(start, k + 1)), 0x6521);
+            if constexpr (is_signed(code)) {
+                const uint32_t negative = sign_halves(bits_of(x[k]), bits_of(x[k + 1]));
+                const uint32_t mirrored = 2 * zero16_of(code) * 0x10001u - pairs[i];  // no half borrows
+                pairs[i] = (negative & mirrored) | (~negative & pairs[i]);
+            }
+        }
+        part_pairs(pairs, words, low);
+    }
+};
+
 // A block and where it lies.
 template <class Rule, class P, class G>
 struct Block {
     P* param;
     const G* grad;
     uint8_t* codes[state_count<Rule>];
+    uint8_t* low[state_count<Rule>];
     float* absmax[state_count<Rule>];
     int count;
     uint32_t number;  // in the whole parameter
@@ -118,6 +161,7 @@ struct Block {
         grad = static_cast<const G*>(row.grad) + at;
         for (int s = 0; s < state_count<Rule>; ++s) {
             codes[s] = static_cast<uint8_t*>(row.state[s]) + at;
+            low[s] = row.low[s] + at;
             absmax[s] = row.absmax[s] + block;
         }
         count = values_in_tile(row.size, at);
@@ -130,16 +174,21 @@ struct Block {
 // range of Quick. The same in every lane.
 template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
-                                const LaneCodes<Rule, Coding::rounding>& lane_codes) {
+                                const LaneCodesOf<Rule, Coding>& lane_codes) {
     constexpr int span = packet_span<P>;
     P param[per_lane];
     G grad[per_lane];
-    uint32_t codes[state_count<Rule>][per_lane / 4];
+    uint32_t codes[state_count<Rule>][per_lane / 4], pairs[state_count<Rule>][per_lane / 2];
     float absmax[state_count<Rule>];
     load_tile<span>(block.param, tile, true, P{}, param);
     load_tile<span>(block.grad, tile, true, G{}, grad);
     each_state<Rule>([&](auto s) {
         load_bytes<span>(block.codes[s.index], codes[s.index]);
+        if constexpr (Coding::in_16_bits) {
+            uint32_t low[per_lane / 4];
+            load_bytes<span>(block.low[s.index], low);
+            join_pairs(codes[s.index], low, pairs[s.index]);
+        }
         absmax[s.index] = *block.absmax[s.index];
     });
 
@@ -150,7 +199,14 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     for (int k = 0; k < per_lane; ++k) {
         Quick p(to_float(param[k])), state[state_count<Rule>];
         each_state<Rule>([&](auto s) {
-            const float value = decode<code_of<Rule, s.index>>(byte_of(codes[s.index], k)) * absmax[s.index];
+            constexpr Code code = code_of<Rule, s.index>;
+            float quotient;
+            if constexpr (Coding::in_16_bits)
+                quotient = decode16_lane<code>(
+                    __byte_perm(pairs[s.index][k / 2], mantissa_unit_bits, k % 2 == 0 ? 0x7610 : 0x7632));
+            else
+                quotient = decode<code>(byte_of(codes[s.index], k));
+            const float value = quotient * absmax[s.index];
             state[s.index] = Quick(restored<Coding::template root<Rule, s.index>>(value));
         });
         Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars.of_rule);
@@ -177,11 +233,17 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
         constexpr bool root = Coding::template root<Rule, s.index>;
-        const BlockScale by = block_scale<code_of<Rule, s.index>, Coding::rounding, root>(float_of(largest[s.index]));
+        const BlockScale by = block_scale<code_of<Rule, s.index>, Coding::scaling, root>(float_of(largest[s.index]));
         if (by.normal.scale != 1.0f)
             for (float& x : now[s.index]) x *= by.normal.scale;
         uint32_t words[per_lane / 4];
-        lane_codes.template encode<s.index, span>(now[s.index], by.normal.reciprocal, start, words);
+        if constexpr (Coding::in_16_bits) {
+            uint32_t rest[per_lane / 4];
+            lane_codes.template encode<s.index, span>(now[s.index], by.normal.reciprocal, start, words, rest);
+            store_bytes<span>(block.low[s.index], rest);
+        } else {
+            lane_codes.template encode<s.index, span>(now[s.index], by.normal.reciprocal, start, words);
+        }
         store_bytes<span>(block.codes[s.index], words);
         if (lane() == 0) *block.absmax[s.index] = by.absmax;
     });

@@ -1,7 +1,7 @@
 // The tables of the dynamic code on the device.
 #pragma once
 
-#include "core/dither.h"
+#include "core/code16.h"
 #include "cuda/lanes.h"
 
 OPTIM8_BEGIN
@@ -50,11 +50,11 @@ static __device__ const DitherTables positive_dither = make_dither_tables(Code::
 // The encoder of dithered rounding, likewise; stands for DitherTables.
 struct LaneDitherLines {
     LaneTable<float> slope, offset;
-    LaneTable<uint32_t> last;
+    LaneTable<uint32_t> last, last16;
 };
 template <Code code>
 struct LaneDither : LaneDitherLines {
-    static constexpr float lowest = DitherTablesOf<code>::all.lowest;
+    static constexpr float lowest = DitherTablesOf<code>::all.lowest, lowest16 = DitherTablesOf<code>::all.lowest16;
 };
 
 template <Code code>
@@ -64,7 +64,51 @@ OPTIM8_DEVICE LaneDitherLines lane_dither_lines() {
         t = &signed_dither;
     else
         t = &positive_dither;
-    return {{__ldg(t->slope + lane())}, {__ldg(t->offset + lane())}, {__ldg(t->last + lane())}};
+    return {{__ldg(t->slope + lane())}, {__ldg(t->offset + lane())}, {__ldg(t->last + lane())}, {__ldg(t->last16 + lane())}};
+}
+
+// core/code16.h's lines of a position; slope and offset are one access.
+struct alignas(8) PositionLine {
+    float slope, offset;
+};
+// With a sign by the index of the position. Without by half cells of it: 0 is alone in the first, and has a line of its
+// own.
+template <int size>
+struct PositionLines {
+    PositionLine line[size];
+};
+constexpr int half_cells = 2 * code_size;
+constexpr PositionLines<code_size> make_signed_lines() {
+    const Decode16Tables t = make_decode16_tables(Code::Signed);
+    PositionLines<code_size> lines{};
+    for (int i = 0; i < code_size; ++i) lines.line[i] = {t.slope[i], t.offset[i]};
+    return lines;
+}
+constexpr PositionLines<half_cells> make_positive_lines() {
+    const Decode16Tables t = make_decode16_tables(Code::Positive);
+    PositionLines<half_cells> lines{};
+    for (int i = 1; i < half_cells; ++i) lines.line[i] = {t.slope[i / 2], t.offset[i / 2]};
+    return lines;
+}
+static __device__ const PositionLines<code_size> signed_lines = make_signed_lines();
+static __device__ const PositionLines<half_cells> positive_lines = make_positive_lines();
+
+// core/code16.h's decode16 of a number as the mantissa of 2^23 + number, a float without a conversion.
+constexpr float mantissa_unit = 0x1p23f;
+constexpr uint32_t mantissa_unit_bits = 0x4b000000u;
+template <Code code>
+OPTIM8_DEVICE float decode16_lane(uint32_t mantissa) {
+    const float place = float_of(mantissa) - (mantissa_unit + static_cast<float>(zero16_of(code)));
+    if constexpr (is_signed(code)) {
+        const uint32_t index = __byte_perm(bits_of(fabsf(place) + mantissa_unit), 0, 0x4441);
+        const float2 line = __ldg(reinterpret_cast<const float2*>(signed_lines.line + index));
+        // That of -place with the other sign.
+        return fma(place, line.x, float_of(bits_of(line.y) ^ (bits_of(place) & ~abs_mask)));
+    } else {
+        const uint32_t index = __byte_perm(bits_of(fma(place, 2.0f, mantissa_unit)), 0, 0x4421);
+        const float2 line = __ldg(reinterpret_cast<const float2*>(positive_lines.line + index));
+        return fma(place, line.x, line.y);
+    }
 }
 
 // core/codec.h's encode of a finite x, called by all lanes together; the code is the lowest byte. An addition to 2^23

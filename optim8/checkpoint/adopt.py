@@ -14,7 +14,7 @@ from optim8.state.layout import bits_of, moments_in, others, under_present_names
 from optim8.state.moments import check_values
 from optim8.state.shards import copy_beside, is_dtensor, local
 from optim8.state.states import States
-from optim8.step import supply
+from optim8.step import hypers, supply
 from optim8.step.memory import Memory
 from optim8.step.supply import Stateful
 
@@ -52,12 +52,13 @@ def adopt_states(optimizer: Stateful) -> None:
             if is_dtensor(param) and moments_in(moments, entry) == moments:  # nobody else puts in shards
                 continue
             optimizer.state[param] = entry
-            is_quantized = bits_of(moments_in(moments, entry), entry) == 8
-            bits = 8 if is_quantized else supply.bits_wanted(optimizer, group, param)
+            bits = bits_of(moments_in(moments, entry), entry)
+            if bits == 32:
+                bits = supply.bits_wanted(optimizer, group, param)
             if not own.is_own(moments, entry, bits):
                 given.append((f"{owner}: the state of parameter {i} of group {at}", param, entry, bits))
-    for in_8_or_32 in (8, 32):
-        part = [each for each in given if bits_of(moments_in(moments, each[2]), each[2]) == in_8_or_32]
+    for there in hypers.BITS:
+        part = [each for each in given if bits_of(moments_in(moments, each[2]), each[2]) == there]
         known = formats.of_states([entry for _, _, entry, _ in part])
         if known is None:  # the step says what it lacks
             continue

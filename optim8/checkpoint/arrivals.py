@@ -71,7 +71,7 @@ def _sort_entry(
                 if is_nothing(sorted_[key], param):
                     del sorted_[key]
         if moment.root and moment.direct.absmax in sorted_:  # came from an earlier version; the rest is the optimizer's
-            own = (moment.codes, moment.absmax, *([moment.name] if moment.direct.codes in sorted_ else []))
+            own = (moment.codes, moment.low, moment.absmax, *([moment.name] if moment.direct.codes in sorted_ else []))
             sorted_ = {key: value for key, value in sorted_.items() if key not in own}
         if moment.name in sorted_ and moment.codes in sorted_ and present:
             # Both precisions: the optimizer's own, and what came.
@@ -79,8 +79,14 @@ def _sort_entry(
             del sorted_[moment.codes if quantized else moment.name]
             if quantized and sorted_[moment.name].is_floating_point():
                 sorted_.pop(moment.absmax, None)
+                sorted_.pop(moment.low, None)
     own_count = "step" in present and entry.get("step") is present["step"]
     keys = [key for m in moments for key in m.keys if key in entry]
+    for moment in moments:
+        # Low bytes of the optimizer's own beside codes that came.
+        came = moment.codes in sorted_ and not _is_own(moment.codes, entry, present)
+        if came and moment.low in sorted_ and moment.low in present and _is_own(moment.low, entry, present):
+            del sorted_[moment.low]
     untouched = [key for key in keys if not is_nothing(entry[key], param) and _is_own(key, entry, present)]
     missing = [key for key in untouched if key in sorted_]
     if missing and present and not own_count:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from optim8.rules import Moment
+from optim8.state.layout import keys_of
 
 
 class Inbox(torch.Tensor):
@@ -57,7 +58,8 @@ class Inbox(torch.Tensor):
 
 def absent_keys(moments: Sequence[Moment], bits: int) -> list[str]:
     """The keys under which a state in this precision has nothing."""
-    return [key for m in moments for key in m.keys if key not in ((m.codes, m.absmax) if bits == 8 else (m.name,))]
+    there = keys_of(moments, bits)
+    return [key for moment in moments for key in moment.keys if key not in there]
 
 
 def nothing(param: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -91,7 +91,7 @@ def _check_scales(optimizer: Checkpointed) -> None:
 
 def _check_others(optimizer: Checkpointed) -> None:
     moments = optimizer.moments
-    counts = {bits: len(keys_of(moments, bits)) for bits in (8, 32)}
+    counts = {bits: len(keys_of(moments, bits)) for bits in hypers.BITS}
     for number, group in enumerate(optimizer.param_groups):
         for index, param in enumerate(group["params"]):
             entry = optimizer.state.get(param)

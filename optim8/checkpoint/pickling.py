@@ -19,6 +19,7 @@ from optim8.state.conversion import Target, convert
 from optim8.state.layout import bits_of, keys_of, layout_of, others
 from optim8.state.mapped import copy
 from optim8.state.shards import local
+from optim8.step import hypers
 
 _PART = 2**20  # bytes that are in memory at a time
 _WITH_ROOTS = "roots"  # which keys the state in a pickle has
@@ -76,7 +77,7 @@ class _Empty:
 
     def __init__(self, whole: PagedStates) -> None:
         self.whole, self.entries = whole, whole.entries
-        self.names = {*keys_of(whole.moments, 8), *keys_of(whole.moments, 32)}
+        self.names = {key for bits in hypers.BITS for key in keys_of(whole.moments, bits)}
         self.params = [p for p, entry in whole.state.items() if _is_state(whole.moments, p, entry)]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -131,7 +132,7 @@ def _allocated(
     pager: Pager,
     form: Sequence[Moment] | str,  # before there were roots, the moments or nothing
     params: Sequence[torch.Tensor],
-    bits: Sequence[int],  # or whether it is 8, as version 0.1.0 wrote
+    bits: Sequence[int | bool],  # version 0.1.0 wrote whether it is 8
     more: Sequence[dict[str, Any]],
     others_: Sequence[tuple[Any, Any]],
 ) -> PagedStates:
@@ -141,7 +142,7 @@ def _allocated(
     if form != _WITH_ROOTS:
         moments = tuple(moment.direct for moment in moments)
     layouts = [
-        (shard, layout_of(moments, shard, 8 if each in (8, True) else 32))
+        (shard, layout_of(moments, shard, (8 if each else 32) if isinstance(each, bool) else each))
         for shard, each in zip(map(local, params), bits, strict=True)
     ]
     for param, entry, kept in zip(params, allocate(layouts, store), more, strict=True):

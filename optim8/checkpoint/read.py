@@ -17,7 +17,7 @@ from optim8.state.allocation import allocate
 from optim8.state.conversion import fill_state
 from optim8.state.layout import Layout, layout_of, others
 from optim8.state.mapped import tensors_of
-from optim8.state.moments import Entry, check_values, is_quantized
+from optim8.state.moments import Entry, bits_of_sources, check_values
 from optim8.state.shards import copy_beside, local
 from optim8.step.memory import Memory
 
@@ -108,7 +108,7 @@ def read_state(
             where = f"{owner}: state[{key!r}]"
             source = sharded.of_shard(where, moments, param, known.read_entry(where, moments, param, entry))
             if known.keeps_precision:
-                bits = 8 if is_quantized(source, moments) else 32
+                bits = bits_of_sources(source, moments)
             else:
                 bits = bits_wanted(group, param)
                 check_values(where, moments, source, bits)

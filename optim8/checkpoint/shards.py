@@ -31,11 +31,11 @@ def check_can_save(owner: str, groups: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError where FullyShardedDataParallel would gather 8-bit state as if it were values. Every rank
     decides the same, so that none waits for another."""
     for index, group in enumerate(groups):
-        if group["optim_bits"] == 8 and any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
+        if group["optim_bits"] != 32 and any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
             raise ValueError(
                 f"{owner}.state_dict: group {index} has parameters of FullyShardedDataParallel, which cannot save "
-                "8-bit state: it gathers state value by value, and a scale belongs to 256 values. Shard with "
-                "torch.distributed.fsdp.fully_shard instead, or use optim_bits=32."
+                f"{group['optim_bits']}-bit state: it gathers state value by value, and a scale belongs to 256 values. "
+                "Shard with torch.distributed.fsdp.fully_shard instead, or use optim_bits=32."
             )
 
 
@@ -66,13 +66,16 @@ def _saved_entry(
         values = moment.values(entry)
         inbox = Inbox.around(alone(values), id(saved))
         saved[moment.key(bits)] = wrap(inbox, shape, dense_stride(param), param)
-        if bits == 8:
+        low = entry.get(moment.low) if bits == 16 else None
+        if low is not None:
+            saved[moment.low] = wrap(Inbox.around(alone(low), id(saved)), shape, dense_stride(param), param)
+        if bits != 32:
             lead, size = tiling_of(param, values.is_contiguous())
             cut = tiles.from_absmax(tuple(values.shape), values.stride(), entry[moment.absmax], lead, size)
             whole = tiles.tiled_shape(shape, lead, size)
             inbox = Inbox.around(cut, id(saved))
             saved[moment.absmax] = wrap(inbox, whole, contiguous_stride(whole), param)
-            windows.add(inbox, Window(where, moment, values, entry[moment.absmax], cut, lead, size))
+            windows.add(inbox, Window(where, moment, values, low, entry[moment.absmax], cut, lead, size))
     for key in absent_keys(moments, bits):
         empty = nothing(param, values.device)  # torch takes all tensors to be on one device
         saved[key] = wrap(Inbox.around(empty, id(saved)), empty.shape, empty.stride(), param)
@@ -108,8 +111,7 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
             )
         if not isinstance(source, Tiled):
             return source
-        whole = tiles.to_absmax(where, moment, source.codes, source.tiles, dense_stride(shard))
-        return Codes(*whole, root=source.root)
+        return _from_tiles(where, moment, source, source.codes, source.tiles, source.low, shard)
     if isinstance(source, Codes):
         if source.table is None and source.blocksize == BLOCK:
             source = _tiled(source, param)
@@ -120,7 +122,21 @@ def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor
         return cut
     tiles.size_of(where, moment, source.tiles, param.numel())  # checks the whole, so that no rank goes on alone
     cut_tiles = shard_of(where, moment.absmax, source.tiles, param)
-    return Codes(*tiles.to_absmax(where, moment, cut, cut_tiles, dense_stride(shard)), root=source.root)
+    cut_low = None if source.low is None else shard_of(where, moment.low, source.low, param)
+    return _from_tiles(where, moment, source, cut, cut_tiles, cut_low, shard)
+
+
+def _from_tiles(
+    where: str,
+    moment: Moment,
+    source: Tiled,
+    codes: torch.Tensor,
+    cut: torch.Tensor,
+    low: torch.Tensor | None,
+    shard: torch.Tensor,
+) -> Codes:
+    codes, absmax, low = tiles.to_absmax(where, moment, codes, cut, dense_stride(shard), low)
+    return Codes(codes, absmax, root=source.root, low=low)
 
 
 def _tiled(source: Codes, param: Any) -> Tiled:
@@ -129,4 +145,5 @@ def _tiled(source: Codes, param: Any) -> Tiled:
     if is_dtensor(absmax):
         absmax = absmax.full_tensor()  # type: ignore[attr-defined]
     lead, size = tiling_of(param, codes.is_contiguous())
-    return Tiled(codes, tiles.from_absmax(tuple(codes.shape), codes.stride(), absmax, lead, size), source.root)
+    cut = tiles.from_absmax(tuple(codes.shape), codes.stride(), absmax, lead, size)
+    return Tiled(codes, cut, source.root, source.low)

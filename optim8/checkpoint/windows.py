@@ -33,6 +33,7 @@ class Window:
     where: str
     moment: Moment
     codes: torch.Tensor
+    low: torch.Tensor | None
     absmax: torch.Tensor
     shown: torch.Tensor
     lead: int
@@ -49,8 +50,12 @@ class Window:
             ValueError: these are no tiles; the state is as it was.
         """
         if not torch.equal(self.shown, self._tiles()):
-            codes, absmax = tiles.to_absmax(self.where, self.moment, self.codes, self.shown, self.codes.stride())
+            codes, absmax, low = tiles.to_absmax(
+                self.where, self.moment, self.codes, self.shown, self.codes.stride(), self.low
+            )
             copy(self.codes, codes)
+            if self.low is not None and low is not None:
+                copy(self.low, low)
             copy(self.absmax, absmax)
             self.show()  # blocks that were put together have one scale now
         elif not torch.equal(self.absmax, self._then):

@@ -37,7 +37,7 @@ class StateAccess(torch.optim.Optimizer):
         raise NotImplementedError
 
     def precision(self, param: torch.Tensor) -> str:
-        """The precision of the state of `param`, now or once it has had a gradient: "8bit" or "32bit".
+        """The precision of the state of `param`, now or once it has had a gradient: "8bit", "16bit" or "32bit".
 
         Raises:
             ValueError: the optimizer does not have this parameter.

@@ -38,7 +38,7 @@ class _In32Bits:
 
 
 class _Always32Bits(_In32Bits):
-    """Does what _In32Bits does, and refuses optim_bits=8."""
+    """Does what _In32Bits does, and refuses other `optim_bits`."""
 
     if not TYPE_CHECKING:
 

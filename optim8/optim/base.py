@@ -28,7 +28,7 @@ from optim8.step.stepper import Stepper
 
 
 class BlockwiseOptimizer(StateAccess):
-    """An optimizer whose step is one native call over all its tensors, with state in 8 or 32 bits.
+    """An optimizer whose step is one native call over all its tensors, with state in 8, 16 or 32 bits.
 
     A subclass names its rule (a line of csrc/core/rules/all.h) and passes its defaults up.
     """

@@ -9,10 +9,10 @@ foreach, fused: accepted; every step is one fused call over all tensors, whateve
     fused=True lets the step take the scale itself, as in torch.optim.
 capturable: for CUDA parameters only.
 differentiable: must be False.
-min_8bit_size: tensors of fewer values keep 32-bit state.
-optim_bits: 8, or 32 for state in float32.
-rounding: of 8-bit state: "dithered" keeps changes of less than half a code in the mean, and so follows 32-bit state;
-    "nearest", for comparison, is what other libraries do, and loses them (docs/numerics.md).
+min_8bit_size: tensors of fewer values keep 32-bit state, whatever `optim_bits` says.
+optim_bits: 8; 16, for state of a block that spreads or changes more than 8 bits can follow; or 32 for float32.
+rounding: of state in 8 and 16 bits: "dithered" keeps changes of less than half a code in the mean, and so follows
+    32-bit state; "nearest", for comparison, is what other libraries do, and loses them (docs/numerics.md).
 paged: True keeps state in a memory-mapped file; an optim8.paging.Pager says where it lives, under which budget.
 **kwargs: what bitsandbytes' optimizers also take: `args`, `is_paged`; `percentile_clipping`, `block_wise`,
     `max_unorm` and `skip_zeros` with the values that change nothing."""
@@ -40,7 +40,8 @@ def docstring(summary: str, arguments: str, states: str) -> str:
             *(f"        {line.rstrip()}" for line in lines),
             "",
             "    Each but `paged` can be set by parameter group. State: `step`, and for each of",
-            f"    {states} uint8 codes with one float32 `_absmax` for each 256 values, or float32.",
+            f"    {states} uint8 codes with one float32 `_absmax` for each 256 values (in 16 bits low bytes too), or",
+            "    float32.",
             "",
             _END,
         ]

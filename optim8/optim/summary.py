@@ -7,7 +7,7 @@ from typing import Any
 
 from optim8.paging import Store
 from optim8.state.mapped import tensors_of
-from optim8.step import supply
+from optim8.step import hypers, supply
 from optim8.text import size_text
 
 
@@ -28,7 +28,7 @@ def summary(optimizer: Any) -> str:
                 tiers[tier] += sum(tensor.nbytes for tensor in tensors)
             kind = f"{supply.bits_now(optimizer, group, param)}bit" if tensors or param.requires_grad else "frozen"
             counts[kind] += 1
-    said = {"8bit": "in 8 bits", "32bit": "in 32 bits", "frozen": "frozen"}
+    said = {**{f"{bits}bit": f"in {bits} bits" for bits in hypers.BITS}, "frozen": "frozen"}
     parameters = ", ".join(f"{counts[kind]} {text}" for kind, text in said.items() if counts[kind])
     size = size_text(sum(tiers.values())) if tiers else "none yet"
     lines.append(f"State: {size}; parameters: {parameters or 'none'}")

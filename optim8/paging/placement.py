@@ -17,7 +17,7 @@ class Place:
     index: int  # in the group
     name: str  # "" where the optimizer was given no names
     shape: tuple[int, ...]
-    precision: str  # "8bit" or "32bit"
+    precision: str  # "8bit", "16bit" or "32bit"
     tier: str  # "device", "host" or "disk"; "none" before the first gradient
     where: str  # the device, the kind of memory, or the file's directory
     bytes: int  # of state

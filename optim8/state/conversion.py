@@ -12,7 +12,7 @@ from optim8.rules import Moment
 from optim8.state.allocation import Allocator, allocate
 from optim8.state.layout import STEP, Layout, layout_of, others
 from optim8.state.mapped import fill as fill_tensor
-from optim8.state.moments import Codes, Entry, fill
+from optim8.state.moments import Entry, fill, source_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Target:
     """Whose state is to be made, and how.
 
     param: the parameter, or its local shard.
-    bits: 8 or 32.
+    bits: 8, 16 or 32.
     name: for a report; "" for none.
     """
 
@@ -33,8 +33,7 @@ def as_sources(moments: Sequence[Moment], entry: Mapping[str, Any]) -> Entry:
     """The state of an optimizer here as sources, unchecked."""
     read: Entry = {STEP: entry[STEP]}
     for moment in moments:
-        values = moment.values(entry)
-        read[moment.name] = Codes(values, entry[moment.absmax], root=moment.root) if moment.absmax in entry else values
+        read[moment.name] = source_of(moment, entry)
     return read
 
 

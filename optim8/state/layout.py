@@ -2,8 +2,9 @@
 
 State in 8 bits is `name_codes` (uint8, of the parameter's shape and strides) and `name_absmax` (float32, one for each
 256 consecutive values in memory order) for each moment; `name_root_codes` and `name_root_absmax` where they stand for
-the square roots of its values. In 32 bits it is `name` alone, float32. Codes never stand under `name`: other optimizers
-would take them for values. Every state has a count of steps, `step`.
+the square roots of its values. In 16 bits there is `name_low` (or `name_root_low`) besides, uint8, which like codes has
+the parameter's shape and strides. In 32 bits it is `name` alone, float32. Codes never stand under `name`: other
+optimizers would take them for values. Every state has a count of steps, `step`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Layout:
 
     moments: the states of the rule.
     shape, stride: of the parameter's state, dense (dense_stride).
-    bits: 8 or 32.
+    bits: 8, 16 or 32.
     """
 
     moments: tuple[Moment, ...]
@@ -64,6 +65,8 @@ class Layout:
             else:
                 scales = (blocks(math.prod(self.shape)),)
                 parts.append(Part(moment.codes, "values", torch.uint8, self.shape, self.stride, moment.zero))
+                if self.bits == 16:
+                    parts.append(Part(moment.low, "values", torch.uint8, self.shape, self.stride, moment.middle))
                 parts.append(Part(moment.absmax, "scales", torch.float32, scales, (1,)))
         return tuple(parts)
 
@@ -107,13 +110,13 @@ def _layout(moments: tuple[Moment, ...], shape: tuple[int, ...], stride: tuple[i
 
 
 def layout_of(moments: tuple[Moment, ...], param: torch.Tensor, bits: int) -> Layout:
-    """The layout of the state of a parameter, or of the local shard of one, in 8 or 32 bits."""
+    """The layout of the state of a parameter, or of the local shard of one, in 8, 16 or 32 bits."""
     return _layout(moments, tuple(param.shape), dense_stride(param), bits)
 
 
 def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:
-    """The bits of a state: 8 where it has scales, else 32. All moments have the bits of the first."""
-    return 8 if moments[0].absmax in entry else 32
+    """The bits of a state: 32 without scales, 16 with low bytes. All moments have the bits of the first."""
+    return 32 if moments[0].absmax not in entry else 16 if moments[0].low in entry else 8
 
 
 def moments_in(moments: Sequence[Moment], entry: Mapping[str, Any]) -> tuple[Moment, ...]:
@@ -122,8 +125,9 @@ def moments_in(moments: Sequence[Moment], entry: Mapping[str, Any]) -> tuple[Mom
 
 
 def keys_of(moments: Sequence[Moment], bits: int) -> list[str]:
-    """The keys of a state in 8 or 32 bits."""
-    return [STEP, *(key for m in moments for key in ((m.codes, m.absmax) if bits == 8 else (m.name,)))]
+    """The keys of a state in 8, 16 or 32 bits."""
+    of_bits = {8: ("codes", "absmax"), 16: ("codes", "low", "absmax"), 32: ("name",)}[bits]
+    return [STEP, *(getattr(moment, key) for moment in moments for key in of_bits)]
 
 
 def others(moments: Sequence[Moment], entry: Mapping[str, Any]) -> dict[str, Any]:

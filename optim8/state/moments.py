@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from optim8 import codec
 from optim8.rules import Moment
 from optim8.state import report
 from optim8.state.mapped import copy
+from optim8.state.mapped import fill as fill_tensor
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Codes:
     table: float32 [256], the value of each code; None is the dynamic code of the moment's sign.
     blocksize: values of one absmax.
     root: whether they stand for the square roots of the moment's values.
+    low: in 16 bits uint8, like the codes, with the dynamic code and blocks of 256; else None.
     """
 
     codes: torch.Tensor
@@ -30,6 +32,7 @@ class Codes:
     table: torch.Tensor | None = None
     blocksize: int = codec.BLOCK
     root: bool = False
+    low: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,13 @@ class Tiled:
 
     codes: uint8, of the parameter's shape.
     tiles: float32 [..., 2].
-    root: as of Codes.
+    root, low: as of Codes.
     """
 
     codes: torch.Tensor
     tiles: torch.Tensor
     root: bool = False
+    low: torch.Tensor | None = None
 
 
 # A float moment is a tensor of any float dtype. An entry has `step`, a number, and one source for each moment; in dicts
@@ -52,8 +56,10 @@ Source: TypeAlias = torch.Tensor | Codes
 Entry: TypeAlias = dict[str, Any]
 
 
-def is_quantized(entry: Entry, moments: Sequence[Moment]) -> bool:
-    return isinstance(entry[moments[0].name], Codes)
+def bits_of_sources(entry: Entry, moments: Sequence[Moment]) -> int:
+    """The bits of a state that is read: 8, 16 or 32."""
+    first = entry[moments[0].name]
+    return 32 if not isinstance(first, Codes) else 8 if first.low is None else 16
 
 
 def same_table(moment: Moment, table: torch.Tensor) -> bool:
@@ -61,6 +67,14 @@ def same_table(moment: Moment, table: torch.Tensor) -> bool:
     ours = codec.code_table(moment.signed, torch.device("cpu"))
     # Each value takes some float32 operations; 8 units in the last place are far below the spacing of the table.
     return bool(torch.allclose(table.cpu(), ours, rtol=8 * 2.0**-24, atol=0))
+
+
+def source_of(moment: Moment, entry: Mapping[str, Any]) -> Source:
+    """A moment of a state of an optimizer here, unchecked."""
+    goal = moment.values(entry)
+    if moment.absmax not in entry:
+        return goal
+    return Codes(goal, entry[moment.absmax], root=moment.root, low=entry.get(moment.low))
 
 
 def values(moment: Moment, source: Source, device: torch.device) -> torch.Tensor:
@@ -81,6 +95,8 @@ def kept(moment: Moment, source: Source, device: torch.device) -> torch.Tensor:
 
 def _decoded(moment: Moment, source: Codes, device: torch.device) -> torch.Tensor:
     codes, absmax = source.codes.to(device), source.absmax.to(device).contiguous()
+    if source.low is not None:
+        return codec.dequantize16(codes, source.low.to(device), absmax, signed=moment.signed)
     return codec.dequantize(codes, absmax, signed=moment.signed, table=source.table, blocksize=source.blocksize)
 
 
@@ -92,7 +108,7 @@ def check_values(where: str, moments: Sequence[Moment], entry: Entry, bits: int)
         values_ = source if isinstance(source, torch.Tensor) else source.table
         if values_ is not None and not moment.signed and bool((values_ < 0).any()):
             raise ValueError(f"{where}[{moment.name!r}] must not be negative. The checkpoint is damaged.")
-        if bits == 8 and isinstance(source, torch.Tensor) and not bool(source.isfinite().all()):
+        if bits != 32 and isinstance(source, torch.Tensor) and not bool(source.isfinite().all()):
             raise ValueError(
                 f"{where}[{moment.name!r}] must be finite to be quantized. Repair the checkpoint, or load it with "
                 "optim_bits=32."
@@ -137,14 +153,20 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
     if isinstance(source, Codes):
         if not source.codes.is_contiguous() and source.codes.stride() != goal.stride():
             # Keeps the strides of a dense tensor, and closes the gaps of others.
-            source = replace(source, codes=source.codes.clone())
+            source = replace(source, codes=source.codes.clone(), low=None if source.low is None else source.low.clone())
         codes = source.codes
         same_order = codes.is_contiguous() if goal.is_contiguous() else codes.stride() == goal.stride()
         same_code = source.table is None and source.blocksize == codec.BLOCK and source.root == moment.root
-        if moment.absmax in target and same_order and same_code:
+        # Codes without low bytes become state in 16 bits by low bytes that say nothing more.
+        if moment.absmax in target and same_order and same_code and (moment.low in target or source.low is None):
             copy(goal, codes)
             copy(target[moment.absmax], source.absmax)
-            _report(moment, source, target, name, "copied")
+            if source.low is not None:
+                copy(target[moment.low], source.low)
+            elif moment.low in target:
+                fill_tensor(target[moment.low], moment.middle)
+            is_wider = moment.low in target and source.low is None
+            _report(moment, source, target, name, "widened" if is_wider else "copied")
             return
     # Blocks run in memory order, so other strides mean other blocks: quantized anew.
     if moment.absmax not in target:
@@ -153,7 +175,10 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
         return
     relaid = torch.empty_strided(tuple(goal.shape), goal.stride(), dtype=torch.float32, device=goal.device)
     relaid.copy_(kept(moment, source, goal.device))
-    codec.quantize(relaid, goal, target[moment.absmax], signed=moment.signed)
+    if moment.low in target:
+        codec.quantize16(relaid, goal, target[moment.low], target[moment.absmax], signed=moment.signed)
+    else:
+        codec.quantize(relaid, goal, target[moment.absmax], signed=moment.signed)
     _report(moment, source, target, name, "requantized" if isinstance(source, Codes) else "quantized")
 
 
@@ -162,7 +187,7 @@ def _report(moment: Moment, source: Source, target: Entry, name: str, how: str) 
     if asked is None or not name:
         return
     goal = moment.values(target)
-    written: Source = Codes(goal, target[moment.absmax], root=moment.root) if moment.absmax in target else goal
+    written: Source = source_of(moment, target)
     asked.add(
         f"{name}[{moment.name!r}]", how, values(moment, source, goal.device), values(moment, written, goal.device)
     )

@@ -88,9 +88,14 @@ def _refuse(where: str, moment: Moment, count: int) -> NoReturn:
 
 
 def to_absmax(
-    where: str, moment: Moment, codes: torch.Tensor, tiles: torch.Tensor, stride: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and absmax of a dense tensor, from codes and tiles.
+    where: str,
+    moment: Moment,
+    codes: torch.Tensor,
+    tiles: torch.Tensor,
+    stride: Sequence[int],
+    low: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, absmax and low bytes of a dense tensor, from codes and tiles.
 
     Args:
         where: names the state, for messages.
@@ -98,10 +103,11 @@ def to_absmax(
         codes: uint8, any strides.
         tiles: as from_absmax makes them, for the same values.
         stride: of the result, dense.
+        low: of state in 16 bits: uint8, like codes.
 
     Returns:
-        Codes with these strides and float32 [ceil(n / 256)]. Blocks with one scale are as they were; those with
-        several are quantized anew.
+        Codes with these strides, float32 [ceil(n / 256)], and low bytes where they were given. Blocks with one scale
+        are as they were; those with several are quantized anew.
 
     Raises:
         ValueError: these are not the tiles of so many values, or not finite.
@@ -114,8 +120,9 @@ def to_absmax(
     if not bool(((scales >= 0) & scales.isfinite()).all()):
         raise ValueError(f"{where}[{moment.absmax!r}] must be finite and not negative. The checkpoint is damaged.")
     out = torch.empty_strided(tuple(codes.shape), tuple(stride), dtype=torch.uint8, device=codes.device).copy_(codes)
+    low = None if low is None else torch.empty_like(out).copy_(low)
     if count == 0:
-        return out, scales.new_empty(0)
+        return out, scales.new_empty(0), low
     if not out.is_contiguous():  # blocks run in memory order
         each = torch.empty_strided(tuple(codes.shape), tuple(stride), dtype=torch.float32, device=codes.device)
         scales, size = codec.flat(each.copy_(scales.repeat_interleave(size).view(codes.shape))), 1
@@ -126,19 +133,34 @@ def to_absmax(
     check_scales(where, moment, codec.flat(out), absmax.masked_fill(several, 1))
     joined = several.nonzero()[:, 0]
     if joined.numel():
-        _requantize(moment, codec.flat(out), absmax, joined, of_block[joined].repeat_interleave(size, dim=1))
-    return out, absmax
+        flat_low = None if low is None else codec.flat(low)
+        of_values = of_block[joined].repeat_interleave(size, dim=1)
+        _requantize(moment, codec.flat(out), flat_low, absmax, joined, of_values)
+    return out, absmax, low
 
 
 def _requantize(
-    moment: Moment, codes: torch.Tensor, absmax: torch.Tensor, joined: torch.Tensor, scales: torch.Tensor
+    moment: Moment,
+    codes: torch.Tensor,
+    low: torch.Tensor | None,
+    absmax: torch.Tensor,
+    joined: torch.Tensor,
+    scales: torch.Tensor,
 ) -> None:
     """Quantize the blocks `joined` anew; `scales` has one for each of their values."""
     index = joined[:, None] * BLOCK + torch.arange(BLOCK, dtype=torch.int64, device=codes.device)
     inside = index < codes.numel()  # the last block may be shorter
-    table = codec.code_table(moment.signed, codes.device)
-    values = table[codes[index.clamp(max=codes.numel() - 1)].int()] * scales * inside
-    new_codes, new_absmax = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(absmax[joined])
-    codec.quantize(values, new_codes, new_absmax, signed=moment.signed)
+    there = index.clamp(max=codes.numel() - 1)
+    new_codes, new_absmax = torch.empty_like(index, dtype=torch.uint8), torch.empty_like(absmax[joined])
+    if low is None:
+        table = codec.code_table(moment.signed, codes.device)
+        values = table[codes[there].int()] * scales * inside
+        codec.quantize(values, new_codes, new_absmax, signed=moment.signed)
+    else:
+        ones = torch.ones_like(new_absmax)
+        values = codec.dequantize16(codes[there], low[there], ones, signed=moment.signed) * scales * inside
+        new_low = torch.empty_like(new_codes)
+        codec.quantize16(values, new_codes, new_low, new_absmax, signed=moment.signed)
+        low[index[inside]] = new_low[inside]
     codes[index[inside]] = new_codes[inside]
     absmax[joined] = new_absmax

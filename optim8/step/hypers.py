@@ -18,9 +18,9 @@ MIN_8BIT_SIZE = 4096
 # Types of arguments. Numbers may also be numpy's, and pairs numpy arrays; they are stored as floats and tuples.
 Number: TypeAlias = float | torch.Tensor
 Betas: TypeAlias = Sequence[Number] | str
-Bits: TypeAlias = Literal[8, 32]
+Bits: TypeAlias = Literal[8, 16, 32]
 Rounding: TypeAlias = Literal["dithered", "nearest"]
-ROUNDINGS = get_args(Rounding)
+BITS, ROUNDINGS = get_args(Bits), get_args(Rounding)
 
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
 EXTRA_DEFAULTS: dict[str, Any] = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8, "rounding": "dithered"}
@@ -145,8 +145,8 @@ def _normalize_precision(owner: str, group: dict[str, Any]) -> None:
     if size is None or size < 0:
         got = group["min_8bit_size"]
         raise ValueError(f"{owner}: min_8bit_size must be a whole number of values, 0 or more, got {got!r}.")
-    if bits not in (8, 32):
-        raise ValueError(f"{owner}: optim_bits must be 8 or 32, got {group['optim_bits']!r}.")
+    if bits not in BITS:
+        raise ValueError(f"{owner}: optim_bits must be 8, 16 or 32, got {group['optim_bits']!r}.")
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(f"{owner}: rounding must be {' or '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}.")
     group["min_8bit_size"], group["optim_bits"] = size, bits
@@ -209,8 +209,9 @@ def check_params(owner: str, group_index: int, group: dict[str, Any]) -> None:
 
 
 def bits_of_new_state(options: dict[str, Any], param: torch.Tensor) -> int:
-    """The bits of new state of `param`, 8 or 32, under these options, which are its group's or its own."""
-    return 8 if options["optim_bits"] == 8 and param.numel() >= options["min_8bit_size"] else 32
+    """The bits of new state of `param`, 8, 16 or 32, under these options, which are its group's or its own."""
+    bits: int = options["optim_bits"]
+    return bits if param.numel() >= options["min_8bit_size"] else 32
 
 
 def step_options(

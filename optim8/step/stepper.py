@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from optim8 import _native, codec, rules
 from optim8.rules import Rule
 from optim8.state.allocation import move_steps
 from optim8.state.layout import bits_of, dense, dense_grad
-from optim8.state.moments import Codes
+from optim8.state.moments import Codes, source_of
 from optim8.state.moments import values as values_of
 from optim8.state.shards import local
 from optim8.step import arrays, hypers, run, supply
@@ -92,15 +93,16 @@ class Stepper:
         values = _sample(whole, blocks).float()
         gradient = _sample(grad if grad.stride() == whole.stride() else dense_grad(whole, grad), blocks).float()
         state: dict[str, torch.Tensor] = {"step": local(entry["step"]).clone()}
-        bits = bits_of(optimizer.moments, entry)
         for moment in optimizer.moments:
             # Paged state of a GPU's parameter is in memory of the host.
-            old = _sample(local(moment.values(entry)), blocks).to(whole.device)
-            if bits == 8:
-                absmax = local(entry[moment.absmax])
-                absmax = absmax if blocks is None else absmax[blocks.to(absmax.device)]
-                old = values_of(moment, Codes(old, absmax.to(whole.device), root=moment.root), whole.device)
-            state[moment.name] = old
+            source = source_of(moment, {key: local(entry[key]) for key in moment.keys if key in entry})
+            if isinstance(source, Codes):
+                absmax = source.absmax if blocks is None else source.absmax[blocks.to(source.absmax.device)]
+                low = None if source.low is None else _sample(source.low, blocks)
+                source = replace(source, codes=_sample(source.codes, blocks), absmax=absmax, low=low)
+            else:
+                source = _sample(source, blocks)
+            state[moment.name] = values_of(moment, source, whole.device)
         rule = rules.rule(optimizer.rule)
         before = {moment.name: state[moment.name].clone() for moment in optimizer.moments}
         options = hypers.step_options(type(optimizer).__name__, rule, group, scale, None)

@@ -38,13 +38,13 @@ def changes_of(optimizer: Stateful, param: torch.Tensor) -> dict[str, Any]:
 
 
 def bits_wanted(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> int:
-    """The bits that new state of a parameter of a group gets, 8 or 32."""
+    """The bits that new state of a parameter of a group gets: 8, 16 or 32."""
     changes = changes_of(optimizer, param)
     return hypers.bits_of_new_state({**group, **changes} if changes else group, param)
 
 
 def bits_now(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> int:
-    """The bits that the state of a parameter of a group has, or will have: 8 or 32."""
+    """The bits that the state of a parameter of a group has, or will have: 8, 16 or 32."""
     entry = optimizer.state.get(param)
     return bits_of(optimizer.moments, entry) if entry else bits_wanted(optimizer, group, param)
 

@@ -99,7 +99,7 @@ def test_their_dict_loads_here(kind: str, paged: str, bits_of_state: str, dtype:
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_dict_loads_there_and_steps(kind: str, optim_bits: int, carrier: str) -> None:
     params = make_params(channels_last=False)
@@ -145,7 +145,7 @@ def test_our_dict_loads_there_and_steps(kind: str, optim_bits: int, carrier: str
     assert_same_step(params, optimizer, others, theirs, 3, within=REQUANTIZED if requantized else 0.0)
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 def test_channels_last_is_laid_out_row_after_row_there(optim_bits: int) -> None:
     params = make_params()[-1:]
     assert not params[0].is_contiguous()
@@ -197,7 +197,7 @@ def linear(signed: bool) -> torch.Tensor:
     return torch.linspace(-1 if signed else 0, 1, 256)
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("blocksize", [64, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("kind", ["AdamW", "Lion"])
 def test_other_block_sizes_are_quantized_anew(kind: str, blocksize: int, optim_bits: int) -> None:

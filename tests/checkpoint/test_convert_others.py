@@ -19,7 +19,7 @@ ADAM: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 def test_lion_pytorch(optim_bits: int, dtype: torch.dtype) -> None:
     lion_pytorch = pytest.importorskip("lion_pytorch")
     theirs_params = make_params(dtype)
@@ -50,7 +50,7 @@ def test_lion_pytorch_only_descends() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("there", ["8bit", "4bit", "Fp8"])
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
 def test_torchao(kind: str, optim_bits: int, there: str, dtype: torch.dtype) -> None:
     torchao = pytest.importorskip("torchao.optim")

@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("name", PAIRS)
 def test_their_dict_loads_here(name: str, optim_bits: int, variant: str, dtype: torch.dtype) -> None:
     theirs_params = make_params(dtype)
@@ -54,7 +54,7 @@ def test_their_dict_loads_here(name: str, optim_bits: int, variant: str, dtype: 
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("name", PAIRS)
 def test_our_dict_loads_there_and_steps(name: str, optim_bits: int, carrier: str) -> None:
     params = make_params()
@@ -105,7 +105,7 @@ SGD_DEFAULTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("taken", [1, 3])
 @pytest.mark.parametrize("variant", SGD)
 def test_a_dict_of_torch_sgd_loads_here(variant: str, taken: int, optim_bits: int) -> None:
@@ -132,7 +132,7 @@ def test_a_dict_of_torch_sgd_loads_here(variant: str, taken: int, optim_bits: in
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("variant", SGD)
 def test_torch_sgd_loads_our_dict_and_goes_on(variant: str, optim_bits: int, carrier: str) -> None:
     params = make_params()

@@ -72,7 +72,7 @@ def test_what_is_no_dict_of_bitsandbytes() -> None:
     assert optim8.convert.with_exact_zeros(saved)["state"][0]["exp_avg"] is saved["state"][0]["exp_avg"]
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 def test_second_moments_that_float16_lost_are_counted(optim_bits: int) -> None:
     """The fact: torch's state of a float16 parameter has 0 for what is below 6e-8, and float32 steps then divide by
     eps."""

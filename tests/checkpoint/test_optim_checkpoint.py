@@ -70,7 +70,7 @@ CARRIERS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @ALL
 def test_resume_has_the_same_bits(
@@ -127,7 +127,7 @@ def test_8bit_and_32bit_checkpoints_keep_their_precision(case: Case, device: tor
         assert state_bits(fresh, q) == state_bits(optimizer, p)
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @ALL
 def test_before_the_first_step_and_with_partial_state(case: Case, optim_bits: int, device: torch.device) -> None:
     params = hostile_parameters(SHAPES, torch.float32, device)
@@ -146,7 +146,7 @@ def test_before_the_first_step_and_with_partial_state(case: Case, optim_bits: in
     assert fresh.state[others[3]]["step"] == 2
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @ALL
 def test_deepcopy_and_pickle(case: Case, how: str, optim_bits: int, device: torch.device) -> None:

@@ -94,7 +94,7 @@ def main() -> None:
         for case in EVERY:
             for row in range(3):
                 for p_dtype, g_dtype in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")):
-                    for state_bits in (8, 32):
+                    for state_bits in (8, 16, 32):
                         key = f"{case} row {row} {p_dtype} {state_bits}-bit"
                         table[key] = step_hash(case, row, p_dtype, g_dtype, state_bits)
             if hasattr(torch.Tensor, "grad_dtype"):

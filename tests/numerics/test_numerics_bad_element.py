@@ -50,7 +50,7 @@ def _as_torch(case: Case, hyper: Mapping[str, Any], p: float, old: float, bad: f
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("state_bits", [8, 32])
+@pytest.mark.parametrize("state_bits", [8, 16, 32])
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("bad", BAD)
 @ALL
@@ -145,7 +145,7 @@ def test_a_huge_finite_gradient_leaves_the_others_finite(case: Case, huge: float
         assert (moved <= limit).all(), "an update grew out of all proportion"
 
 
-@pytest.mark.parametrize("state_bits", [8, 32])
+@pytest.mark.parametrize("state_bits", [8, 16, 32])
 @ALL
 def test_an_infinite_parameter_without_weight_decay_is_no_bad_element(
     case: Case, state_bits: int, device: torch.device

@@ -122,7 +122,7 @@ ZERO_ROWS = {
 }
 
 
-@pytest.mark.parametrize("state_bits", [8, 32])
+@pytest.mark.parametrize("state_bits", [8, 16, 32])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("content", ZERO_ROWS)
 @ALL
@@ -155,7 +155,7 @@ def test_subnormal_and_zero_blocks_stay_finite(
 
 
 @given(seed=st.integers(0, 2**31), row=st.integers(0, 2), zeros=st.lists(st.integers(0, 599), min_size=1, max_size=300))
-@pytest.mark.parametrize("state_bits", [8, 32])
+@pytest.mark.parametrize("state_bits", [8, 16, 32])
 @ALL
 def test_without_gradient_only_weight_decay_moves(
     case: Case, state_bits: int, seed: int, row: int, zeros: list[int], device: torch.device

@@ -15,7 +15,7 @@ from support.harness import ALL, bits, parameter, snapshot
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-BOTH = pytest.mark.parametrize("optim_bits", [8, 32])
+BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
 LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "transposed", "columns of more", "every other"])
 
 

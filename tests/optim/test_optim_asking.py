@@ -146,7 +146,7 @@ def add_a_note(optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [reverse, rotate, add_a_note])
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @ALL
 def test_state_in_another_order(
     case: Case, change: Callable[[Any], None], optim_bits: int, device: torch.device

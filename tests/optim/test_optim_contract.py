@@ -12,7 +12,7 @@ from cases import Case
 from support.harness import ALL, assert_step, bits, hostile, moments, parameter, small_set, state_bits, values
 from torch.optim import lr_scheduler
 
-BOTH = pytest.mark.parametrize("optim_bits", [8, 32])
+BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
 
 
 @ALL

@@ -161,7 +161,7 @@ SPOIL: dict[str, tuple[Callable[[torch.nn.Parameter], None], bool]] = {
 }
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize(
     ("what", "with_state"),
     [(what, True) for what in SPOIL] + [(what, False) for what, (_, always_wrong) in SPOIL.items() if always_wrong],

@@ -9,7 +9,7 @@ import torch
 from cases import Case
 from support.harness import ALL, assert_step, bits, hostile, moments, parameter, small_set, snapshot, state_bits, values
 
-BOTH = pytest.mark.parametrize("optim_bits", [8, 32])
+BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
 
 
 @BOTH

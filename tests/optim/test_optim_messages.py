@@ -138,7 +138,7 @@ def test_arguments_have_types(name: str) -> None:
     hints = typing.get_type_hints(eight.__init__)
     assert hints["params"] == ParamsT
     assert hints["lr"] == float | torch.Tensor
-    assert hints["optim_bits"] == typing.Literal[8, 32]
+    assert hints["optim_bits"] == typing.Literal[8, 16, 32]
     assert Any not in hints.values()
     signature = inspect.signature(cls)
     assert list(signature.parameters) == list(inspect.signature(eight).parameters)

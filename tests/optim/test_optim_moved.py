@@ -25,7 +25,7 @@ from support.harness import (
 )
 from support.rounding import Rounded
 
-BOTH = pytest.mark.parametrize("optim_bits", [8, 32])
+BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
 
 
 @ALL

@@ -15,7 +15,7 @@ from support.harness import ALL, bits, hostile, parameter, snapshot, state_bits,
 import optim8
 from optim8.paging import Pager
 
-BOTH = pytest.mark.parametrize("optim_bits", [8, 32])
+BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
 PAGED = pytest.mark.parametrize("paged", [False, True], ids=["resident", "paged"])
 
 

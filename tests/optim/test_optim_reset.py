@@ -15,7 +15,7 @@ from optim8.paging import Pager
 
 SHAPES: tuple[tuple[int, ...], ...] = ((700,), (), (0,), (2, 3, 10, 20))
 HOMES = pytest.mark.parametrize("home", ["resident", "paged", "limited", "kept"])
-BOTH = pytest.mark.parametrize("optim_bits", [8, 32])
+BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
 
 
 def _pager(home: str, folder: Path, device: torch.device) -> Pager | None:

@@ -37,7 +37,9 @@ def test_every_exported_optimizer_is_in_the_table() -> None:
 
 
 FORMS = pytest.mark.parametrize(
-    ("state_bits", "rounding"), [(8, "dithered"), (8, "nearest"), (32, "nearest")], ids=lambda each: str(each)
+    ("state_bits", "rounding"),
+    [(8, "dithered"), (8, "nearest"), (16, "dithered"), (16, "nearest"), (32, "nearest")],
+    ids=lambda each: str(each),
 )
 
 

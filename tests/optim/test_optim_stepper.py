@@ -35,7 +35,7 @@ def test_a_subset_is_stepped_as_if_the_others_had_no_gradient(case: Case, device
     assert all(state_bits(optimizer, params[i]) == state_bits(other, twins[i]) for i in (0, 2))
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @ALL
 def test_a_preview_is_what_the_next_step_makes_of_32_bit_state(
     case: Case, optim_bits: int, device: torch.device

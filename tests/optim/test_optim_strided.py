@@ -34,7 +34,7 @@ VIEWS: dict[str, Callable[[], torch.Tensor]] = {
     "one element a row": lambda: _base(300, 4)[:, 2:3],
 }
 EVERY_VIEW = pytest.mark.parametrize("kind", VIEWS)
-BOTH = pytest.mark.parametrize("optim_bits", [8, 32])
+BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
 
 
 def _pair(
@@ -116,7 +116,7 @@ def test_gradients_that_autograd_made(case: Case, device: torch.device) -> None:
     assert bits(p.detach().clone()) == bits(q)
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @ALL
 def test_gaps_that_come_and_go(case: Case, optim_bits: int, device: torch.device) -> None:
     """State goes on where a parameter is swapped for a slice and back, as by code that offloads."""

@@ -115,7 +115,7 @@ def test_what_cannot_be_converted_is_refused_by_each_step() -> None:
         refused(torch.optim.AdamW, "SGD8bit", rf"\['exp_avg'\] {same_rule}", optim_bits)
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("carrier", ["as it is", "contiguous"])
 def test_our_dict_goes_on_as_without(carrier: str, optim_bits: int) -> None:
     params = make_params()

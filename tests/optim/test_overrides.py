@@ -80,7 +80,7 @@ def test_overridden_parameters_are_as_in_a_group_of_their_own(case: Case, what: 
 
 
 @pytest.mark.parametrize("ask", ["step", "precision", "state_dict"])
-@pytest.mark.parametrize("to", [8, 32])
+@pytest.mark.parametrize("to", [8, 16, 32])
 @ALL
 def test_an_override_converts_state_that_exists(case: Case, to: int, ask: str) -> None:
     params = _params(3)
@@ -358,7 +358,7 @@ def test_others_overrides_cost_a_step_nothing_by_parameter() -> None:
         assert [part.params is optimizer.param_groups[0]["params"] for part in parts] == [True]
 
 
-@pytest.mark.parametrize("to", [8, 32])
+@pytest.mark.parametrize("to", [8, 16, 32])
 def test_paged_state_is_converted_where_it_lives(to: int) -> None:
     params, twins = _params(3, 5000), _params(3, 5000)
     paged = optim8.PagedAdamW8bit(params, optim_bits=40 - to)

@@ -58,7 +58,7 @@ def steps(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: in
 
 
 @pytest.mark.parametrize("pager", PAGERS)
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @ALL
 def test_bits_are_those_of_a_resident_step(
     case: Case, optim_bits: int, pager: str, threads: int, tmp_path: Path

@@ -159,8 +159,11 @@ def decoded(case: Case, state: Mapping[str, torch.Tensor], p: torch.Tensor) -> d
             out[name] = Rounded.exact(np.zeros(p.numel()))
         elif case.codes(name) in state:
             absmax = state[case.absmax(name)].cpu().numpy()
-            codes = codes_of(state[case.codes(name)])
-            out[name] = reference.decode(codes, absmax, signed, name in case.roots)
+            codes, root = codes_of(state[case.codes(name)]), name in case.roots
+            if case.low(name) in state:
+                out[name] = reference.decode16(codes, codes_of(state[case.low(name)]), absmax, signed, root)
+            else:
+                out[name] = reference.decode(codes, absmax, signed, root)
         else:
             out[name] = Rounded.exact(values(state[name]))
     return out
@@ -186,7 +189,12 @@ def random_state(case: Case, n: int, bits_of_state: int, t: int, seed: int) -> d
         codes = rng.integers(0, 256, n, dtype=np.uint8)
         absmax[1::7] = 0
         codes[reference.per_element(absmax.astype(np.float64), n) == 0] = reference.zero_code(signed)
-        if bits_of_state == 8:
+        if bits_of_state != 32:
+            if bits_of_state == 16:
+                low = rng.integers(0, 256, n, dtype=np.uint8)
+                low[(codes == (0 if signed else 1)) | (codes >= 254)] = 128  # no step leaves more than the last value
+                low[codes == reference.zero_code(signed)] = 128
+                state[case.low(name)] = torch.from_numpy(low)
             state[case.codes(name)] = torch.from_numpy(codes)
             state[case.absmax(name)] = torch.from_numpy(absmax)
         else:
@@ -245,14 +253,17 @@ def assert_stepped(
         absmax = state[case.absmax(name)].cpu().double().numpy()
         kept = new[name].sqrt() if name in case.roots else new[name]
         top = Rounded(reference.block_max(kept.value), reference.block_max(kept.error))
-        if dithered:
+        if dithered or case.low(name) in state:
             top = top * Rounded.of(1 / reference.largest_value(signed))
         wrong = np.flatnonzero(~(np.abs(absmax - np.minimum(top.value, FLT_MAX)) <= top.error))
         assert not wrong.size, _first(wrong, case.absmax(name), absmax, top)
         codes = codes_of(state[case.codes(name)])
-        if dithered:
+        low = codes_of(state[case.low(name)]) if case.low(name) in state else None
+        if low is not None and not dithered:
+            wrong = reference.wrong_dithered_codes(codes, kept, signed, np.full(codes.size, 0.5), low)
+        elif dithered:
             u = reference.dither(t, np.arange(absmax.size), at).ravel()[: codes.size]
-            wrong = reference.wrong_dithered_codes(codes, kept, signed, u)
+            wrong = reference.wrong_dithered_codes(codes, kept, signed, u, low)
         else:
             wrong = reference.wrong_codes(codes, kept, signed)
         assert not wrong.size, _first(wrong, f"{name} codes", codes.astype(np.float64), new[name])

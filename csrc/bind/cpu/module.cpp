@@ -1,7 +1,7 @@
 // The module optim8._cpu.
 #include "bind/codec.h"
 #include "bind/jobs.h"
-#include "core/codec.h"
+#include "core/code16.h"
 #include "cpu/dispatch.h"
 #include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
@@ -100,24 +100,41 @@ void encode_quotients(py::handle quotients, py::handle out, bool with_sign, int 
                  [&](int64_t b, int64_t e) { use.encode_blocks(job, b, e); });
 }
 
-void quantize_dithered(py::handle values, py::handle out, py::handle absmax, bool with_sign, py::handle blocks,
-                       double step, int state) {
-    const Arguments check{"quantize_dithered"};
+void keep_state(py::handle values, py::handle out, py::handle low, py::handle absmax, bool with_sign,
+                py::handle blocks, double step, int state, bool dithered) {
+    const Arguments check{"keep_state"};
     const View x = check.tensor("values", values);
     if (!x.is_float32()) check.wrong_type("values", "float32", x);
     const int64_t count = blocks_of(x.size, step_block);
     if (state < 0 || state >= max_states) check.fail("state must be the place of a state in its rule.");
-    const DitherJob job{static_cast<const float*>(x.data),
-                        static_cast<uint8_t*>(check.uint8("out", out, x.size).data),
-                        static_cast<float*>(check.float32("absmax", absmax, count).data),
-                        static_cast<const int32_t*>(check.sized("blocks", check.int32("blocks", blocks), count).data),
-                        x.size,
-                        step,
-                        state,
-                        with_sign};
+    if (low.is_none() && !dithered) check.fail("state in 8 bits is rounded to nearest by quantize_blockwise.");
+    const KeepJob job{static_cast<const float*>(x.data),
+                      static_cast<uint8_t*>(check.uint8("out", out, x.size).data),
+                      low.is_none() ? nullptr : static_cast<uint8_t*>(check.uint8("low", low, x.size).data),
+                      static_cast<float*>(check.float32("absmax", absmax, count).data),
+                      static_cast<const int32_t*>(check.sized("blocks", check.int32("blocks", blocks), count).data),
+                      x.size,
+                      step,
+                      state,
+                      with_sign,
+                      dithered ? Rounding::Dithered : Rounding::Nearest};
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
-    parallel_for(count, 256, 1, [&](int64_t b, int64_t e) { use.dither_blocks(job, b, e); });
+    parallel_for(count, 256, 1, [&](int64_t b, int64_t e) { use.keep_blocks(job, b, e); });
+}
+
+void restore_state(py::handle codes, py::handle low, py::handle absmax, bool with_sign, py::handle out) {
+    const Arguments check{"restore_state"};
+    const View x = check.tensor("out", out);
+    if (!x.is_float32()) check.wrong_type("out", "float32", x);
+    const int64_t count = blocks_of(x.size, step_block);
+    const RestoreJob job{static_cast<const uint8_t*>(check.uint8("codes", codes, x.size).data),
+                         static_cast<const uint8_t*>(check.uint8("low", low, x.size).data),
+                         static_cast<const float*>(check.float32("absmax", absmax, count).data),
+                         static_cast<float*>(x.data), x.size, with_sign};
+    const Kernels& use = kernels();
+    const py::gil_scoped_release release;
+    parallel_for(count, 256, 1, [&](int64_t b, int64_t e) { use.restore_blocks(job, b, e); });
 }
 
 std::vector<std::string> number_operations() {
@@ -170,10 +187,14 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("blocksize"), py::arg("out"), py::arg("threads"));
     m.def("encode_quotients", &encode_quotients, py::arg("quotients"), py::arg("out"), py::arg("signed"),
           py::arg("threads"), "Codes of float32 quotients in [-1, 1], for checking the codec.");
-    m.def("quantize_dithered", &quantize_dithered, py::arg("values"), py::arg("out"), py::arg("absmax"),
-          py::arg("signed"), py::arg("blocks"), py::arg("step"), py::arg("state"),
-          "What a step with dithered rounding stores for finite values of a state: codes, and absmax by 256 values. "
-          "blocks: int32, the numbers of these blocks in their parameter; state: its place in the rule.");
+    m.def("keep_state", &keep_state, py::arg("values"), py::arg("out"), py::arg("low"), py::arg("absmax"),
+          py::arg("signed"), py::arg("blocks"), py::arg("step"), py::arg("state"), py::arg("dithered"),
+          "What a step stores for finite values of a state, with dithered rounding or in 16 bits: codes, low bytes (or "
+          "None), and absmax by 256 values. blocks: int32, the numbers of these blocks in their parameter; state: its "
+          "place in the rule.");
+    m.def("restore_state", &restore_state, py::arg("codes"), py::arg("low"), py::arg("absmax"), py::arg("signed"),
+          py::arg("out"), "The float32 values of state in 16 bits.");
+    m.attr("middle_low") = middle_low;
     m.attr("number_operations") = number_operations();
     m.def("apply_number_operation", &apply_number_operation, py::arg("name"), py::arg("a"), py::arg("b"), py::arg("c"),
           py::arg("out"), "An operation of rules over float32 arrays, for checking that every instruction set agrees.");

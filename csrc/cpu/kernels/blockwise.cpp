@@ -147,37 +147,64 @@ void dequantize_blocks(const DequantizeJob& job, int64_t begin, int64_t end) {
 namespace {
 
 template <Code code, int state>
-void dither_block(const DitherJob& job, int64_t b) {
+void keep_block(const KeepJob& job, int64_t b) {
     const int64_t at = b * step_block, n = std::min<int64_t>(step_block, job.size - at);
     alignas(64) float x[step_block] = {};
-    uint8_t codes[step_block];
+    uint8_t codes[step_block], low[step_block];
     std::memcpy(x, job.values + at, static_cast<size_t>(n) * sizeof(float));
     const BlockScale by = block_scale<code, Rounding::Dithered>(float_of(largest_bits(x, step_block)));
     const uint32_t start = dither_start(static_cast<uint32_t>(job.blocks[b]), dither_time(job.step));
     for (int i = 0; i < step_block; i += code_group) {
         F of_group[code_group / width];
         for (int j = 0; j < code_group / width; ++j) of_group[j] = load(x + i + j * width) * F(by.normal.scale);
-        encode_group_dithered<code, state>(of_group, by.normal.reciprocal, start, i, codes + i);
+        const float reciprocal = by.normal.reciprocal;
+        if (job.low == nullptr)
+            encode_group_dithered<code, state>(of_group, reciprocal, start, i, codes + i);
+        else if (job.rounding == Rounding::Dithered)
+            encode16_group<code, state, Rounding::Dithered>(of_group, reciprocal, start, i, codes + i, low + i);
+        else
+            encode16_group<code, state, Rounding::Nearest>(of_group, reciprocal, start, i, codes + i, low + i);
     }
     std::memcpy(job.codes + at, codes, static_cast<size_t>(n));
+    if (job.low != nullptr) std::memcpy(job.low + at, low, static_cast<size_t>(n));
     job.absmax[b] = by.absmax;
+}
+
+template <Code code>
+void restore_block(const RestoreJob& job, int64_t b) {
+    const int64_t at = b * step_block, n = std::min<int64_t>(step_block, job.size - at);
+    uint8_t codes[step_block] = {}, low[step_block] = {};
+    alignas(64) float x[step_block];
+    std::memcpy(codes, job.codes + at, static_cast<size_t>(n));
+    std::memcpy(low, job.low + at, static_cast<size_t>(n));
+    for (int i = 0; i < step_block; i += code_group) {
+        F of_group[code_group / width];
+        decode16_group<code>(codes + i, low + i, of_group);
+        for (int j = 0; j < code_group / width; ++j) store(x + i + j * width, of_group[j] * F(job.absmax[b]));
+    }
+    std::memcpy(job.out + at, x, static_cast<size_t>(n) * sizeof(float));
 }
 
 }  // namespace
 
-void dither_blocks(const DitherJob& job, int64_t begin, int64_t end) {
+void keep_blocks(const KeepJob& job, int64_t begin, int64_t end) {
     static_assert(max_states == 3, "a case for each");
     for (int64_t b = begin; b < end; ++b)
         switch (job.state) {
             case 0:
-                job.with_sign ? dither_block<Code::Signed, 0>(job, b) : dither_block<Code::Positive, 0>(job, b);
+                job.with_sign ? keep_block<Code::Signed, 0>(job, b) : keep_block<Code::Positive, 0>(job, b);
                 break;
             case 1:
-                job.with_sign ? dither_block<Code::Signed, 1>(job, b) : dither_block<Code::Positive, 1>(job, b);
+                job.with_sign ? keep_block<Code::Signed, 1>(job, b) : keep_block<Code::Positive, 1>(job, b);
                 break;
             default:
-                job.with_sign ? dither_block<Code::Signed, 2>(job, b) : dither_block<Code::Positive, 2>(job, b);
+                job.with_sign ? keep_block<Code::Signed, 2>(job, b) : keep_block<Code::Positive, 2>(job, b);
         }
+}
+
+void restore_blocks(const RestoreJob& job, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+        job.with_sign ? restore_block<Code::Signed>(job, b) : restore_block<Code::Positive>(job, b);
 }
 
 void encode_blocks(const EncodeJob& job, int64_t begin, int64_t end) {

@@ -16,15 +16,27 @@ struct EncodeJob {
     CodeKind kind;
 };
 
-// One state of a step, as dithered rounding stores it; for the monitor and for checking the codec.
-struct DitherJob {
+// One state as a step stores it, with dithered rounding or in 16 bits; for conversions, for the monitor and for checking
+// the codec.
+struct KeepJob {
     const float* values;
     uint8_t* codes;
+    uint8_t* low;           // the low bytes of state in 16 bits, or null
     float* absmax;          // one for each block of step_block values
     const int32_t* blocks;  // their numbers in the whole parameter
     int64_t size;
     double step;
     int state;  // its place in the rule
+    bool with_sign;
+    Rounding rounding;  // in 16 bits
+};
+
+// The values of state in 16 bits.
+struct RestoreJob {
+    const uint8_t *codes, *low;
+    const float* absmax;
+    float* out;
+    int64_t size;
     bool with_sign;
 };
 
@@ -39,13 +51,14 @@ struct NumberJob {
 }  // namespace optim8
 
 // X(name, job type): void name(const job&, first item, one past the last item).
-//   step_blocks, quantize_blocks, dequantize_blocks, dither_blocks: items are blocks.
+//   step_blocks, quantize_blocks, dequantize_blocks, keep_blocks, restore_blocks: items are blocks.
 //   encode_blocks, number_blocks: items are runs of 256 values.
 #define OPTIM8_KERNELS(X) \
     X(step_blocks, Row) \
     X(quantize_blocks, QuantizeJob) \
     X(dequantize_blocks, DequantizeJob) \
     X(encode_blocks, EncodeJob) \
-    X(dither_blocks, DitherJob) \
+    X(keep_blocks, KeepJob) \
+    X(restore_blocks, RestoreJob) \
     X(number_blocks, NumberJob) \
     OPTIM8_FUNCTIONAL_KERNELS(X)

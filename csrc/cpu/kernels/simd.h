@@ -1,10 +1,10 @@
 // The vector types of the instruction set this file is compiled for: F (float32), I (int32), U (uint32), each of
 // `width` lanes, with the operations of core/number.h; loads and stores of the storage types; and the codec primitives
-// over `code_group` values, decode_group, encode_group and encode_group_dithered.
+// over `code_group` values, decode_group, encode_group and encode_group_dithered, and decode16_group and encode16_group.
 #pragma once
 
 #include "core/codec.h"
-#include "core/dither.h"
+#include "core/code16.h"
 #include "core/number.h"
 #include "core/storage.h"
 
@@ -33,6 +33,24 @@ struct ElementDitherOf {
 // What they are added to in the lower halves of words; the upper halves take away what the bits of a fixed-point number
 // have there.
 OPTIM8_HD uint32_t dither_base(uint32_t start) { return (start >> 16) - fixed_point_bits; }
+
+// What a piece of the inverse of `position` can be told by: the exponents of the position, or without a sign of that
+// plus 1, and of this plus 1. Positions in units of 1/256; with a sign, less than a half is taken for that.
+template <Code code>
+struct Pieces {
+    static constexpr float shift = is_signed(code) ? 0.0f : 256.0f, least = 128.0f;
+    static constexpr int exponent_of(float x) {
+        int exponent = 127;
+        for (; x >= 2; x /= 2) ++exponent;
+        return exponent;
+    }
+    static constexpr int lower(int index) {
+        const float x = static_cast<float>(index * 256) + shift;
+        return exponent_of(x < least ? least : x);
+    }
+    static constexpr int upper(int index) { return exponent_of(static_cast<float>(index * 256) + shift + 256); }
+    static constexpr int count = is_signed(code) ? 129 : 256;
+};
 OPTIM8_END
 
 #if defined(__AVX512VBMI__)

@@ -293,4 +293,117 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     store_packed(all, codes);
 }
 
+// The pieces by the exponent of the position, modulo 8: where that plus 1 has the same exponent, and where not.
+struct alignas(32) Pieces8 {
+    float slope[2][8], offset[2][8];
+};
+template <Code code>
+constexpr Pieces8 make_pieces() {
+    Pieces8 made{};
+    for (int i = 0; i < Pieces<code>::count; ++i) {
+        const int lower = Pieces<code>::lower(i), between = Pieces<code>::upper(i) != lower;
+        made.slope[between][lower % 8] = Decode16TablesOf<code>::all.slope[i];
+        made.offset[between][lower % 8] = Decode16TablesOf<code>::all.offset[i];
+    }
+    return made;
+}
+template <Code code>
+struct PiecesOf {
+    static constexpr Pieces8 all = make_pieces<code>();
+};
+template <Code code>
+constexpr bool pieces_hold() {
+    for (int i = 0; i < Pieces<code>::count; ++i) {
+        const int lower = Pieces<code>::lower(i), between = Pieces<code>::upper(i) != lower;
+        if (PiecesOf<code>::all.slope[between][lower % 8] != Decode16TablesOf<code>::all.slope[i] ||
+            PiecesOf<code>::all.offset[between][lower % 8] != Decode16TablesOf<code>::all.offset[i])
+            return false;
+    }
+    return true;
+}
+
+template <Code code>
+OPTIM8_HD void decode16_group(const uint8_t* codes, const uint8_t* low, F (&out)[code_group / width]) {
+    static_assert(pieces_hold<code>(), "the exponents tell the pieces apart");
+    const Pieces8& t = PiecesOf<code>::all;
+    const __m256i zero = _mm256_set1_epi32(static_cast<int>(zero16_of(code)));
+    const auto eight = [](const uint8_t* from) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    };
+    for (int j = 0; j < code_group / width; ++j) {
+        const __m256i number = _mm256_or_si256(_mm256_slli_epi32(eight(codes + j * width), 8), eight(low + j * width));
+        const __m256i place = _mm256_sub_epi32(number, zero);
+        const F position = _mm256_cvtepi32_ps(is_signed(code) ? _mm256_abs_epi32(place) : place);
+        const F moved = is_signed(code) ? maximum(position, F(Pieces<code>::least)) : position + F(Pieces<code>::shift);
+        const F next = position + F(Pieces<code>::shift + 256.0f);
+        const __m256i lower = _mm256_srli_epi32(_mm256_castps_si256(moved.v), 23);
+        const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(next.v), 23);
+        const __m256 within = _mm256_castsi256_ps(_mm256_cmpeq_epi32(lower, upper));
+        const auto line = [&](const float (&of_piece)[2][8]) {
+            return F(_mm256_blendv_ps(pick(of_piece[1], lower).v, pick(of_piece[0], lower).v, within));
+        };
+        F value = fma(position, line(t.slope), line(t.offset));
+        if (is_signed(code))
+            value = _mm256_or_ps(value.v, _mm256_and_ps(_mm256_castsi256_ps(place), _mm256_set1_ps(-0.0f)));
+        else
+            value = maximum(value, F(0.0f));
+        out[j] = value;
+    }
+}
+
+template <Code code, int state, Rounding rounding>
+OPTIM8_HD void encode16_group(const F (&x)[code_group / width], float reciprocal, uint32_t start, int at,
+                              uint8_t* codes, uint8_t* low) {
+    constexpr int n = code_group / width;
+    const DitherZones& t = DitherZonesOf<code>::all;
+    const F with(reciprocal), lowest(DitherTablesOf<code>::all.lowest16);
+    const __m256i third_of_exponent = _mm256_set1_epi32(21846);  // 2^16 / 3, rounded up
+    const __m256i* elements = reinterpret_cast<const __m256i*>(ElementDitherOf<state>::all.of_element + at);
+    const __m256i first = _mm256_set1_epi32(static_cast<int>(start >> 16));
+    constexpr uint32_t u_and_half = (rounding == Rounding::Nearest ? u_of_nearest >> 24 : 0u) + half_cell;
+    const __m256i base = _mm256_set1_epi32(static_cast<int>(u_and_half - fixed_point_bits));
+    __m256i zone[n], index[n], rest[n];
+    for (int j = 0; j < n; ++j) {
+        F y = is_signed(code) ? absolute(x[j] * with) : x[j] * with;
+        const F clamped = maximum(y, lowest);
+        if (!is_signed(code)) y = clamped;
+        zone[j] = _mm256_mulhi_epu16(_mm256_srli_epi32(_mm256_castps_si256(clamped.v), 23), third_of_exponent);
+        const F line = fma(y, pick(t.slope, zone[j]), pick(t.offset, zone[j]));
+        const F other = minimum(fma(line, F(third), F(after_third)), fma(line, F(fifth), F(after_fifth)));
+        __m256i added = base;
+        if (rounding == Rounding::Dithered) {
+            const __m256i u = _mm256_add_epi16(first, _mm256_load_si256(elements + j));
+            added = _mm256_add_epi32(base, _mm256_srli_epi32(u, 8));
+        }
+        const __m256i fixed = _mm256_add_epi32(_mm256_castps_si256(minimum(line, other).v), added);
+        index[j] = _mm256_srai_epi32(fixed, 16);
+        rest[j] = _mm256_and_si256(_mm256_srli_epi32(fixed, 8), _mm256_set1_epi32(255));
+    }
+    const __m256i lasts = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t.last)));
+    const __m256i last = _mm256_shuffle_epi8(lasts, pack(zone[0], zone[1], zone[2], zone[3]));
+    __m256i upper = _mm256_add_epi8(last, pack(index[0], index[1], index[2], index[3]));
+    __m256i lower = pack_unsigned(rest[0], rest[1], rest[2], rest[3]);
+    const auto bits = [&](int j) { return _mm256_castps_si256(x[j].v); };
+    const __m256i none = _mm256_setzero_si256(), half = _mm256_set1_epi8(static_cast<char>(middle_low));
+    if (is_signed(code)) {
+        upper = _mm256_add_epi8(upper, _mm256_set1_epi8(zero_code_of(code)));
+        // The number of -x is 0xff00 less that of x: a byte below borrows from the one above.
+        const __m256i negative = _mm256_cmpgt_epi8(none, pack(bits(0), bits(1), bits(2), bits(3)));
+        const __m256i borrows = _mm256_andnot_si256(_mm256_cmpeq_epi8(lower, none), negative);
+        upper = _mm256_add_epi8(_mm256_xor_si256(upper, negative), borrows);  // 0xff less it
+        lower = _mm256_sub_epi8(_mm256_xor_si256(lower, negative), negative);
+    } else {
+        const __m256i most = _mm256_set1_epi8(static_cast<char>(code_size - 2));
+        const __m256i top = _mm256_cmpeq_epi8(_mm256_max_epu8(upper, most), upper);
+        upper = _mm256_min_epu8(upper, most);
+        lower = _mm256_blendv_epi8(lower, _mm256_min_epu8(lower, half), top);
+        // 0 where x is not positive, as above.
+        const __m256i zeros = _mm256_cmpeq_epi8(pack_unsigned(bits(0), bits(1), bits(2), bits(3)), none);
+        upper = _mm256_andnot_si256(zeros, upper);
+        lower = _mm256_blendv_epi8(lower, half, zeros);
+    }
+    store_packed(upper, codes);
+    store_packed(lower, low);
+}
+
 OPTIM8_END

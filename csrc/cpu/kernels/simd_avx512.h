@@ -237,4 +237,115 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     _mm512_storeu_si512(codes, index);
 }
 
+// The pieces by the sum of their two exponents, modulo 16.
+struct alignas(64) Pieces16 {
+    float slope[16], offset[16];
+};
+template <Code code>
+constexpr Pieces16 make_pieces() {
+    Pieces16 made{};
+    for (int i = 0; i < Pieces<code>::count; ++i) {
+        const int place = (Pieces<code>::lower(i) + Pieces<code>::upper(i)) % 16;
+        made.slope[place] = Decode16TablesOf<code>::all.slope[i];
+        made.offset[place] = Decode16TablesOf<code>::all.offset[i];
+    }
+    return made;
+}
+template <Code code>
+struct PiecesOf {
+    static constexpr Pieces16 all = make_pieces<code>();
+};
+template <Code code>
+constexpr bool pieces_hold() {
+    for (int i = 0; i < Pieces<code>::count; ++i) {
+        const int place = (Pieces<code>::lower(i) + Pieces<code>::upper(i)) % 16;
+        if (PiecesOf<code>::all.slope[place] != Decode16TablesOf<code>::all.slope[i] ||
+            PiecesOf<code>::all.offset[place] != Decode16TablesOf<code>::all.offset[i])
+            return false;
+    }
+    return true;
+}
+
+template <Code code>
+OPTIM8_HD void decode16_group(const uint8_t* codes, const uint8_t* low, F (&out)[code_group / width]) {
+    static_assert(pieces_hold<code>(), "the exponents tell the pieces apart");
+    const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i upper = _mm512_permutexvar_epi32(transpose, _mm512_loadu_si512(codes));
+    const __m512i lower = _mm512_permutexvar_epi32(transpose, _mm512_loadu_si512(low));
+    const __m512i halves[2] = {_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)};
+    const __m512i none = _mm512_setzero_si512(), zero = _mm512_set1_epi32(static_cast<int>(zero16_of(code)));
+    const __m512 slopes = _mm512_load_ps(PiecesOf<code>::all.slope), offsets = _mm512_load_ps(PiecesOf<code>::all.offset);
+    for (int j = 0; j < 4; ++j) {
+        const __m512i number = j % 2 == 0 ? _mm512_unpacklo_epi16(halves[j / 2], none)
+                                          : _mm512_unpackhi_epi16(halves[j / 2], none);
+        const __m512i place = _mm512_sub_epi32(number, zero);
+        const __m512 position = _mm512_cvtepi32_ps(is_signed(code) ? _mm512_abs_epi32(place) : place);
+        const __m512 moved = is_signed(code) ? _mm512_max_ps(position, _mm512_set1_ps(Pieces<code>::least))
+                                             : _mm512_add_ps(position, _mm512_set1_ps(Pieces<code>::shift));
+        const __m512 next = _mm512_add_ps(position, _mm512_set1_ps(Pieces<code>::shift + 256.0f));
+        const __m512i piece = _mm512_add_epi32(_mm512_srli_epi32(_mm512_castps_si512(moved), 23),
+                                               _mm512_srli_epi32(_mm512_castps_si512(next), 23));
+        __m512 value =
+            _mm512_fmadd_ps(position, _mm512_permutexvar_ps(piece, slopes), _mm512_permutexvar_ps(piece, offsets));
+        if (is_signed(code)) {
+            const __m512i sign = _mm512_and_si512(place, _mm512_set1_epi32(static_cast<int>(~abs_mask)));
+            value = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
+        } else {
+            value = _mm512_max_ps(value, _mm512_setzero_ps());
+        }
+        out[j] = value;
+    }
+}
+
+template <Code code, int state, Rounding rounding>
+OPTIM8_HD void encode16_group(const F (&x)[code_group / width], float reciprocal, uint32_t start, int at,
+                              uint8_t* codes, uint8_t* low) {
+    const DitherTables& t = DitherTablesOf<code>::all;
+    const __m512 lowest = _mm512_set1_ps(t.lowest16);
+    const __m512i first = _mm512_set1_epi32(static_cast<int>(start >> 16));
+    constexpr uint32_t u_and_half = (rounding == Rounding::Nearest ? u_of_nearest >> 24 : 0u) + half_cell;
+    const __m512i base = _mm512_set1_epi32(static_cast<int>(u_and_half - fixed_point_bits));
+    __m512i fixed[4], exponent[4];
+    for (int j = 0; j < 4; ++j) {
+        __m512 y = _mm512_mul_ps(x[j].v, _mm512_set1_ps(reciprocal));
+        if (is_signed(code)) y = _mm512_abs_ps(y);
+        const __m512 clamped = _mm512_max_ps(y, lowest);
+        if (!is_signed(code)) y = clamped;
+        __mmask16 stored = 0xffff;
+        if (code == Code::Positive) stored = _mm512_cmp_ps_mask(x[j].v, _mm512_setzero_ps(), _CMP_GT_OQ);
+        exponent[j] = _mm512_mask_srli_epi32(_mm512_set1_epi32(nothing), stored, _mm512_castps_si512(clamped), 23);
+        const F line = fma(F(y), pick(t.slope, exponent[j]), pick(t.offset, exponent[j]));
+        const F other = minimum(fma(line, F(third), F(after_third)), fma(line, F(fifth), F(after_fifth)));
+        __m512i added = base;
+        if (rounding == Rounding::Dithered) {
+            const __m512i u =
+                _mm512_add_epi16(first, _mm512_load_si512(ElementDitherOf<state>::all.of_element + at + j * width));
+            added = _mm512_add_epi32(base, _mm512_srli_epi32(u, 8));
+        }
+        fixed[j] = _mm512_mask_add_epi32(_mm512_set1_epi32(half_cell), stored,
+                                         _mm512_castps_si512(minimum(line, other).v), added);
+    }
+    const __m512i binade = gather_bytes<0>(exponent[0], exponent[1], exponent[2], exponent[3]);
+    __m512i index = gather_bytes<2>(fixed[0], fixed[1], fixed[2], fixed[3]);
+    __m512i rest = gather_bytes<1>(fixed[0], fixed[1], fixed[2], fixed[3]);
+    index = _mm512_add_epi8(index, _mm512_permutexvar_epi8(binade, _mm512_load_si512(LastBytesOf<code>::all.last)));
+    if (is_signed(code)) {
+        const __m512i signs = gather_bytes<3>(_mm512_castps_si512(x[0].v), _mm512_castps_si512(x[1].v),
+                                              _mm512_castps_si512(x[2].v), _mm512_castps_si512(x[3].v));
+        index = _mm512_add_epi8(index, _mm512_set1_epi8(zero_code_of(code)));
+        // The number of -x is 0xff00 less that of x: a byte below borrows from the one above.
+        const __mmask64 negative = _mm512_movepi8_mask(signs), borrows = _mm512_test_epi8_mask(rest, rest) & negative;
+        index = _mm512_mask_sub_epi8(index, negative, _mm512_set1_epi8(-1), index);
+        index = _mm512_mask_add_epi8(index, borrows, index, _mm512_set1_epi8(-1));
+        rest = _mm512_mask_sub_epi8(rest, negative, _mm512_setzero_si512(), rest);
+    } else {
+        const __m512i most = _mm512_set1_epi8(static_cast<char>(code_size - 2));
+        const __mmask64 top = _mm512_cmpge_epu8_mask(index, most);
+        index = _mm512_min_epu8(index, most);
+        rest = _mm512_mask_min_epu8(rest, top, rest, _mm512_set1_epi8(static_cast<char>(middle_low)));
+    }
+    _mm512_storeu_si512(codes, index);
+    _mm512_storeu_si512(low, rest);
+}
+
 OPTIM8_END

@@ -40,4 +40,23 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group], float reciprocal,
                                         16);
 }
 
+// The same for state in 16 bits; with `rounding` to nearest there is no u.
+template <Code code, int state, Rounding rounding>
+OPTIM8_HD void encode16_group(const F (&x)[code_group], float reciprocal, uint32_t start, int at, uint8_t* codes,
+                              uint8_t* low) {
+    for (int i = 0; i < code_group; ++i) {
+        const uint32_t u =
+            rounding == Rounding::Dithered ? dither<state>(start, static_cast<uint32_t>(at + i)) : u_of_nearest;
+        const uint32_t number = encode16<code>(x[i], reciprocal, u, DitherTablesOf<code>::all);
+        codes[i] = code_of16(number);
+        low[i] = low_of16(number);
+    }
+}
+
+template <Code code>
+OPTIM8_HD void decode16_group(const uint8_t* codes, const uint8_t* low, F (&out)[code_group]) {
+    for (int i = 0; i < code_group; ++i)
+        out[i] = decode16<code>(number16(codes[i], low[i]), Decode16TablesOf<code>::all);
+}
+
 OPTIM8_END

@@ -19,6 +19,7 @@ struct Block {
     alignas(64) float state[state_count<Rule>][step_block];  // new, not yet quantized
     alignas(64) float old_param[Rule::states_need_param ? step_block : 1];
     uint8_t* codes[state_count<Rule>];
+    uint8_t* low[state_count<Rule>];
     float* absmax[state_count<Rule>];
     float new_absmax[state_count<Rule>], reciprocal[state_count<Rule>];
     uint32_t dither;  // u of the first element
@@ -30,19 +31,17 @@ template <class Rule, class P, class G>
 struct Tail {
     P param[step_block];
     G grad[step_block];
-    uint8_t codes[state_count<Rule>][step_block];
+    uint8_t codes[state_count<Rule>][step_block], low[state_count<Rule>][step_block];
 };
-
-template <int s, class Rule>
-constexpr const CodeTables& tables_of() {
-    return Tables<code_of<Rule, s>>::all;
-}
 
 template <class Coding, int s, class Rule>
 OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[state_count<Rule>], int at,
                              F (&state)[state_count<Rule>][group_vectors]) {
     if constexpr (s < state_count<Rule>) {
-        decode_group<code_of<Rule, s>>(block.codes[s] + at, state[s]);
+        if constexpr (Coding::in_16_bits)
+            decode16_group<code_of<Rule, s>>(block.codes[s] + at, block.low[s] + at, state[s]);
+        else
+            decode_group<code_of<Rule, s>>(block.codes[s] + at, state[s]);
         constexpr bool root = Coding::template root<Rule, s>;
         for (int j = 0; j < group_vectors; ++j) state[s][j] = restored<root>(state[s][j] * absmax[s]);
         decode_states<Coding, s + 1, Rule>(block, absmax, at, state);
@@ -53,8 +52,13 @@ OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[state_c
 template <class Coding, int s, class Rule>
 void decode_one(const Block<Rule>& block, int i, float (&state)[state_count<Rule>]) {
     if constexpr (s < state_count<Rule>) {
-        state[s] = restored<Coding::template root<Rule, s>>(tables_of<s, Rule>().value[block.codes[s][i]] *
-                                                            *block.absmax[s]);
+        constexpr Code code = code_of<Rule, s>;
+        float quotient;
+        if constexpr (Coding::in_16_bits)
+            quotient = decode16<code>(number16(block.codes[s][i], block.low[s][i]), Decode16TablesOf<code>::all);
+        else
+            quotient = Tables<code>::all.value[block.codes[s][i]];
+        state[s] = restored<Coding::template root<Rule, s>>(quotient * *block.absmax[s]);
         decode_one<Coding, s + 1, Rule>(block, i, state);
     }
 }
@@ -144,7 +148,7 @@ template <class Coding, int s, class Rule>
 OPTIM8_HD void scale_states(Block<Rule>& block, const uint32_t (&largest)[state_count<Rule>]) {
     if constexpr (s < state_count<Rule>) {
         constexpr bool root = Coding::template root<Rule, s>;
-        const BlockScale by = block_scale<code_of<Rule, s>, Coding::rounding, root>(float_of(largest[s]));
+        const BlockScale by = block_scale<code_of<Rule, s>, Coding::scaling, root>(float_of(largest[s]));
         block.new_absmax[s] = by.absmax;
         block.reciprocal[s] = by.normal.reciprocal;
         if (__builtin_expect(by.normal.scale != 1.0f, 0))
@@ -172,7 +176,10 @@ OPTIM8_HD void seal_states(const Block<Rule>& block, int at) {
         F x[group_vectors];
         for (int j = 0; j < group_vectors; ++j) x[j] = load(block.state[s] + at + j * width);
         constexpr Code code = code_of<Rule, s>;
-        if constexpr (Coding::rounding == Rounding::Dithered)
+        if constexpr (Coding::in_16_bits)
+            encode16_group<code, s, Coding::rounding>(x, block.reciprocal[s], block.dither, at, block.codes[s] + at,
+                                                      block.low[s] + at);
+        else if constexpr (Coding::rounding == Rounding::Dithered)
             encode_group_dithered<code, s>(x, block.reciprocal[s], block.dither, at, block.codes[s] + at);
         else
             encode_group<code>(x, block.reciprocal[s], block.codes[s] + at);
@@ -203,7 +210,7 @@ OPTIM8_HD void seal_all(const Block<Rule>& block) {
 }
 
 template <class Rule, class Coding, class P, class G>
-void step_8bit(const Row& row, int64_t begin, int64_t end) {
+void step_codes(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
     P* param = static_cast<P*>(row.param);
     const G* grad = static_cast<const G*>(row.grad);
@@ -213,6 +220,7 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
     const auto point = [&](Block<Rule>& block, int64_t b) {
         for (int s = 0; s < state_count<Rule>; ++s) {
             block.codes[s] = static_cast<uint8_t*>(row.state[s]) + b * step_block;
+            if (Coding::in_16_bits) block.low[s] = row.low[s] + b * step_block;
             block.absmax[s] = row.absmax[s] + b;
         }
         if (Coding::rounding == Rounding::Dithered)
@@ -243,12 +251,19 @@ void step_8bit(const Row& row, int64_t begin, int64_t end) {
             std::memset(tail.codes[s], zero_code_of(Rule::states[s].code), step_block);
             std::memcpy(tail.codes[s], block.codes[s], n);
             block.codes[s] = tail.codes[s];
+            if (Coding::in_16_bits) {
+                std::memset(tail.low[s], middle_low, step_block);
+                std::memcpy(tail.low[s], block.low[s], n);
+                block.low[s] = tail.low[s];
+            }
         }
         work<Coding, Rule, P, G>(block, tail.param, tail.grad, scalars, nullptr);
         seal_all<Coding>(block);
         std::memcpy(param + at, tail.param, n * sizeof(P));
-        for (int s = 0; s < state_count<Rule>; ++s)
+        for (int s = 0; s < state_count<Rule>; ++s) {
             std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
+            if (Coding::in_16_bits) std::memcpy(row.low[s] + at, tail.low[s], n);
+        }
     }
 }
 
@@ -297,7 +312,7 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
 template <class Rule, class P, class G>
 void step_precision(const Row& row, int64_t begin, int64_t end) {
     if (row.precision == Precision::Bits32) return step_32bit<Rule, P, G>(row, begin, end);
-    with_coding<Rule>(row, [&](auto coding) { step_8bit<Rule, decltype(coding), P, G>(row, begin, end); });
+    with_coding<Rule>(row, [&](auto coding) { step_codes<Rule, decltype(coding), P, G>(row, begin, end); });
 }
 
 // Gradients are of the parameter's type or float32; the binding has checked it.

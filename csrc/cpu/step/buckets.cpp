@@ -21,7 +21,8 @@ Row part_of(const Row& row, int64_t begin, int64_t end) {
     part.first_block = row.first_block + static_cast<uint32_t>(begin);
     for (int s = 0; s < max_states; ++s) {
         if (row.state[s] != nullptr)
-            part.state[s] = moved(row.state[s], skipped * (row.precision == Precision::Bits8 ? 1 : 4));
+            part.state[s] = moved(row.state[s], skipped * bytes_of(row.precision));
+        if (row.low[s] != nullptr) part.low[s] = row.low[s] + skipped;
         if (row.absmax[s] != nullptr) part.absmax[s] = row.absmax[s] + begin;
     }
     return part;
@@ -40,9 +41,10 @@ std::vector<Span> spans_of(const Row& row, const std::vector<Span>& paged) {
 }
 
 int64_t bytes_of_block(const Row& row) {
+    Row block = row;
+    block.size = step_block;
     int64_t bytes = 0;
-    for (int s = 0; s < max_states; ++s)
-        if (row.state[s] != nullptr) bytes += row.precision == Precision::Bits8 ? step_block + 4 : 4 * step_block;
+    for_each_part(block, [&](const void*, int64_t of_part) { bytes += of_part; });
     return bytes;
 }
 

@@ -25,7 +25,8 @@ using Buckets = std::vector<Bucket>;
 template <class Visit>
 void for_each_part(const Row& row, const Visit& visit) {
     for (int s = 0; s < max_states; ++s) {
-        if (row.state[s] != nullptr) visit(row.state[s], row.size * (row.precision == Precision::Bits8 ? 1 : 4));
+        if (row.state[s] != nullptr) visit(row.state[s], row.size * bytes_of(row.precision));
+        if (row.low[s] != nullptr) visit(row.low[s], row.size);
         if (row.absmax[s] != nullptr) visit(row.absmax[s], 4 * blocks_of(row.size, step_block));
     }
 }

@@ -197,6 +197,7 @@ class CopyingStep {
         for (Row& row : slot.rows)
             for (int s = 0; s < max_states; ++s) {
                 row.state[s] = moved(row.state[s]);
+                row.low[s] = moved(row.low[s]);
                 row.absmax[s] = moved(row.absmax[s]);
             }
         step_rows_here(slot.rows);

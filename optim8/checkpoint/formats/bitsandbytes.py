@@ -159,10 +159,10 @@ def write_entry(moments: Sequence[Moment], entry: Entry) -> dict[str, Any]:
             written[f"state{number}"] = source.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             continue
         codes, scales = source.codes, source.absmax
-        if codes.is_contiguous() and not source.root:
+        if codes.is_contiguous() and not source.root and source.low is None:
             codes, scales = codes.clone(), scales.clone()
         else:
-            # Its blocks run row after row, ours in memory order; and it keeps no roots.
+            # Its blocks run row after row, ours in memory order; and it keeps neither roots nor low bytes.
             floats = values(moment, source, codes.device).contiguous()
             codes = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
             scales = torch.empty_like(scales)

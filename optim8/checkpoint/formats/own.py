@@ -36,22 +36,28 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
     read: Entry = {"step": common.step(where, entry)}
     known = ["step"]
     order = None
-    if bits == 8 and _DIM_ORDER in entry:
+    if bits != 32 and _DIM_ORDER in entry:
         known.append(_DIM_ORDER)
         order = _read_order(where, entry[_DIM_ORDER], param.dim())
     for moment in moments:
-        key, kind = moment.key(bits), torch.uint8 if bits == 8 else torch.float32
+        key, kind = moment.key(bits), torch.float32 if bits == 32 else torch.uint8
         known.append(key)
         read[moment.name] = values = common.tensor(where, entry, key, (kind,), param.shape)
-        if bits == 8:
+        if bits != 32:
+            low = None
+            if bits == 16:
+                known.append(moment.low)
+                low = common.tensor(where, entry, moment.low, (kind,), param.shape)
+                low = low if order is None else _laid_out(low, order)
             values = values if order is None else _laid_out(values, order)
             known.append(moment.absmax)
             scales = entry.get(moment.absmax)
             if isinstance(scales, torch.Tensor) and scales.dim() > 1:
-                read[moment.name] = Tiled(values, scales, moment.root)
+                read[moment.name] = Tiled(values, scales, moment.root, low)
                 continue
             scales = common.tensor(where, entry, moment.absmax, (torch.float32,), (codec.blocks(param.numel()),))
-            read[moment.name] = Codes(values, common.absmax(where, moment.absmax, scales), root=moment.root)
+            checked = common.absmax(where, moment.absmax, scales)
+            read[moment.name] = Codes(values, checked, root=moment.root, low=low)
             if type(values) is type(scales) is torch.Tensor:  # those of DTensors are looked at shard by shard
                 check_scales(where, moment, codec.flat(dense(values)), scales.to(values.device))
     for key, value in entry.items():
@@ -94,7 +100,7 @@ def is_own(moments: Sequence[Moment], entry: dict[str, Any], bits: int) -> bool:
     """Whether a state that somebody put into an optimizer can be stepped as it is; the step looks at it closely."""
     if moments_in(moments, entry) != tuple(moments):
         return False
-    if bits_of(moments, entry) == 8:
+    if bits_of(moments, entry) != 32:
         return _DIM_ORDER not in entry  # which only a saved one has
     others = {"exp_avg_sq", "max_exp_avg_sq", "mu_product"}.difference(moment.name for moment in moments)
     tensors = [entry.get(name) for name in ("step", *(moment.name for moment in moments))]

@@ -89,7 +89,7 @@ def _changes(planned: Plan, limit: int) -> Iterator[dict[str, Any]]:
     ours = isinstance(name, str) and name.lower() in OURS
     if not ours:
         yield {"optimizer": "adamw8bit"}
-    elif request["optim_bits"] == 32:
+    elif request["optim_bits"] in (16, 32):
         yield {"optim_bits": 8}
     if not ours or len(rules.rule(OURS[name.lower()].rule).moments) > 1:
         yield {"optimizer": "lion8bit" if not ours or not OURS[name.lower()].always_paged else "pagedlion8bit"}

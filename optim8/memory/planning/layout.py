@@ -20,7 +20,7 @@ from optim8.step import overrides
 from optim8.step.hypers import bits_of_new_state
 
 Bytes = dict[tuple[str, str], int]  # by kind and tier
-Requests = list[tuple[torch.Tensor, int]]  # a tensor on the meta device, and the bits of its state: 8 or 32
+Requests = list[tuple[torch.Tensor, int]]  # a tensor on the meta device, and the bits of its state
 
 
 def state_requests(
@@ -55,7 +55,7 @@ def state_requests(
             options = {**group, **({} if resolved is None else resolved.by_id.get(id(param), {}))}
             bits = bits_of(optimizer.moments, entry) if entry else bits_of_new_state(options, param)
             requests[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), bits))
-            if bits == 32 and bits_of_new_state({**options, "min_8bit_size": 0}, param) == 8:
+            if bits == 32 and bits_of_new_state({**options, "min_8bit_size": 0}, param) != 32:
                 small.append(param.numel())
     return requests, small
 

@@ -119,6 +119,7 @@ inline float __fmaf_rz(float a, float b, float c) {
 }
 // The approximations of csrc/cuda/quick.h; where the hardware's are another ulp, its own sequences allow for that.
 inline float reciprocal_approximately(float x) { return 1.0f / x; }
+inline unsigned sign_halves(unsigned a, unsigned b) { return (a >> 31 ? 0xffffu : 0u) | (b >> 31 ? 0xffff0000u : 0u); }
 inline unsigned sign_bytes(unsigned a, unsigned b) { return (a >> 31 ? 0xffu : 0u) | (b >> 31 ? 0xff00u : 0u); }
 inline float inverse_root_approximately(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 
