@@ -88,6 +88,15 @@ def value_at(position: npt.ArrayLike, signed: bool) -> Array:
     return np.asarray(value)
 
 
+def position16(y: npt.ArrayLike, signed: bool) -> Array:
+    """The position of a value that is not 0 in 16 bits: of an unsigned code at least half a cell above 0, on the line
+    of its decade."""
+    y, table = np.asarray(y, np.float64), dynamic_map(signed).astype(np.float64)
+    if signed:
+        return position(y, signed)
+    return np.where(y < table[1], np.maximum(1 - (table[1] - y) / (table[2] - table[1]), 0.5), position(y, signed))
+
+
 def number16(codes: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8], signed: bool) -> npt.NDArray[np.int64]:
     """The signed position that codes and low bytes stand for (csrc/core/code16.h), in units of 1/256."""
     return np.asarray(codes.astype(np.int64) * 256 + low - (zero_code(signed) * 256 + 128))
@@ -213,13 +222,9 @@ def wrong_dithered_codes(
 def _position(y: Array, signed: bool, low_bytes: npt.NDArray[np.uint8] | None) -> Array:
     """Where a value that is not 0 lies: in an unsigned code at the smallest positive one at least, or in 16 bits half a
     cell below on the line of its decade."""
-    if signed:
-        return position(y, signed)
-    if low_bytes is None:
-        return np.maximum(position(y, signed), 1)
-    table = dynamic_map(signed).astype(np.float64)
-    below = 1 - (table[1] - y) / (table[2] - table[1])
-    return np.where(y < table[1], np.maximum(below, 0.5), position(y, signed))
+    if low_bytes is not None:
+        return position16(y, signed)
+    return position(y, signed) if signed else np.maximum(position(y, signed), 1)
 
 
 # The rules. `p`, `g` and the moments are Rounded; the rest are Python numbers, as the caller gave them.

@@ -15,7 +15,7 @@ from optim8.rules import Rule
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
-DITHERED = r"(?:\w+::)*Coding<\(optim8::base::Rounding\)1, true>"  # in the names of kernels
+DITHERED = r"(?:\w+::)*Coding<\(optim8::base::Rounding\)1, true, false>"  # in the names of kernels
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 
 

@@ -330,7 +330,7 @@ ERRORS: list[tuple[Any, dict[str, Any], str]] = [
     ({"w": [3]}, {"device": "tpu"}, "device must be"),
     ({"w": [3]}, {"dtype": "int8"}, "dtype must be one of"),
     ({"w": [3]}, {"dtype": "float64"}, "must be dense and float32, bfloat16 or float16"),
-    ({"w": [3]}, {"optim_bits": 4}, "optim_bits must be 8 or 32"),
+    ({"w": [3]}, {"optim_bits": 4}, "optim_bits must be 8, 16 or 32"),
     (
         torch.nn.Linear(2, 2),
         {"optimizer": optim8.AdamW8bit(torch.nn.Linear(2, 2).parameters())},

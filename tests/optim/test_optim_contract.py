@@ -68,7 +68,7 @@ def test_groups_are_independent(case: Case, optim_bits: int, device: torch.devic
         dict(case.hypers[0]),
         dict(case.hypers[1]),
         {**case.hypers[2], "min_8bit_size": 601},
-        {**case.hypers[0], "lr": 0.5, "optim_bits": 32 if optim_bits == 8 else 8},
+        {**case.hypers[0], "lr": 0.5, "optim_bits": 8 if optim_bits == 32 else 32},
     ]
     grouped = [parameter(d.clone()) for d in datas]
     groups = [{"params": [p], **o} for p, o in zip(grouped, options, strict=True)]
@@ -87,7 +87,8 @@ def test_groups_are_independent(case: Case, optim_bits: int, device: torch.devic
         optimizer.step()
         for i in range(3 if t == 0 else 4):
             own[i].step()
-    expected = ["8bit", "8bit", "32bit", "32bit"] if optim_bits == 8 else ["32bit", "32bit", "32bit", "8bit"]
+    own_bits = f"{optim_bits}bit"
+    expected = [own_bits, own_bits, "32bit", "8bit" if optim_bits == 32 else "32bit"]
     assert [optimizer.precision(p) for p in grouped] == expected
     for i in range(4):
         assert bits(grouped[i]) == bits(alone[i]), i

@@ -39,7 +39,7 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     ("min_8bit_size", -1),
     ("min_8bit_size", 10.5),
     ("min_8bit_size", "4096"),
-    ("optim_bits", 16),
+    ("optim_bits", 4),
     ("optim_bits", 0),
     ("optim_bits", "8"),
     ("optim_bits", None),

@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "betas of words": ({"betas": "high"}, ValueError, "betas must be a pair"),
     "one beta": ({"betas": "(0.9)"}, ValueError, "betas must be a pair"),
     "betas out of range": ({"betas": "(0.9, 1.0)"}, ValueError, r"betas\[1\] must be"),
-    "bits": ({"optim_bits": 4}, ValueError, "optim_bits must be 8 or 32, got 4"),
+    "bits": ({"optim_bits": 4}, ValueError, "optim_bits must be 8, 16 or 32, got 4"),
     "rounding": ({"rounding": "up"}, ValueError, "rounding must be 'dithered' or 'nearest', got 'up'"),
     "rounding of another type": ({"rounding": ["nearest"]}, ValueError, "rounding must be 'dithered' or 'nearest'"),
 }

@@ -49,7 +49,7 @@ def test_a_preview_is_what_the_next_step_makes_of_32_bit_state(
     assert snapshot(optimizer, params) == before
     assert all(torch.equal(part[name], whole[name][256:512]) for name in case.states)
     for name, moment in moments(optimizer, case, params[0]).items():
-        assert np.array_equal(old[name].cpu().double().numpy(), moment.value.astype(np.float32))
+        assert (np.abs(old[name].cpu().double().numpy() - moment.value) <= moment.error).all()
     if optim_bits == 32:
         optimizer.step()
         for name, moment in moments(optimizer, case, params[0]).items():

@@ -78,9 +78,14 @@ def test_there_and_back(moment: Moment, shape: tuple[int, ...], order: tuple[int
     codes, absmax = quantized(moment, shape, like.stride())
     cut = tiles.from_absmax(shape, codes.stride(), absmax, lead, size)
     assert cut.shape == tiles.tiled_shape(shape, lead, size)
-    back = tiles.to_absmax("here", moment, codes, cut, codes.stride())
-    assert [bits(x) for x in back] == [bits(codes), bits(absmax)]
-    assert back[0].stride() == codes.stride()
+    new_codes, new_absmax, none = tiles.to_absmax("here", moment, codes, cut, codes.stride())
+    assert [bits(new_codes), bits(new_absmax), none] == [bits(codes), bits(absmax), None]
+    assert new_codes.stride() == codes.stride()
+    low = torch.randint_like(codes, 256)
+    new_codes, new_absmax, new_low = tiles.to_absmax("here", moment, codes, cut, codes.stride(), low)
+    assert new_low is not None
+    assert [bits(new_codes), bits(new_absmax), bits(new_low)] == [bits(codes), bits(absmax), bits(low)]
+    assert new_low.stride() == codes.stride()
 
 
 @pytest.mark.parametrize("count, first, second", [(600, 100, 612), (100, 30, 300), (1024, 512, 1024), (257, 1, 258)])
@@ -92,7 +97,7 @@ def test_a_block_of_several_is_quantized_once(moment: Moment, count: int, first:
     head = min(second - first, count)
     codes = torch.cat([parts[0][0][first : first + head], parts[1][0][: count - head]])
     cut = torch.cat([parts[0][1][first : first + head], parts[1][1][: count - head]])
-    new_codes, absmax = tiles.to_absmax("here", moment, codes, cut, (1,))
+    new_codes, absmax, _ = tiles.to_absmax("here", moment, codes, cut, (1,))
     values = reference.dynamic_map(moment.signed)[codes.numpy()] * cut[:, 0].numpy()
     for block in range(-(-count // BLOCK)):
         at = slice(block * BLOCK, (block + 1) * BLOCK)
@@ -105,6 +110,20 @@ def test_a_block_of_several_is_quantized_once(moment: Moment, count: int, first:
         top = converted_scales(exact, moment.signed, absmax[block : block + 1].double().numpy())
         assert absmax[block] == top[0]
         assert not reference.wrong_codes(new_codes[at].numpy(), Rounded.exact(exact), moment.signed, top).size
+
+
+@SIGNED
+def test_low_bytes_of_a_block_of_several_are_made_anew(moment: Moment) -> None:
+    codes = torch.randint(2, 254, (256,), dtype=torch.uint8)
+    low = torch.randint(256, (256,), dtype=torch.uint8)
+    scales = torch.cat([torch.full((100,), 2.0), torch.full((156,), 0.5)])
+    cut = torch.stack([scales, torch.full_like(scales, -1)], dim=-1)
+    new_codes, _, new_low = tiles.to_absmax("here", moment, codes, cut, (1,), low)
+    assert new_low is not None
+    exact = reference.decode16(codes.numpy(), low.numpy(), np.ones(1, np.float32), moment.signed)
+    exact = exact * Rounded.exact(scales.double().numpy())
+    half = np.full(256, 0.5)
+    assert not reference.wrong_dithered_codes(new_codes.numpy(), exact, moment.signed, half, new_low.numpy()).size
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 4), (4, 1), (4, 4), (16, 2)])

@@ -1,5 +1,6 @@
 #include "compare.h"
 
+#include "core/code16.h"
 #include "core/rule_table.h"
 
 namespace optim8 {
@@ -11,9 +12,11 @@ constexpr int64_t sizes[] = {0, 1, 3, 255, 256, 257, 1000, 1024, 1279};
 struct Form {
     Precision precision;
     Rounding rounding;
+    bool direct = false;
 };
 constexpr Form dithered{Precision::Bits8, Rounding::Dithered}, nearest{Precision::Bits8, Rounding::Nearest},
-    wide{Precision::Bits32, Rounding::Nearest};
+    direct{Precision::Bits8, Rounding::Nearest, true}, dithered16{Precision::Bits16, Rounding::Dithered},
+    nearest16{Precision::Bits16, Rounding::Nearest}, wide{Precision::Bits32, Rounding::Nearest};
 
 const RuleInfo& info_of(RuleId rule) { return rule_table[static_cast<int>(rule)]; }
 
@@ -22,7 +25,7 @@ template <class P, class G>
 struct Tensor {
     struct Side {
         Buffer<P> param;
-        std::vector<Buffer<uint8_t>> codes;
+        std::vector<Buffer<uint8_t>> codes, low;
         std::vector<Buffer<float>> absmax, wide;
         Buffer<float> step{1};
         Row row{};
@@ -32,22 +35,28 @@ struct Tensor {
 
     Tensor(int64_t size, int64_t offset, Kind kind, RuleId rule, Form form)
         : grad(size, offset),
-          actual{Buffer<P>(size, offset), {}, {}, {}},
-          expected{Buffer<P>(size, offset), {}, {}, {}} {
-        const Precision precision = form.precision;
+          actual{Buffer<P>(size, offset), {}, {}, {}, {}},
+          expected{Buffer<P>(size, offset), {}, {}, {}, {}} {
+        const bool coded = form.precision != Precision::Bits32, has_low = form.precision == Precision::Bits16;
         fill(grad, kind);
         fill(actual.param, Kind::Plain);
         for (int s = 0; s < info_of(rule).states; ++s) {
-            actual.codes.emplace_back(precision == Precision::Bits8 ? size : 0, offset);
-            actual.absmax.emplace_back(precision == Precision::Bits8 ? blocks_of(size, step_block) : 0);
-            actual.wide.emplace_back(precision == Precision::Bits32 ? size : 0, offset);
+            actual.codes.emplace_back(coded ? size : 0, offset);
+            actual.low.emplace_back(has_low ? size : 0, offset);
+            actual.absmax.emplace_back(coded ? blocks_of(size, step_block) : 0);
+            actual.wide.emplace_back(coded ? 0 : size, offset);
             fill_codes(actual.codes[s]);
+            fill_codes(actual.low[s]);
+            // Where there is no sign, only 0 has its code.
+            for (int64_t i = 0; i < actual.low[s].size() && info_of(rule).state[s].code != Code::Signed; ++i)
+                if (actual.codes[s][i] == 0) actual.low[s][i] = middle_low;
             fill(actual.absmax[s], kind == Kind::Subnormal ? kind : Kind::Plain);
             fill(actual.wide[s], Kind::Plain);
             for (int64_t i = 0; i < actual.absmax[s].size(); ++i) actual.absmax[s][i] = std::fabs(actual.absmax[s][i]);
             for (int64_t i = 0; i < actual.wide[s].size() && info_of(rule).state[s].code != Code::Signed; ++i)
                 actual.wide[s][i] = std::fabs(actual.wide[s][i]);
             expected.codes.push_back(actual.codes[s].copy());
+            expected.low.push_back(actual.low[s].copy());
             expected.absmax.push_back(actual.absmax[s].copy());
             expected.wide.push_back(actual.wide[s].copy());
         }
@@ -60,12 +69,13 @@ struct Tensor {
             row.rule = rule;
             row.param_storage = storage_of<P>;
             row.grad_storage = storage_of<G>;
-            row.precision = precision;
+            row.precision = form.precision;
             row.rounding = form.rounding;
+            row.direct = form.direct;
             row.first_block = static_cast<uint32_t>(1000 * size + offset);
             for (size_t s = 0; s < side->codes.size(); ++s) {
-                row.state[s] =
-                    precision == Precision::Bits8 ? static_cast<void*>(side->codes[s].data()) : side->wide[s].data();
+                row.state[s] = coded ? static_cast<void*>(side->codes[s].data()) : side->wide[s].data();
+                row.low[s] = has_low ? side->low[s].data() : nullptr;
                 row.absmax[s] = side->absmax[s].data();
             }
         }
@@ -76,6 +86,7 @@ struct Tensor {
         for (size_t s = 0; s < actual.codes.size(); ++s) {
             const std::string state = what + " state " + std::to_string(s);
             expect_same(state + " codes", actual.codes[s], expected.codes[s]);
+            expect_same(state + " low", actual.low[s], expected.low[s]);
             expect_same(state + " absmax", actual.absmax[s], expected.absmax[s]);
             expect_same(state + " wide", actual.wide[s], expected.wide[s]);
         }
@@ -161,7 +172,7 @@ void compare_types(RuleId rule) {
     const std::string types = std::string(name_of<P>()) + "/" + name_of<G>();
     for (Kind kind : kinds) {
         std::vector<Tensor<P, G>> tensors;
-        for (const Form& form : {dithered, nearest, wide})
+        for (const Form& form : {dithered, nearest, direct, dithered16, nearest16, wide})
             for (int64_t size : sizes)
                 for (int64_t offset : {0, 1}) tensors.emplace_back(size, offset, kind, rule, form);
         compare_tensors(rule, tensors, Scalar::Host, types + " kind " + std::to_string(static_cast<int>(kind)));

@@ -16,6 +16,9 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
