@@ -6,6 +6,7 @@ with the old moments decoded to float32 state. Quantizing them gives the codes t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class MomentHealth:
         unseen: the share of values that this step changes by less than it takes to get another nearest code: what
             rounding to nearest loses, and dithered rounding keeps in the mean.
         drift: the sum of the stored magnitudes over that of the exact ones, less 1: what rounding adds in this step.
+        spread: what 1 % of the positive values do not exceed, each over the largest of its block. None where there are
+            none, and for a signed moment: that passes through 0, so its small values tell when, not where.
+        below: of the values that are not 0, the share of those smaller than the smallest positive code of their block.
+            If they are positive by kind they are lifted to it, so that elements move too little; those of a signed
+            moment get it or 0, which dithered rounding keeps in the mean.
         codes: the codes, uint8 of one dimension.
     """
 
@@ -39,7 +45,27 @@ class MomentHealth:
     saturated: float
     unseen: float
     drift: float
+    spread: float | None
+    below: float
     codes: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The precision of a parameter's state that its moments ask for; its text says it with what it takes.
+
+    Attributes:
+        bits: as of optim_bits; 8: nothing to do.
+        added: bytes of state more than in 8 bits, of the local shard of a sharded parameter.
+        reason: what 8 bits miss; "" where they suffice.
+    """
+
+    bits: int
+    added: int
+    reason: str
+
+    def __str__(self) -> str:
+        return "8 bits are enough" if self.bits == 8 else f"optim_bits={self.bits} ({self.added:,} bytes more)"
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,7 @@ class ParameterHealth:
         nonfinite: how many elements of the gradient are NaN or infinite.
         size, sampled: values of the parameter, and how many of them were looked at.
         moments: by the moment's name; empty for 32-bit state, and where the step is skipped.
+        advice: the precision to use; None where `moments` is empty.
     """
 
     name: str
@@ -58,6 +85,7 @@ class ParameterHealth:
     size: int
     sampled: int
     moments: dict[str, MomentHealth]
+    advice: Advice | None
 
 
 def nonfinite(grad: torch.Tensor) -> int:
@@ -134,7 +162,9 @@ def _compare(
     scale = absmax.repeat_interleave(BLOCK)[: exact.numel()]
     table = codec.code_table(moment.signed, exact.device)
     middle = (table[1:] + table[:-1]) / 2
-    unseen = torch.bucketize(exact / scale, middle) == torch.bucketize(old / scale, middle)
+    scaled = exact / scale
+    unseen = torch.bucketize(scaled, middle) == torch.bucketize(old / scale, middle)
+    share = scaled.abs_()
     top = codes >= highest
     low = codes == 0 if moment.signed else codes == 1
     parts = [
@@ -144,18 +174,25 @@ def _compare(
         low.sum(),
         (codes > 0).sum(),
         (unseen & (exact != old)).sum(),
+        (known & (share < table[moment.zero + 1])).sum(),
         stored.abs().sum(dtype=torch.float64),
         size.sum(dtype=torch.float64),
     ]
-    total, count, top_, low_, positive, unseen_, after, before = torch.stack(
+    total, count, top_, low_, positive, unseen_, below, after, before = torch.stack(
         [part.to(torch.float64) for part in parts]
     ).tolist()
+    spread = None
+    if count and not moment.signed:
+        least = torch.where(known, share, torch.inf).kthvalue(math.ceil(count / 100)).values
+        spread = float(least / table[highest])
     return MomentHealth(
         error=total / max(count, 1),
         smallest=None if moment.signed else low_ / max(positive, 1),
         saturated=(top_ + (low_ if moment.signed else 0)) / max(exact.numel(), 1),
         unseen=unseen_ / max(exact.numel(), 1),
         drift=after / before - 1 if before else 0.0,
+        spread=spread,
+        below=below / max(count, 1),
         codes=codes,
     )
 

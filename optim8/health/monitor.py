@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from optim8.health import measures
+from optim8.health import advice, measures
 from optim8.health.measures import ParameterHealth
 from optim8.optim.base import BlockwiseOptimizer
+from optim8.state import shards
 from optim8.state.layout import bits_of
 from optim8.step import pending
 
@@ -19,8 +20,8 @@ _EDGES = list(range(257))  # one bin for each code
 
 
 class Monitor:
-    """What `monitor` returns: `latest` has the last result by parameter, `remove()` ends it, as does the end of a
-    `with` block."""
+    """What `monitor` returns: `latest` has the last result by parameter, with an advice, `remove()` ends it, as does
+    the end of a `with` block."""
 
     def __init__(
         self, optimizer: BlockwiseOptimizer, writer: Any, every: int, limit: float, sample: int, names: dict[int, str]
@@ -69,9 +70,10 @@ class Monitor:
             name, target = self._called(group, index, position, param)
             entry = self.optimizer.state.get(param) or {}
             looks = not skipped and bits_of(self.optimizer.moments, entry) == 8
-            seen = measures.moments(self.optimizer, group, param, self.sample) if looks else (0, {})
+            sampled, seen = measures.moments(self.optimizer, group, param, self.sample) if looks else (0, {})
             step = int(entry["step"]) + 1 if entry else 1
-            health = ParameterHealth(name, measures.nonfinite(grad), grad.numel(), *seen)
+            advised = advice.advise(self.optimizer.moments, shards.local(param), seen, self.limit)
+            health = ParameterHealth(name, measures.nonfinite(grad), grad.numel(), sampled, seen, advised)
             self.latest[name] = health
             self._write(health, step)
             self._warn(health, step, target)
@@ -88,6 +90,8 @@ class Monitor:
     def _write(self, health: ParameterHealth, step: int) -> None:
         name, scalar = health.name, self.writer.add_scalar
         scalar(f"gradient_nonfinite/{name}", health.nonfinite, step)
+        if health.advice is not None:
+            scalar(f"advised_bits/{name}", health.advice.bits, step)
         for moment, of in health.moments.items():
             scalar(f"{moment}_error/{name}", of.error, step)
             scalar(f"{moment}_saturated/{name}", of.saturated, step)
@@ -95,17 +99,21 @@ class Monitor:
             scalar(f"{moment}_drift/{name}", of.drift, step)
             if of.smallest is not None:
                 scalar(f"{moment}_at_smallest_code/{name}", of.smallest, step)
+            scalar(f"{moment}_below_codes/{name}", of.below, step)
+            if of.spread is not None:
+                scalar(f"{moment}_spread/{name}", of.spread, step)
             self.writer.add_histogram(f"{moment}_codes/{name}", of.codes, step, bins=_EDGES)
 
     def _warn(self, health: ParameterHealth, step: int, target: str) -> None:
         for moment, of in health.moments.items():
-            if of.error <= self.limit or (health.name, moment) in self._warned:
+            advised = health.advice
+            if advised is None or of.error <= self.limit or (health.name, moment) in self._warned:
                 continue
             self._warned.add((health.name, moment))
             warnings.warn(
                 f"optim8.monitor: {moment} of {health.name!r} has a relative quantization error of {of.error:.1%} at "
-                f"step {step}, limit {self.limit:.1%}. To keep its state in 32 bits: "
-                f"optim8.override({target}, optim_bits=32).",
+                f"step {step}, limit {self.limit:.1%}. To keep its state in {advised.bits} bits, which takes "
+                f"{advised.added:,} bytes more: optim8.override({target}, optim_bits={advised.bits}).",
                 stacklevel=2,
             )
 
@@ -123,18 +131,20 @@ def monitor(
 
     Before every `every`-th step, it writes for each parameter with 8-bit state the relative quantization error of its
     moments, the share of codes at the ends of the table, the share of values that the step changes by less than half a
-    code (rounding to nearest loses these changes), the drift of the mean magnitude by rounding, a histogram of the
-    codes, and for moments that are never negative the share of positive values at the smallest code. For every
-    parameter it writes the number of gradient elements that are NaN or infinite. It computes the moments on a copy, so
-    training does not change. It waits for a GPU at those steps only.
+    code (rounding to nearest loses these changes), the drift of the mean magnitude by rounding, the share of values
+    below the smallest code, a histogram of the codes, and for moments that are never negative the share of positive
+    values at the smallest code and the spread: what 1 % of the values, each over the largest of its block, do not
+    exceed. From these it advises a precision for each parameter, and writes its bits; `latest` has it with the bytes
+    that it takes. For every parameter it writes the number of gradient elements that are NaN or infinite. It computes
+    the moments on a copy, so training does not change. It waits for a GPU at those steps only.
 
     Args:
         optimizer: one of optim8's.
         writer: a torch.utils.tensorboard.SummaryWriter, or anything with its `add_scalar` and `add_histogram`.
         every: steps between two looks, at least 1.
         model: gives the names; else those of an optimizer made from `named_parameters()`, else places in its groups.
-        limit: of the relative error, in (0, 1]; a moment above it causes one warning, which names the parameter and
-            the override to use.
+        limit: of the relative error, in (0, 1]; a moment above it causes one warning, which names the parameter, the
+            override to use and what that takes.
         sample: how many values of a larger parameter to look at, in blocks spread evenly; at least 256.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from support.harness import ALL, codes_of, hostile, moments, parameter, snapshot
 from support.rounding import Rounded
 
 import optim8
-from optim8.health import measures
+from optim8.health import advice, measures
+from optim8.step import hypers
 
 pytestmark = pytest.mark.filterwarnings("ignore:optim8.monitor")  # most of the data here is hostile
 
@@ -112,6 +113,57 @@ def test_shares_and_errors_follow_their_definitions(case: Case, device: torch.de
         assert found.unseen > 0
 
 
+@pytest.mark.parametrize("decades", [3, 9])
+@ALL
+def test_spread_and_what_lies_below_the_codes(case: Case, decades: int, device: torch.device) -> None:
+    """Values over many decades, some of them always 0. float32 may miss each by its error, so an order statistic or a
+    count lies between those of the values moved down, and up, by as much."""
+    rng = np.random.default_rng(5)
+    spread = rng.standard_normal(3000) * 10.0 ** rng.uniform(2 - decades, 2, 3000)
+    spread[rng.random(3000) < 0.1] = 0
+    p = parameter(torch.tensor(spread, dtype=torch.float32, device=device))
+    optimizer = case.make([p])
+    watch = optim8.monitor(optimizer, Writer(), every=1)
+    for t, factor in enumerate((1.0, 0.5, -0.7), 1):
+        p.grad = torch.tensor(spread * factor, dtype=torch.float32, device=device)
+        old = moments(optimizer, case, p)
+        _, exact = case.rule(Rounded.exact(values(p)), Rounded.exact(values(p.grad)), old, t=t, **case.hypers[0])
+        optimizer.step()
+    for name, signed in case.states.items():
+        found = watch.latest["group 0 parameter 0"].moments[name]
+        kept = exact[name].sqrt() if name in case.roots else exact[name]
+        there = kept.value != 0
+        assert 0.85 < there.mean() < 0.95
+        low, high = (np.abs(kept.value) + sign * kept.error for sign in (-1, 1))
+        # The scale of each block, and the value that it gives the smallest code: three roundings.
+        scale = np.repeat(optimizer.state[p][case.absmax(name)].cpu().double().numpy(), 256)[: there.size]
+        table = reference.dynamic_map(signed).astype(np.float64)
+        limit = table[table > 0][0] * scale
+        fewest, most = ((each < limit * (1 + sign * 2.0**-21))[there].mean() for each, sign in ((high, -1), (low, 1)))
+        assert fewest <= found.below <= most < fewest + 0.01
+        assert (found.below > 0.01) is (decades == 9)
+        if signed:
+            assert found.spread is None
+            continue
+        tops = [reference.per_element(reference.block_max(each), there.size) for each in (high, low)]
+        rank = -(-int(there.sum()) // 100) - 1
+        least, greatest = (np.sort((each / top)[there])[rank] for each, top in zip((low, high), tops, strict=True))
+        assert least * (1 - 2.0**-21) <= found.spread <= greatest * (1 + 2.0**-21)
+        assert greatest < least * 1.001
+
+
+@ALL
+def test_zeros_have_no_spread(case: Case, device: torch.device) -> None:
+    p = parameter(torch.zeros(700, device=device), torch.zeros(700, device=device))
+    optimizer = case.make([p])
+    optimizer.step()
+    watch = optim8.monitor(optimizer, Writer(), every=1)
+    optimizer.step()
+    (health,) = watch.latest.values()
+    assert all((of.spread, of.below) == (None, 0) for of in health.moments.values())
+    assert (health.advice.bits, health.advice.added, health.advice.reason) == (8, 0, "")
+
+
 @ALL
 def test_a_sample_is_of_whole_blocks(case: Case, device: torch.device) -> None:
     p = parameter(hostile(200 * 256 + 3, torch.float32, seed=3).to(device))
@@ -160,7 +212,14 @@ def test_looks_at_every_nth_step_until_removed() -> None:
         "exp_avg_sq_unseen/weight",
         "exp_avg_drift/weight",
         "exp_avg_sq_drift/weight",
+        "exp_avg_below_codes/weight",
+        "exp_avg_sq_below_codes/weight",
+        "exp_avg_sq_spread/weight",
+        "advised_bits/weight",
     }
+    assert writer.scalars["exp_avg_sq_spread/weight", 6] == pytest.approx(1, rel=2.0**-20)
+    assert writer.scalars["exp_avg_below_codes/weight", 6] == 0
+    assert writer.scalars["advised_bits/weight", 6] == 8
     assert writer.histograms["exp_avg_codes/weight", 6].sum() == 5000
     assert writer.histograms["exp_avg_codes/weight", 6][254] == 5000  # all equal: each is its block's largest
     assert not optimizer._optimizer_step_pre_hooks
@@ -182,6 +241,10 @@ def test_gradients_of_a_closure_are_those_looked_at() -> None:
             (health,) = watch.latest.values()
             assert health.nonfinite == 1
         assert np.array_equal(health.moments["exp_avg"].codes.numpy(), codes_of(optimizer.state[p]["exp_avg_codes"]))
+
+
+def bytes_of(optimizer: Any, p: torch.Tensor) -> int:
+    return sum(each.nbytes for each in optimizer.state[p].values())
 
 
 def wide() -> torch.Tensor:
@@ -206,13 +269,18 @@ def test_a_moment_that_does_not_survive_is_named_with_its_remedy() -> None:
         messages = [str(warning.message) for warning in said]
         assert len(messages) == 2  # once for each moment
         assert all("'bad.weight'" in message for message in messages)
-        assert watch.latest["bad.weight"].moments["exp_avg_sq"].smallest == 255 / 256
-        remedy = messages[0].split("32 bits: ")[1].rstrip(".")
+        bad, good = watch.latest["bad.weight"], watch.latest["good.weight"]
+        assert bad.moments["exp_avg_sq"].smallest == bad.moments["exp_avg_sq"].below == 255 / 256
+        assert (bad.advice.bits, str(good.advice)) == (32, "8 bits are enough")
+        assert str(bad.advice) == f"optim_bits=32 ({bad.advice.added:,} bytes more)"
+        before = bytes_of(optimizer, model["bad"].weight)
+        remedy = messages[0].split(f"in 32 bits, which takes {bad.advice.added:,} bytes more: ")[1].rstrip(".")
         with eval(remedy, {"optim8": optim8, "model": model}):
             optimizer.step()
             optimizer.step()
             assert optimizer.precision(model["bad"].weight) == "32bit"
-            assert watch.latest["bad.weight"].moments == {}
+            assert bytes_of(optimizer, model["bad"].weight) - before == bad.advice.added
+            assert (watch.latest["bad.weight"].moments, watch.latest["bad.weight"].advice) == ({}, None)
             assert watch.latest["good.weight"].moments != {}
 
 
@@ -224,7 +292,7 @@ def test_remedies_without_a_model(named: bool) -> None:
     optimizer.step()
     with pytest.warns(UserWarning, match="of '") as said:
         optimizer.step()
-    remedy = str(said[0].message).split("32 bits: ")[1].rstrip(".")
+    remedy = str(said[0].message).split(" bytes more: ")[1].rstrip(".")
     with eval(remedy, {"optim8": optim8, "optimizer": optimizer}):
         assert optimizer.precision(p) == "32bit"
 
@@ -238,6 +306,54 @@ def test_overridden_options_count() -> None:
         optimizer.step()
         (health,) = watch.latest.values()
         assert np.array_equal(health.moments["exp_avg"].codes.numpy(), codes_of(optimizer.state[p]["exp_avg_codes"]))
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("c, bits", [(1e-2, 8), (3e-4, 8), (3e-5, 16), (3e-6, 16), (1e-7, 32), (1e-9, 32)])
+def test_the_advice_follows_the_gradients_within_blocks_and_tells_its_bytes(c: float, bits: int, gaps: bool) -> None:
+    """Every tenth element has gradients that are c times those of the rest."""
+    grad = torch.where(torch.arange(3500) % 10 == 3, c, 1.0).view(70, 50)
+    p = parameter(torch.zeros(70, 99)[:, :50] if gaps else torch.zeros(70, 50), grad)
+    optimizer = optim8.AdamW8bit([p], min_8bit_size=0)
+    watch = optim8.monitor(optimizer, Writer(), every=1, limit=1.0)
+    for _ in range(3):
+        optimizer.step()
+    (health,) = watch.latest.values()
+    assert health.advice.bits == (bits if bits in get_args(hypers.Bits) else 32)
+    assert (health.advice.reason == "") is (bits == 8)
+    before = bytes_of(optimizer, p)
+    with optim8.override(p, optim_bits=health.advice.bits):
+        optimizer.step()
+        assert bytes_of(optimizer, p) - before == health.advice.added
+        assert (health.advice.added == 0) is (bits == 8)
+
+
+@pytest.mark.parametrize(
+    "known, error, spread, below, bits",
+    [
+        ((8, 32), 0.1, 1e-4, 0.0, 8),  # at its limits
+        ((8, 32), 0.1, 9.9e-5, 0.0, 32),
+        ((8, 32), 0.11, None, 0.0, 32),
+        ((8, 16, 32), 0.1, None, 0.1, 8),
+        ((8, 16, 32), 0.11, None, 0.0, 16),
+        ((8, 16, 32), 0.11, None, 0.09, 16),  # 0.09 and a 256th of 0.11 remain at most
+        ((8, 16, 32), 0.11, None, 0.1, 32),
+        ((8, 16, 32), 0.0, 1e-6, 0.0, 16),
+        ((8, 16, 32), 0.0, 9.9e-7, 0.0, 32),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_first_precision_that_suffices_for_every_moment_is_advised(
+    known: tuple[int, ...], error: float, spread: float | None, below: float, bits: int, place: int
+) -> None:
+    def of(error: float, spread: float | None, below: float) -> measures.MomentHealth:
+        rest = {"smallest": None, "saturated": 0.0, "unseen": 0.0, "drift": 0.0, "codes": torch.zeros(0)}
+        return measures.MomentHealth(error=error, spread=spread, below=below, **rest)
+
+    seen = [of(0.0, 1.0, 0.0), of(error, spread, below)]
+    advised, reason = advice.choose({"one": seen[place], "other": seen[1 - place]}, 0.1, known)
+    assert advised == bits
+    assert ("one" if place else "other") in reason if bits != 8 else reason == ""
 
 
 @pytest.mark.parametrize("fused", [None, True])
