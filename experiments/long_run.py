@@ -1,9 +1,11 @@
 """How long 8-bit state follows 32-bit state: real optimizers over thousands of steps, on the same random gradients.
 
 One step changes a slow moment by less than half a cell of its 8-bit code. Rounded to nearest, it stays where it is, and
-what a step loses adds up. So each optimizer steps beside the same rule with float32 state, while gradients keep their
-scale, or change it for half of each block. At checkpoints the moments are decoded and compared, and so is how far the
-parameters have moved since the checkpoint before. Goals for AdamW8bit stand in slow_state/goals.py.
+what a step loses adds up. And cells get wide, and end, far below the largest value of a block. So each optimizer steps
+beside the same rule with float32 state, while gradients keep their scale, or change it for half of each block, or are
+small or rare in half of it. At checkpoints the moments are decoded and compared, and so is how far the parameters have
+moved since the checkpoint before. Goals for AdamW8bit stand in slow_state/goals.py, a comparison of forms of its state
+in slow_state/forms.py.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from shared.common import add_outputs, provenance
-from shared.plotting import publish
+from shared.plotting import publish, save
 from shared.subjects import PEERS, missing_peers, peer_versions
+from slow_state import forms, spread
 from slow_state.cases import CASES, Case, gradients
 from slow_state.goals import CLOSELY, judged
 from slow_state.report import draw, render
@@ -110,15 +113,16 @@ def follow(
         walks[name].start_anew()
 
     each(makes, make)
-    steps = gradients(case, blocks, arguments.steps, CHANGE * twelfth, arguments.seed)
-    for step, gradient in enumerate(steps, 1):
+    steps, between = case.times * arguments.steps, case.times * twelfth
+    every = gradients(case, blocks, steps, CHANGE * twelfth, arguments.seed)
+    for step, gradient in enumerate(every, 1):
         exact.step(gradient)
         each(walks, advance, gradient)
-        if step % twelfth == 0 and step // twelfth in CHECKPOINTS:
+        if step % between == 0 and step // between in CHECKPOINTS:
             each(walks, check)
             exact.start_anew()
         bar.update()
-    head = {"rule": rule.name, "optimizer": optimizer_of(rule).__name__, "case": case.name}
+    head = {"rule": rule.name, "optimizer": optimizer_of(rule).__name__, "case": case.name, "times": case.times}
     return [{**head, "subject": name, "parts": parts[name]} for name in walks]
 
 
@@ -128,16 +132,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     planned = plan()
-    with tqdm(total=len(planned) * arguments.steps, unit="step") as bar:
+    total = sum(case.times for _, case in planned) * arguments.steps + forms.steps_of(arguments.steps)
+    with tqdm(total=total, unit="step") as bar:
         for rule, case in planned:
             bar.set_description(f"{rule.name}, {case.name}")
             rows += follow(rule, case, arguments, failed, bar)
+        bar.set_description("forms of state")
+        sizes = (arguments.blocks, arguments.steps, checkpoints, changed_after, arguments.seed)
+        by_form = forms.measure(*sizes, tick=bar.update, figure=figure)
     return {
         "peers": {} if arguments.no_peers else peer_versions(),
         "not_measured": {**missing_peers(asked=not arguments.no_peers), **failed},
         "checkpoints": checkpoints,
         "changed_after": changed_after,
-        "goals": judged(rows, checkpoints, changed_after),
+        "goals": [*judged(rows, checkpoints, changed_after), forms.judged(by_form["one_step"])],
+        "forms": by_form,
         "rows": rows,
     }
 
@@ -147,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # small tensors
     result = {**provenance(vars(arguments)), **measure(arguments)}
     publish("long_run", result, arguments, draw, render)
+    picture = arguments.png.with_name(f"{arguments.png.stem}-spread{arguments.png.suffix}")
+    save(spread.draw(result), picture)
+    print(f"Written: {picture}")
     return 0
 
 

@@ -25,6 +25,7 @@ import paged
 import quantization_error
 import roofline
 import slow_state.report
+import slow_state.spread
 import small_gradients
 from lm import parity_report
 from lm.report import describe, draw_loss, results_table
@@ -150,6 +151,7 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "train_lm-loss": ("train_lm", draw_loss),
     "roofline": ("roofline", roofline.draw),
     "long_run": ("long_run", slow_state.report.draw),
+    "long_run-spread": ("long_run", slow_state.spread.draw),
     "memory_models": ("memory_models", memory_models.draw),
     "memory_profile": ("memory_profile", memory_profile.draw),
     "paged": ("paged", paged.draw),

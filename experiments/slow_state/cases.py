@@ -17,20 +17,28 @@ MEAN = 0.3  # of the gradients, over their deviation: parameters have a directio
 class Case:
     """Random gradients, and what becomes of the scale of the changed half: every second value of each block.
 
+    small: the factor on its gradients, all the time.
+    once_in: its gradients are 0 but for one step in so many, at random, for each value on its own.
+    sigma: of the lognormal scales of all gradients; each value has its own, all the time.
     change: the factor by which its gradients change at once, after the step that `long_run.py` says.
     drift: the factor by which they have changed at the end, bit by bit.
     constant: no random gradients; always -1 for the changed half, and 1 for the others.
     by_block: the changed half is every second block.
     beta2: of the second moment; a rule that has none leaves the case out. None: the rule's default.
+    times: it takes so many times as many steps, and so do its checkpoints; what changes at once changes as early.
     every_rule: whether all rules take it, not only the one that is looked at closely.
     """
 
     name: str
+    small: float = 1.0
+    once_in: int = 1
+    sigma: float = 0.0
     change: float = 1.0
     drift: float = 1.0
     constant: bool = False
     by_block: bool = False
     beta2: float | None = None
+    times: int = 1
     every_rule: bool = False
 
     def parts(self) -> dict[str, Index]:
@@ -43,22 +51,32 @@ class Case:
 
     def scale(self, step: int, changed_after: int, steps: int) -> float:
         """The factor on gradients of the changed half."""
-        return (self.change if step > changed_after else 1.0) * float(self.drift ** (step / steps))
+        return self.small * (self.change if step > changed_after else 1.0) * float(self.drift ** (step / steps))
 
 
 STEADY = Case("nothing changes", every_rule=True)
 FALL = Case("half fall to 1/10", change=0.1, every_rule=True)
 DEEP_FALL = Case("half fall to 1/100", change=0.01, every_rule=True)
+LONG_FALL = Case("half fall to 1/100, longer", change=0.01, times=3)  # v is down after 9 of its time constants
 DOUBLE = Case("half double", change=2.0)
 RISE_SLOWLY = Case("half rise slowly, 10 times", drift=10.0)
 FALL_SLOWLY = Case("half fall slowly, to 1/10", drift=0.1)
 # The first loses what the code lacks at -1, once. In the second the block's absmax loses it in every step.
 CONSTANT = Case("-1 and 1 in each block", constant=True, every_rule=True)
 CONSTANT_BLOCKS = Case("blocks of -1, blocks of 1", constant=True, by_block=True, every_rule=True)
+# What a block holds side by side.
+SMALL = tuple(
+    Case(f"half have gradients of {size}", small=float(size))
+    for size in ("0.1", "0.01", "1e-3", "1e-4", "1e-5", "1e-6")
+)
+SPREAD = tuple(Case(f"scales lognormal, sigma {sigma:g}", sigma=sigma) for sigma in (1.5, 2.0, 3.0))
+RARE = tuple(Case(f"half get a gradient once in {steps} steps", once_in=steps) for steps in (50, 100, 500))
+RARE_AND_SMALL = Case("half get one of 1/30 once in 100 steps", once_in=100, small=1 / 30)
 CASES = (
     STEADY,
     FALL,
     DEEP_FALL,
+    LONG_FALL,
     DOUBLE,
     RISE_SLOWLY,
     FALL_SLOWLY,
@@ -69,19 +87,27 @@ CASES = (
     ),
     CONSTANT,
     CONSTANT_BLOCKS,
+    *SMALL,
+    *SPREAD,
+    *RARE,
+    RARE_AND_SMALL,
 )
 
 
 def gradients(case: Case, blocks: int, steps: int, changed_after: int, seed: int) -> Iterator[Tensor]:
     """Those of each step; the tensor is the same every time, to be copied. Cases differ by the scale alone."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, of_scales = (torch.Generator().manual_seed(each) for each in (seed, seed + 1))
     gradient = torch.ones(blocks, BLOCK)
     changed = gradient[case.parts()["changed"]]
+    scales = torch.randn(gradient.shape, generator=of_scales).mul_(case.sigma).exp_()
     for step in range(1, steps + 1):
         if case.constant:
             changed.fill_(-1)
         else:
             torch.randn(gradient.shape, generator=generator, out=gradient)
             gradient += MEAN
+            gradient *= scales
             changed *= case.scale(step, changed_after, steps)
+            if case.once_in > 1:
+                changed *= torch.rand(changed.shape, generator=of_scales) < 1 / case.once_in
         yield gradient

@@ -9,7 +9,8 @@ from shared.common import not_measured, origin, table
 from shared.plotting import STYLES, new_figure
 from shared.subjects import with_version
 
-from slow_state.cases import FALL, STEADY
+from slow_state import forms
+from slow_state.cases import FALL, LONG_FALL, SPREAD, STEADY
 from slow_state.goals import CLOSELY
 from slow_state.subjects import OURS, SUBJECTS
 
@@ -51,7 +52,7 @@ def goals_table(result: Result) -> str:
     return table(["AdamW8bit, beta2 0.999", "goal", f"by {OURS}", *_headers(result)], rows)
 
 
-def _grouped(result: Result) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
+def grouped(result: Result) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
     """The rows by optimizer and case, and by subject."""
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in result["rows"]:
@@ -60,9 +61,9 @@ def _grouped(result: Result) -> dict[tuple[str, str], dict[str, Mapping[str, Any
 
 
 def moments_table(result: Result) -> str:
-    """v at the end, of the half that changes."""
+    """v at the end, of the changed half."""
     rows = []
-    for (optimizer, case), found in _grouped(result).items():
+    for (optimizer, case), found in grouped(result).items():
         cells = []
         for subject in SUBJECTS:
             second = _second(found[subject]["parts"]["changed"]) if subject in found else None
@@ -77,15 +78,37 @@ def _with_quantiles(mean: float | None, lower: float | None, upper: float | None
 
 
 def movement_table(result: Result) -> str:
-    """How the half that changes moved between the last two checkpoints."""
+    """How the changed half moved between the last two checkpoints."""
     rows = []
-    for (optimizer, case), found in _grouped(result).items():
+    for (optimizer, case), found in grouped(result).items():
         cells = []
         for subject in SUBJECTS:
             part = found[subject]["parts"]["changed"] if subject in found else None
             cells.append(f"{ratio(part['length'][-1])}, {ratio(part['slope'][-1])}" if part else "")
         rows.append([f"{optimizer}: {case}", *cells])
     return table(["lengths of steps, slope of the displacement", *_headers(result)], rows)
+
+
+def paths_table(result: Result) -> str:
+    """How far single values are from their exact paths, where each has a scale of its own."""
+    rows = []
+    found = grouped(result)
+    for case in SPREAD:
+        its = next(row for (_, name), row in found.items() if name == case.name)
+        cells = [
+            ratio(its[subject]["parts"]["changed"]["path_error"][-1]) if subject in its else "" for subject in SUBJECTS
+        ]
+        rows.append([case.name, *cells])
+    return table(["error of the path, 95 % quantile", *_headers(result)], rows)
+
+
+def forms_table(result: Result) -> str:
+    """What each moment in 8 bits does by itself."""
+    names, found = [forms.name(form) for form in forms.FORMS], result["forms"]
+    rows = [[f"lengths of steps: {row['case']}", *(ratio(row[name]) for name in names)] for row in found["lengths"]]
+    errors = [sum(found["one_step"][name]) / len(found["one_step"][name]) for name in names]
+    rows.append([f"error of one update: {forms.ORDINARY.name}", *(f"{100 * error:.2f} %" for error in errors)])
+    return table(["in 8 bits, dithered", *names], rows)
 
 
 def render(result: Result) -> str:
@@ -96,9 +119,18 @@ def render(result: Result) -> str:
             f"Least and greatest figure at the checkpoints (steps {', '.join(map(str, steps))}); those after step "
             f"{result['changed_after']} where something changes at once there.",
             moments_table(result),
-            f"The changed half of each block at step {steps[-1]}: mean, and 5 % and 95 % quantiles.",
+            "The changed half of each block, or that with small or rare gradients, or just half of it, at step "
+            f"{steps[-1]}: mean, and 5 % and 95 % quantiles. The longer fall takes {LONG_FALL.times} times as many "
+            "steps to each checkpoint.",
             movement_table(result),
-            f"The changed half of each block, from step {steps[-2]} to {steps[-1]}, over what float32 state gives. "
+            f"The same half, from step {steps[-2]} to {steps[-1]}, over what float32 state gives.",
+            paths_table(result),
+            "The path is the sum of the magnitudes of one value's updates, from the start to the end; its error is "
+            "relative to that with float32 state. 95 % of the values have a smaller one.",
+            forms_table(result),
+            "torch's arithmetic with the named moments in 8 bits, the others in float32. Lengths of steps: as above. "
+            "Error of an update: of that which float32 moments make after they have been stored once, root of the mean "
+            f"square, relative; mean over {len(steps)} steps. "
             f"{arguments['blocks']} blocks of 256 values, float32; an empty cell: the library has no such rule. "
             f"{not_measured(result)}".rstrip(),
             origin(result),
@@ -109,9 +141,9 @@ def render(result: Result) -> str:
 def draw(result: Result) -> Figure:
     """v and the movement of what has fallen to a tenth, and v where nothing changes, over the steps."""
     figure, panels = new_figure(columns=3, width=6.0)
-    grouped = _grouped(result)
+    found = grouped(result)
     name = next(row["optimizer"] for row in result["rows"] if row["rule"] == CLOSELY)
-    fall, steady = grouped[name, FALL.name], grouped[name, STEADY.name]
+    fall, steady = found[name, FALL.name], found[name, STEADY.name]
     steps = result["checkpoints"]
     shift = 0.012 * steps[-1]  # beside each other, not over each other
     for at, (style, subject) in enumerate(zip(STYLES, SUBJECTS)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +86,8 @@ class Walk:
         self.parameter = torch.nn.Parameter(torch.zeros(blocks, BLOCK))
         self.parameter.grad = torch.zeros(blocks, BLOCK)
         self.optimizer = make([self.parameter], **options)
-        self.displacement, self.length = torch.zeros(2, blocks, BLOCK)  # since the last checkpoint
+        # Displacement and length since the last checkpoint, and the length up to there.
+        self.displacement, self.length, self.before = (torch.zeros(blocks, BLOCK) for _ in range(3))
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
@@ -100,7 +102,13 @@ class Walk:
         state = self.optimizer.state[self.parameter]
         return [decoded(state, moment, number) for number, moment in enumerate(rule.moments, 1)]
 
+    @property
+    def path(self) -> Tensor:
+        """The length from the start, of each value."""
+        return self.before + self.length
+
     def start_anew(self) -> None:
+        self.before += self.length
         self.displacement.zero_()
         self.length.zero_()
 
@@ -111,7 +119,10 @@ def compare(walk: Walk, exact: Walk, rule: Rule, case: Case) -> dict[str, dict[s
     length: sum of the magnitudes of all updates, over the exact one.
     slope: of the parameters' displacements, against the exact ones; noise of single elements leaves it at 1.
     displacement: their mean.
-    moments: of an unsigned one, mean and quantiles of the ratio to the exact one; of a signed one, the slope.
+    path_error: of each value the path, the sum of the magnitudes of its updates from the start on, is off by some share
+        of the exact one; this is the 95 % quantile of that.
+    moments: of an unsigned one, mean and quantiles of the ratio to the exact one, where that is not 0; of a signed one,
+        the slope.
     """
     moments = list(zip(rule.moments, walk.moments(rule), exact.moments(rule)))
     found = {}
@@ -120,8 +131,9 @@ def compare(walk: Walk, exact: Walk, rule: Rule, case: Case) -> dict[str, dict[s
             "length": (walk.length[its].sum() / exact.length[its].sum()).item(),
             "slope": slope(walk.displacement[its], exact.displacement[its]),
             "displacement": walk.displacement[its].mean().item(),
+            "path_error": path_error(walk.path[its], exact.path[its]),
             "moments": {
-                moment.name: {"slope": slope(x[its], y[its])} if moment.signed else spread(x[its] / y[its])
+                moment.name: {"slope": slope(x[its], y[its])} if moment.signed else spread(x[its], y[its])
                 for moment, x, y in moments
             },
         }
@@ -132,6 +144,15 @@ def slope(x: Tensor, exact: Tensor) -> float:
     return ((x.double() * exact).sum() / (exact.double() ** 2).sum()).item()
 
 
-def spread(ratios: Tensor) -> dict[str, float]:
+def path_error(path: Tensor, exact: Tensor) -> float:
+    moved = exact > 0
+    errors = (path[moved] / exact[moved] - 1).abs()
+    return errors.quantile(0.95).item() if len(errors) else math.nan
+
+
+def spread(x: Tensor, exact: Tensor) -> dict[str, float]:
+    ratios = (x / exact)[exact != 0]
+    if not len(ratios):
+        return dict.fromkeys(("mean", "lower", "upper"), math.nan)
     lower, upper = ratios.quantile(torch.tensor([0.05, 0.95])).tolist()
     return {"mean": ratios.mean().item(), "lower": lower, "upper": upper}
