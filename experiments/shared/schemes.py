@@ -7,7 +7,7 @@ from torch import Tensor
 
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 CODES = ("linear", "quantile", "dynamic")
-OURS = "optim8 AdamW8bit"  # dynamic, blocks of 256, and a positive second moment never becomes 0
+OURS = "optim8 AdamW8bit"  # dynamic, blocks of 256, dithered; of the second moment the root
 
 Moments = dict[str, Tensor]
 
@@ -52,16 +52,17 @@ def round_trip(x: Tensor, code: Tensor, blocksize: int | None) -> Tensor:
 
 
 def round_trip_of_state(moments: Moments) -> Moments:
-    """The moments after quantization as optim8's optimizers store them."""
+    """The moments after a step of optim8's optimizers has stored them: dithered, and the second as its root."""
     from optim8 import codec, rules
 
     found = {}
-    for moment in rules.rule("adamw").moments:
-        values = moments[moment.name].contiguous()
-        codes = torch.empty_like(values, dtype=torch.uint8)
-        absmax = torch.empty(codec.blocks(values.numel()))
-        codec.quantize(values, codes, absmax, signed=moment.signed, as_step=True)
-        found[moment.name] = codec.dequantize(codes, absmax, signed=moment.signed)
+    for place, moment in enumerate(rules.rule("adamw").moments):
+        values = moments[moment.name]
+        kept = (codec.square_root(values) if moment.root else values).reshape(-1)
+        numbers = torch.arange(codec.blocks(kept.numel()))
+        codes, absmax = codec.quantize_dithered(kept, numbers, signed=moment.signed, step=1, place=place)
+        decoded = codec.dequantize(codes, absmax, signed=moment.signed).view_as(values)
+        found[moment.name] = decoded.square() if moment.root else decoded
     return found
 
 

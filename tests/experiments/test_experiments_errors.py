@@ -8,6 +8,7 @@ import pytest
 import torch
 from experiments_harness import EXPERIMENTS, read, run
 
+import optim8
 from optim8 import functional
 
 
@@ -39,8 +40,31 @@ def test_quantization_error_ranks_the_codes(tmp_path: Path) -> None:
         assert 0 < rows["linear", 64][key][0] < rows["linear", 4096][key][0] <= rows["linear", None][key][0]
     # A second moment that becomes 0 makes the update 1e8 times too large at most; the dynamic code has few of them.
     assert rows["dynamic", 256]["update"][0] < rows["linear", 256]["update"][0]
-    assert rows["optim8 AdamW8bit", 256]["exp_avg"] == rows["dynamic", 256]["exp_avg"]
+    # Dithered, a value is off by 2 x (1 - x) of a cell in the mean, 1/3 where x is even; to the nearest, by 1/4.
+    ratio = rows["optim8 AdamW8bit", 256]["exp_avg"][0] / rows["dynamic", 256]["exp_avg"][0]
+    assert ratio == pytest.approx(4 / 3, rel=0.05)
     assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_state_is_stored_as_a_step_stores_it(scripts: None) -> None:
+    from shared.schemes import round_trip_of_state
+
+    parameter = torch.nn.Parameter(torch.zeros(20, 256))
+    parameter.grad = torch.randn(20, 256, generator=torch.Generator().manual_seed(0))
+    optimizer = optim8.AdamW8bit([parameter], min_8bit_size=0)
+    optimizer.step()
+    state = optimizer.state[parameter]
+
+    def stored(stem: str, signed: bool) -> torch.Tensor:
+        codes, absmax, code = state[f"{stem}_codes"], state[f"{stem}_absmax"], functional.create_dynamic_map(signed)
+        return functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=256)
+
+    expected = {"exp_avg": stored("exp_avg", True), "exp_avg_sq": stored("exp_avg_sq_root", False).square()}
+    found = round_trip_of_state({"exp_avg": 0.1 * parameter.grad, "exp_avg_sq": 0.001 * parameter.grad**2})
+    for key, values in expected.items():
+        # The same codes but where a rounding of these products takes a value across the boundary between two.
+        differs = (found[key] - values).abs() > 1e-5 * values.abs()
+        assert differs.float().mean() < 0.01, key
 
 
 @pytest.mark.parametrize("signed", [True, False])
