@@ -140,9 +140,10 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "small_gradients": small_gradients.render,
 }
 
-# Tables of several results: their names, and by what.
+# Other tables of these results, or of several: the results' names, and by what.
 COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "steps": (("bench_step", "bench_step-avx2", "bench_step-peers"), comparison.steps),
+    "spread": (("long_run",), slow_state.spread.render),
     "peers": (("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients"), comparison.peers),
 }
 

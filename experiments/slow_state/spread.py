@@ -1,4 +1,4 @@
-"""The second picture of `long_run.py`: how far values move whose gradients are unlike those of their block."""
+"""A table and a picture of `long_run.py`: how far values move whose gradients are unlike those of their block."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from shared.common import not_measured, origin, table
 from shared.plotting import STYLES, new_figure
 from shared.subjects import with_version
 
-from slow_state.cases import RARE, SMALL, SPREAD, STEADY, Case
+from slow_state.cases import RARE, RARE_AND_SMALL, SMALL, SPREAD, STEADY, Case
 from slow_state.goals import CLOSELY
-from slow_state.report import Result, grouped
+from slow_state.report import Result, grouped, ratio
 from slow_state.subjects import SUBJECTS
 
 if TYPE_CHECKING:
@@ -40,11 +41,39 @@ PANELS: tuple[tuple[str, str, bool, Sequence[tuple[float, Case]]], ...] = (
 )
 
 
+def render(result: Result) -> str:
+    """What the picture shows, with goals."""
+    found, name = grouped(result), _name(result)
+    goals = {goal["case"]: goal for goal in result["goals"] if goal["what"].startswith("lengths of steps")}
+    rows = []
+    for case in (STEADY, *SMALL, *SPREAD, *RARE, RARE_AND_SMALL):
+        goal, its = goals.get(case.name), found[name, case.name]
+        bounds = f"{goal['least']} to {goal['most']}" if goal else ""
+        lengths = [
+            ratio(its[subject]["parts"]["changed"]["length"][-1]) if subject in its else "" for subject in SUBJECTS
+        ]
+        rows.append([case.name, bounds, *lengths])
+    headers = [with_version(subject, result["peers"]) for subject in SUBJECTS]
+    steps = result["checkpoints"]
+    return "\n\n".join(
+        [
+            table([f"{name}: lengths of steps over float32's", "goal", *headers], rows),
+            f"Steps {steps[-2]} to {steps[-1]}, of the half with small or rare gradients, elsewhere of every second "
+            f"value. {not_measured(result)}".rstrip(),
+            origin(result),
+        ]
+    )
+
+
+def _name(result: Result) -> str:
+    name: str = next(row["optimizer"] for row in result["rows"] if row["rule"] == CLOSELY)
+    return name
+
+
 def draw(result: Result) -> Figure:
     """The lengths of steps between the last two checkpoints, over what sets values of a block apart."""
     figure, panels = new_figure(columns=len(PANELS), width=6.0, sharey=True)
-    found = grouped(result)
-    name = next(row["optimizer"] for row in result["rows"] if row["rule"] == CLOSELY)
+    found, name = grouped(result), _name(result)
     for panel, (title, axis, is_logarithmic, points) in zip(panels, PANELS):
         for style, subject in zip(STYLES, SUBJECTS):
             x, y = [], []
