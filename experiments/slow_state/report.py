@@ -46,9 +46,11 @@ def goals_table(result: Result) -> str:
             elif known is None:
                 cells.append("not finite")
             else:
-                cells.append(" to ".join(dict.fromkeys(f"{value:.4f}" for value in known)))
+                cells.append(
+                    " to ".join(dict.fromkeys(f"{value:.4f}" if value < 1000 else f"{value:.1e}" for value in known))
+                )
         verdict = "reached" if goal["reached"] else "missed"
-        rows.append([f"{goal['what']}: {goal['case']}", f"{goal['least']} to {goal['most']}", verdict, *cells])
+        rows.append([f"{goal['what']}: {goal['case']}", f"{goal['least']:g} to {goal['most']:g}", verdict, *cells])
     return table(["AdamW8bit, beta2 0.999", "goal", f"by {OURS}", *_headers(result)], rows)
 
 

@@ -34,7 +34,7 @@ PANELS: tuple[tuple[str, str, bool, Sequence[tuple[float, Case]]], ...] = (
     ),
     (
         "half of each block get rare gradients",
-        "steps to one with a gradient",
+        "one gradient in so many steps",
         True,
         [(case.once_in, case) for case in (STEADY, *RARE)],
     ),
@@ -48,7 +48,7 @@ def render(result: Result) -> str:
     rows = []
     for case in (STEADY, *SMALL, *SPREAD, *RARE, RARE_AND_SMALL):
         goal, its = goals.get(case.name), found[name, case.name]
-        bounds = f"{goal['least']} to {goal['most']}" if goal else ""
+        bounds = f"{goal['least']:g} to {goal['most']:g}" if goal else ""
         lengths = [
             ratio(its[subject]["parts"]["changed"]["length"][-1]) if subject in its else "" for subject in SUBJECTS
         ]
@@ -59,7 +59,8 @@ def render(result: Result) -> str:
         [
             table([f"{name}: lengths of steps over float32's", "goal", *headers], rows),
             f"Steps {steps[-2]} to {steps[-1]}, of the half with small or rare gradients, elsewhere of every second "
-            f"value. {not_measured(result)}".rstrip(),
+            "value. Where a code makes v 0, the next step divides by what its own gradient makes of that, or by eps, 1e-15 "
+            f"here. {not_measured(result)}".rstrip(),
             origin(result),
         ]
     )
