@@ -59,8 +59,8 @@ def render(result: Result) -> str:
         [
             table([f"{name}: lengths of steps over float32's", "goal", *headers], rows),
             f"Steps {steps[-2]} to {steps[-1]}, of the half with small or rare gradients, elsewhere of every second "
-            "value. Where a code makes v 0, the next step divides by what its own gradient makes of that, or by eps, 1e-15 "
-            f"here. {not_measured(result)}".rstrip(),
+            "value. Where a code makes v 0, the next step divides by what its own gradient makes of that, or by eps, "
+            f"1e-15 here. {not_measured(result)}".rstrip(),
             origin(result),
         ]
     )
