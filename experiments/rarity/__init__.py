@@ -1,0 +1,1 @@
+"""The parts of `rare_updates.py`: what is trained, with which optimizers, and the report."""
