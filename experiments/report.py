@@ -23,6 +23,7 @@ import memory_models
 import memory_profile
 import paged
 import quantization_error
+import rarity.report
 import roofline
 import slow_state.report
 import slow_state.spread
@@ -137,6 +138,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "paged": paged.render,
     "parity": parity_report.render,
     "quantization_error": quantization_error.render,
+    "rare_updates": rarity.report.render,
     "small_gradients": small_gradients.render,
 }
 
@@ -160,6 +162,7 @@ FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "parity-long": ("parity-long", parity_report.draw),
     "parity-long-shift": ("parity-long-shift", parity_report.draw),
     "quantization_error": ("quantization_error", quantization_error.draw),
+    "rare_updates": ("rare_updates", rarity.report.draw),
     "small_gradients": ("small_gradients", small_gradients.draw),
 }
 

@@ -62,10 +62,9 @@ def counts_table(result: Result) -> str:
             finite = [found for found in measured if found is not None]
             above = sum(found["lower"] > 0 for found in finite)
             below = sum(found["upper"] < 0 for found in finite)
-            most = max((abs(found["mean"]) for found in finite), default=float("nan"))
-            cells += [f"{above} and {below} of {len(measured)}", f"{most:.2%}"]
-            if len(finite) < len(measured):
-                cells[-1] += f", {len(measured) - len(finite)} not finite"
+            largest = [f"{max(abs(found['mean']) for found in finite):.2%}"] if finite else []
+            lost = [f"{len(measured) - len(finite)} not finite"] if len(finite) < len(measured) else []
+            cells += [f"{above} and {below} of {len(measured)}", ", ".join(largest + lost)]
         if measured:
             rows.append([with_version(name, result["peers"]), *cells])
     headers = ["all tasks", "above and below float32", "largest mean", "of what is rare", "largest mean"]
