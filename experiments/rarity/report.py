@@ -106,10 +106,12 @@ def draw(result: Result) -> Figure:
             style = STYLES[ORDER.index(optimizer)].line(linestyle="")
             label = with_version(optimizer, result["peers"])
             panel.errorbar([x for x, _ in points], means, yerr=halves, capsize=5, label=label, **style)
+        panel.set_yscale("symlog", linthresh=0.1)  # from hundredths of a percent to tens of percent
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.axhline(0, color="black", linewidth=1)
         panel.set_xticks(range(len(task["rates"])), [f"{rate['learning_rate']:g}" for rate in task["rates"]])
         panel.set_xlabel("learning rate")
         panel.set_ylabel("difference of the loss from float32 state (%)")
         panel.set_title(f"{name}: mean of {plural(len(result['seeds']), 'seed')}, {result['confidence']:.0%} interval")
-        panel.legend()
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=11)
     return figure
