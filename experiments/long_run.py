@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from shared.common import add_outputs, provenance
+from shared.common import add_outputs, json_path, provenance, write_json
 from shared.plotting import publish, save
 from shared.subjects import PEERS, missing_peers, peer_versions
 from slow_state import forms, spread
 from slow_state.cases import CASES, Case, gradients
 from slow_state.goals import CLOSELY, judged
-from slow_state.report import draw, render
+from slow_state.report import draw, render, render16
 from slow_state.subjects import Walk, compare, optimizer_of, options, reference, subjects
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -44,6 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, help=f"of 256 values, at least 16; by default {SIZES['blocks']}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peers", action="store_true", help="leave bitsandbytes and torchao out")
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of our state; 16: AdamW alone, no peers")
     arguments = parser.parse_args(argv)
     for name, value in (QUICK if arguments.quick else SIZES).items():
         if getattr(arguments, name) is None:
@@ -55,15 +56,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def plan() -> list[tuple[Rule, Case]]:
-    """All cases for one rule, and the main ones for every other that optim8 has."""
+def plan(bits: int) -> list[tuple[Rule, Case]]:
+    """All cases for one rule, and in 8 bits the main ones for every other that optim8 has."""
     from optim8 import rules
 
     return [
         (rule, case)
         for rule in sorted(rules.every().values(), key=lambda rule: rule.name != CLOSELY)
         for case in CASES
-        if rule.name == CLOSELY or case.every_rule
+        if rule.name == CLOSELY or (case.every_rule and bits == 8)
     ]
 
 
@@ -87,7 +88,7 @@ def follow(
     """A row for each subject; a peer that fails is noted instead."""
     blocks, twelfth = arguments.blocks, arguments.steps // 12
     exact = Walk(reference(rule), blocks, **options(rule, case))
-    makes = subjects(rule, peers=not arguments.no_peers)
+    makes = subjects(rule, peers=not arguments.no_peers and arguments.bits == 8, bits=arguments.bits)
     walks: dict[str, Walk] = {}
     parts: dict[str, dict[str, Any]] = {}
 
@@ -131,12 +132,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     checkpoints, changed_after = [at * twelfth for at in CHECKPOINTS], CHANGE * twelfth
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    planned = plan()
-    total = sum(case.times for _, case in planned) * arguments.steps + forms.steps_of(arguments.steps)
+    planned = plan(arguments.bits)
+    total = sum(case.times for _, case in planned) * arguments.steps
+    if arguments.bits == 8:
+        total += forms.steps_of(arguments.steps)
     with tqdm(total=total, unit="step") as bar:
         for rule, case in planned:
             bar.set_description(f"{rule.name}, {case.name}")
             rows += follow(rule, case, arguments, failed, bar)
+        if arguments.bits == 16:
+            return {"checkpoints": checkpoints, "changed_after": changed_after, "rows": rows}
         bar.set_description("forms of state")
         sizes = (arguments.blocks, arguments.steps, checkpoints, changed_after, arguments.seed)
         by_form = forms.measure(*sizes, tick=bar.update, figure=figure)
@@ -155,6 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     torch.set_num_threads(1)  # small tensors
     result = {**provenance(vars(arguments)), **measure(arguments)}
+    if arguments.bits == 16:
+        path = json_path(arguments, "long_run-16bit")
+        write_json(path, result)
+        print(f"{render16(result)}\n\nWritten: {path}")
+        return 0
     publish("long_run", result, arguments, draw, render)
     picture = arguments.png.with_name(f"{arguments.png.stem}-spread{arguments.png.suffix}")
     save(spread.draw(result), picture)

@@ -144,6 +144,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
 
 # Other tables of these results, or of several: the results' names, and by what.
 COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "long_run-16bit": (("long_run-16bit",), slow_state.report.render16),
     "steps": (("bench_step", "bench_step-avx2", "bench_step-peers"), comparison.steps),
     "spread": (("long_run",), slow_state.spread.render),
     "peers": (("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients"), comparison.peers),

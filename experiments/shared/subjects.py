@@ -76,8 +76,10 @@ def optimizers() -> list[Make]:
 
 
 def optim8_subjects(small: bool) -> dict[str, Make]:
-    """optim8's optimizers; for small tensors also with 8-bit state, which they would not have by default."""
+    """optim8's optimizers, and AdamW in 16 bits; for small tensors also with 8-bit state, which they would not have by
+    default."""
     subjects: dict[str, Make] = {f"optim8 {make.__name__}": make for make in optimizers()}
+    subjects["optim8 AdamW8bit optim_bits=16"] = functools.partial(subjects["optim8 AdamW8bit"], optim_bits=16)
     if small:
         for name, make in list(subjects.items()):
             subjects[f"{name} min_8bit_size=0"] = functools.partial(make, min_8bit_size=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shared.common import not_measured, origin, table
@@ -52,6 +52,22 @@ def goals_table(result: Result) -> str:
         verdict = "reached" if goal["reached"] else "missed"
         rows.append([f"{goal['what']}: {goal['case']}", f"{goal['least']:g} to {goal['most']:g}", verdict, *cells])
     return table(["AdamW8bit, beta2 0.999", "goal", f"by {OURS}", *_headers(result)], rows)
+
+
+def render16(result: Result) -> str:
+    """How AdamW with state in 16 bits follows: of each case the least and the greatest figure over all checkpoints."""
+
+    def span(values: Sequence[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return " to ".join(dict.fromkeys(f"{value:.4f}" for value in (min(known), max(known))))
+
+    rows = []
+    for row in result["rows"]:
+        part = row["parts"]["changed"]
+        second = _second(part)
+        rows.append([row["case"], row["subject"], span(part["length"]), span(second["mean"]) if second else ""])
+    heads = ["AdamW8bit, optim_bits=16", "rounding", "lengths of steps over float32's", "v over float32's"]
+    return f"{table(heads, rows)}\n\n{origin(result)}"
 
 
 def grouped(result: Result) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:

@@ -34,11 +34,12 @@ def reference(rule: Rule) -> Make:
     return functools.partial(optimizer_of(rule), optim_bits=32)
 
 
-def subjects(rule: Rule, peers: bool) -> dict[str, Make]:
-    """The 8-bit optimizers of this rule that are here."""
+def subjects(rule: Rule, peers: bool, bits: int = 8) -> dict[str, Make]:
+    """The 8-bit optimizers of this rule that are here; `bits`: of ours."""
     ours = optimizer_of(rule)
     found: dict[str, Make] = {
-        f"optim8 {rounding}": functools.partial(ours, rounding=rounding) for rounding in ("dithered", "nearest")
+        f"optim8 {rounding}": functools.partial(ours, rounding=rounding, optim_bits=bits)
+        for rounding in ("dithered", "nearest")
     }
     for library in PEERS if peers else ():
         if importlib.util.find_spec(library):

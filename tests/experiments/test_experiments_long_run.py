@@ -51,6 +51,18 @@ def test_every_rule_is_followed(quick: tuple[Path, str]) -> None:
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_state_in_16_bits_follows_closely(tmp_path: Path) -> None:
+    done = run("long_run.py", "--quick", "--bits", "16", "--json", tmp_path / "l.json")
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "l.json")["rows"]
+    assert {row["rule"] for row in rows} == {"adamw"}
+    for row in rows:
+        lengths = [length for part in row["parts"].values() for length in part["length"]]
+        assert all(abs(length - 1) < 0.01 for length in lengths), row["case"]
+        assert any(length != 1 for length in lengths), "these are not the float32 optimizer itself"
+    assert "half get a gradient once in 500 steps" in done.stdout
+
+
 def test_rounding_shows_in_few_steps(quick: tuple[Path, str]) -> None:
     result = read(quick[0] / "l.json")
     rows = {(row["rule"], row["case"], row["subject"]): row["parts"] for row in result["rows"]}
