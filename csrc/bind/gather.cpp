@@ -23,8 +23,8 @@ struct Key {
     explicit Key(const std::string& name) : text(name), object(interned(name)) {}
 };
 
-// The keys of the states of a rule, in its order: of float32 values, of codes, low bytes and scales. `direct`: codes stand
-// for the states themselves, also where the rule has roots.
+// The keys of the states of a rule, in its order: of float32 values, of codes, low bytes and scales. `direct`: codes
+// stand for the states themselves, also where the rule has roots.
 struct StateKeys {
     std::vector<Key> values, codes, low, absmax;
     StateKeys(const RuleInfo& rule, bool direct) {

@@ -37,8 +37,8 @@ OPTIM8_HD uint32_t encode16_magnitude(float x, float reciprocal, uint32_t u, con
     const float y = (is_signed(code) ? absolute(x) : x) * reciprocal;
     const float clamped = maximum(y, t.lowest16);
     const uint32_t exponent = bits_of(clamped) >> 23;
-    const uint32_t fixed = upper_bytes(of_binade(t.last16, exponent), u) +
-                           bits_of(least_line<code>(y, clamped, exponent, t));
+    const uint32_t fixed =
+        upper_bytes(of_binade(t.last16, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
     constexpr uint32_t most = ((code_size - 2) * 256u + middle_low) << 8 | 0xffu;
     if constexpr (is_signed(code))
         return fixed;

@@ -37,8 +37,8 @@ constexpr int64_t bytes_of(Precision precision) { return precision == Precision:
 
 OPTIM8_BEGIN
 
-// work(Coding) for a row of a rule with state in codes. Only the functional API keeps states themselves where a rule has
-// roots.
+// work(Coding) for a row of a rule with state in codes. Only the functional API keeps states themselves where a rule
+// has roots.
 template <class Rule, class Work>
 auto with_coding(const Row& row, const Work& work) {
     if constexpr (has_roots<Rule>() && Rule::functional_name != nullptr)

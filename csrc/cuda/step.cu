@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_c
     static_assert(blocks_per_warp <= 32, "a bit for each");
     each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
         const Block<Rule, P, G> at(row, block);
-        const bool done = row.precision != Precision::Bits32 && at.well && step_quickly<Coding>(at, scalars, lane_codes);
+        const bool done =
+            row.precision != Precision::Bits32 && at.well && step_quickly<Coding>(at, scalars, lane_codes);
         left_over |= done ? 0u : 1u << i;
     });
     if (left_over == 0) return;
@@ -160,10 +161,8 @@ class Batcher {
             if (!on_device) scalars = place_of(row);
         }
         StepRow<Rule>& to = batch_->row[batch_->rows];
-        to = StepRow<Rule>{row.param,       row.grad,      {},
-                           {},              {},            row.size,
-                           scalars,         row.first_block, row.precision,
-                           fits_packets(row)};
+        to = StepRow<Rule>{row.param,     row.grad,         {}, {}, {}, row.size, scalars, row.first_block,
+                           row.precision, fits_packets(row)};
         for (int s = 0; s < state_count<Rule>; ++s) {
             to.state[s] = row.state[s];
             to.low[s] = row.low[s];

@@ -210,9 +210,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
             state[s.index] = Quick(restored<Coding::template root<Rule, s.index>>(value));
         });
         Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars.of_rule);
-        each_state<Rule>([&](auto s) {
-            state[s.index] = kept<Coding::template root<Rule, s.index>>(state[s.index]);
-        });
+        each_state<Rule>([&](auto s) { state[s.index] = kept<Coding::template root<Rule, s.index>>(state[s.index]); });
         param[k] = from_float<P>(p.x);
         in_range = in_range && p.in_range;
         for (int s = 0; s < state_count<Rule>; ++s) {

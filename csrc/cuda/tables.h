@@ -64,7 +64,10 @@ OPTIM8_DEVICE LaneDitherLines lane_dither_lines() {
         t = &signed_dither;
     else
         t = &positive_dither;
-    return {{__ldg(t->slope + lane())}, {__ldg(t->offset + lane())}, {__ldg(t->last + lane())}, {__ldg(t->last16 + lane())}};
+    return {{__ldg(t->slope + lane())},
+            {__ldg(t->offset + lane())},
+            {__ldg(t->last + lane())},
+            {__ldg(t->last16 + lane())}};
 }
 
 // core/code16.h's lines of a position; slope and offset are one access.

@@ -85,8 +85,11 @@ def _sort_entry(
     for moment in moments:
         # Low bytes of the optimizer's own beside codes that came.
         came = moment.codes in sorted_ and not _is_own(moment.codes, entry, present)
-        if came and moment.low in sorted_ and moment.low in present and _is_own(moment.low, entry, present):
-            del sorted_[moment.low]
+        if came and moment.low in sorted_ and moment.low in present:
+            held = _held(entry[moment.low])
+            nothing_came = isinstance(held, Inbox) and held.came is not None and is_nothing(held.came, param)
+            if nothing_came or _is_own(moment.low, entry, present):
+                del sorted_[moment.low]
     untouched = [key for key in keys if not is_nothing(entry[key], param) and _is_own(key, entry, present)]
     missing = [key for key in untouched if key in sorted_]
     if missing and present and not own_count:

@@ -28,9 +28,9 @@ FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 def whole_dicts(place: Place, case: Case) -> dict[str, Any]:
     """State dicts of one process, by the names of parameters, that know the rule of `case`."""
     dicts = {}
-    for bits_, name in ((8, "codes"), (32, "own float32")):
+    for bits_, name in ((8, "codes"), (16, "codes and low bytes"), (32, "own float32")):
         net = Net(place.device)
-        own = default_size(case, net) if bits_ == 8 else case.make(net.parameters(), optim_bits=32)
+        own = default_size(case, net) if bits_ == 8 else case.make(net.parameters(), optim_bits=bits_)
         take_steps(net, own, 1, 2)
         dicts[name] = deepcopy(get_optimizer_state_dict(net, own))
     floats = deepcopy(dicts["own float32"])
@@ -82,14 +82,14 @@ def whole_from_rank_0(place: Place) -> None:
 def gathered_from_rank_0(place: Place) -> None:
     """State gathered from shards, in either precision, into an optimizer of either."""
     case = CASES["AdamW8bit"]
-    for saved_in in (8, 32):
+    for saved_in in (8, 16, 32):
         net = sharded(place)
         optimizer = case.make(net.parameters(), optim_bits=saved_in)
         take_steps(net, optimizer, 1, 2)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         whole = get_optimizer_state_dict(net, optimizer, options=options)
         assert place.rank == 0 or not whole
-        for loaded_in in (8, 32):
+        for loaded_in in (8, 16, 32):
             other = sharded(place)
             loaded = case.make(other.parameters(), optim_bits=loaded_in)
             set_optimizer_state_dict(other, loaded, deepcopy(whole), options=FROM_RANK_0)

@@ -238,7 +238,7 @@ def zero_redundancy(place: Place) -> None:
 def fsdp1(place: Place) -> None:
     """FullyShardedDataParallel trains; its gathering of state is refused in 8 bits, on every rank, and works in 32."""
     case = CASES["AdamW8bit"]
-    for optim_bits in (8, 32):
+    for optim_bits in (8, 16, 32):
         torch.manual_seed(3)
         model = torch.nn.Sequential(torch.nn.Linear(70, 64), torch.nn.Linear(64, 70))
         model = FullyShardedDataParallel(model, use_orig_params=True, device_id=place.device)

@@ -100,8 +100,8 @@ void encode_quotients(py::handle quotients, py::handle out, bool with_sign, int 
                  [&](int64_t b, int64_t e) { use.encode_blocks(job, b, e); });
 }
 
-void keep_state(py::handle values, py::handle out, py::handle low, py::handle absmax, bool with_sign,
-                py::handle blocks, double step, int state, bool dithered) {
+void keep_state(py::handle values, py::handle out, py::handle low, py::handle absmax, bool with_sign, py::handle blocks,
+                double step, int state, bool dithered) {
     const Arguments check{"keep_state"};
     const View x = check.tensor("values", values);
     if (!x.is_float32()) check.wrong_type("values", "float32", x);
@@ -131,7 +131,9 @@ void restore_state(py::handle codes, py::handle low, py::handle absmax, bool wit
     const RestoreJob job{static_cast<const uint8_t*>(check.uint8("codes", codes, x.size).data),
                          static_cast<const uint8_t*>(check.uint8("low", low, x.size).data),
                          static_cast<const float*>(check.float32("absmax", absmax, count).data),
-                         static_cast<float*>(x.data), x.size, with_sign};
+                         static_cast<float*>(x.data),
+                         x.size,
+                         with_sign};
     const Kernels& use = kernels();
     const py::gil_scoped_release release;
     parallel_for(count, 256, 1, [&](int64_t b, int64_t e) { use.restore_blocks(job, b, e); });

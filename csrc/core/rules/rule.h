@@ -21,8 +21,8 @@ OPTIM8_BEGIN
 constexpr int max_states = 3, max_hypers = 10;
 
 // name: the key of its float32 values in a parameter's state. A state starts as 0.
-// root: codes stand for its square root, as is best for a second moment: a step divides by the root, and the range of the
-// code in gradients is squared.
+// root: codes stand for its square root, as is best for a second moment: a step divides by the root, and the range of
+// the code in gradients is squared.
 struct State {
     const char* name;
     Code code;

@@ -189,8 +189,7 @@ void restore_block(const RestoreJob& job, int64_t b) {
 
 void keep_blocks(const KeepJob& job, int64_t begin, int64_t end) {
     static_assert(max_states == 3, "a case for each");
-    for (int64_t b = begin; b < end; ++b)
-        switch (job.state) {
+    for (int64_t b = begin; b < end; ++b) switch (job.state) {
             case 0:
                 job.with_sign ? keep_block<Code::Signed, 0>(job, b) : keep_block<Code::Positive, 0>(job, b);
                 break;

@@ -16,8 +16,8 @@ struct EncodeJob {
     CodeKind kind;
 };
 
-// One state as a step stores it, with dithered rounding or in 16 bits; for conversions, for the monitor and for checking
-// the codec.
+// One state as a step stores it, with dithered rounding or in 16 bits; for conversions, for the monitor and for
+// checking the codec.
 struct KeepJob {
     const float* values;
     uint8_t* codes;

@@ -1,10 +1,11 @@
 // The vector types of the instruction set this file is compiled for: F (float32), I (int32), U (uint32), each of
 // `width` lanes, with the operations of core/number.h; loads and stores of the storage types; and the codec primitives
-// over `code_group` values, decode_group, encode_group and encode_group_dithered, and decode16_group and encode16_group.
+// over `code_group` values, decode_group, encode_group and encode_group_dithered, and decode16_group and
+// encode16_group.
 #pragma once
 
-#include "core/codec.h"
 #include "core/code16.h"
+#include "core/codec.h"
 #include "core/number.h"
 #include "core/storage.h"
 

@@ -274,10 +274,11 @@ OPTIM8_HD void decode16_group(const uint8_t* codes, const uint8_t* low, F (&out)
     const __m512i lower = _mm512_permutexvar_epi32(transpose, _mm512_loadu_si512(low));
     const __m512i halves[2] = {_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)};
     const __m512i none = _mm512_setzero_si512(), zero = _mm512_set1_epi32(static_cast<int>(zero16_of(code)));
-    const __m512 slopes = _mm512_load_ps(PiecesOf<code>::all.slope), offsets = _mm512_load_ps(PiecesOf<code>::all.offset);
+    const __m512 slopes = _mm512_load_ps(PiecesOf<code>::all.slope),
+                 offsets = _mm512_load_ps(PiecesOf<code>::all.offset);
     for (int j = 0; j < 4; ++j) {
-        const __m512i number = j % 2 == 0 ? _mm512_unpacklo_epi16(halves[j / 2], none)
-                                          : _mm512_unpackhi_epi16(halves[j / 2], none);
+        const __m512i number =
+            j % 2 == 0 ? _mm512_unpacklo_epi16(halves[j / 2], none) : _mm512_unpackhi_epi16(halves[j / 2], none);
         const __m512i place = _mm512_sub_epi32(number, zero);
         const __m512 position = _mm512_cvtepi32_ps(is_signed(code) ? _mm512_abs_epi32(place) : place);
         const __m512 moved = is_signed(code) ? _mm512_max_ps(position, _mm512_set1_ps(Pieces<code>::least))

@@ -20,8 +20,7 @@ Row part_of(const Row& row, int64_t begin, int64_t end) {
     part.size = std::min(end * step_block, row.size) - skipped;
     part.first_block = row.first_block + static_cast<uint32_t>(begin);
     for (int s = 0; s < max_states; ++s) {
-        if (row.state[s] != nullptr)
-            part.state[s] = moved(row.state[s], skipped * bytes_of(row.precision));
+        if (row.state[s] != nullptr) part.state[s] = moved(row.state[s], skipped * bytes_of(row.precision));
         if (row.low[s] != nullptr) part.low[s] = row.low[s] + skipped;
         if (row.absmax[s] != nullptr) part.absmax[s] = row.absmax[s] + begin;
     }
