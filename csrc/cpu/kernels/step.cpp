@@ -194,12 +194,14 @@ OPTIM8_HD void seal(const Block<Rule>& block, int at) {
 }
 
 // What a group of a later block reads. Some processors' own prefetchers take the streams of a step for something else,
-// depending on where code and arrays lie, and it then waits for every line. Memory behind the end is not touched.
+// depending on where code and arrays lie, and it then waits for every line. With narrower vectors its own instructions
+// are what it waits for, and these would be more of them. Memory behind the end is not touched.
+constexpr bool prefetches = width >= 16;
 template <class T>
 OPTIM8_HD void prefetch_group(const T* at) {
     constexpr int blocks_ahead = 4, line = 64;
     const auto* bytes = reinterpret_cast<const char*>(at) + blocks_ahead * step_block * sizeof(T);
-    for (size_t b = 0; b < code_group * sizeof(T); b += line) __builtin_prefetch(bytes + b);
+    for (size_t b = 0; prefetches && b < code_group * sizeof(T); b += line) __builtin_prefetch(bytes + b);
 }
 
 // Advances a block, and seals the one before it where there is one.
