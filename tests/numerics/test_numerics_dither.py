@@ -24,7 +24,7 @@ from support.harness import (
 )
 
 import optim8
-from optim8 import codec
+from optim8 import _native, codec
 
 STATES = pytest.mark.parametrize(("signed", "place"), [(True, 0), (True, 1), (False, 0), (False, 1)])
 
@@ -79,6 +79,33 @@ def test_the_mean_of_what_is_stored_is_the_value(signed: bool, place: int) -> No
 
 
 @STATES
+def test_in_16_bits_the_mean_of_what_is_stored_is_the_value(signed: bool, place: int) -> None:
+    """As in 8 bits, by numbers of 256 to a cell; u has eight bits there, so that a number is a 256th off at most."""
+    least = 1e-9 if signed else 1.1e-7
+    y = np.resize(np.exp(np.linspace(np.log(least), 0, 4000)), (16, 255))
+    x = np.concatenate([y, np.ones((16, 1))], 1).astype(np.float32)
+    if signed:
+        x[:, ::3] *= -1
+    flat, blocks, steps = torch.from_numpy(x.ravel()), torch.arange(16, dtype=torch.int32), 1000
+    codes, low = torch.empty(2, x.size, dtype=torch.uint8)
+    absmax, total = torch.empty(16), np.zeros(x.size)
+    for step in range(1, steps + 1):
+        _native.cpu().keep_state(flat, codes, low, absmax, signed, blocks, float(step), place, True)
+        total += reference.number16(codes.numpy(), low.numpy(), signed)
+    u = np.stack([reference.dither(step, np.arange(16), place).ravel() for step in range(1, steps + 1)])
+    u.sort(axis=0)
+    above, below = np.arange(1, steps + 1)[:, None] / steps - u, u - np.arange(steps)[:, None] / steps
+    discrepancy = np.maximum(above, below).max(axis=0)
+    assert discrepancy.max() < 0.03
+    exact = np.abs(x.ravel().astype(np.float64)) / reference.per_element(absmax.double().numpy(), x.size)
+    expected = 256 * np.sign(x.ravel()) * reference.position16(exact, signed)
+    # Positions as above; 256 of them are as far off as one unit of the number.
+    assert (np.abs(total / steps - expected) <= discrepancy + 2.0**-8 + 256 * 4 * 2.0**-16 + 2.0**-6).all()
+    again = codec.dequantize16(codes, low, absmax, signed=signed).numpy().reshape(x.shape)
+    assert (np.abs(again[:, -1] / x[:, -1] - 1) <= 2.0**-21).all(), "the largest is kept"
+
+
+@STATES
 def test_the_largest_magnitude_is_kept_to_an_ulp_whatever_its_sign(signed: bool, place: int) -> None:
     rng = np.random.default_rng(1)
     mantissas = rng.choice(1 << 23, 1 << 14, replace=False).astype(np.int32)
@@ -109,13 +136,14 @@ def test_blocks_at_the_ends_of_the_range_stay_finite(signed: bool, place: int, t
         assert ((codes > 0) == (x > 0)).all(), "a positive value never becomes 0"
 
 
+@pytest.mark.parametrize("optim_bits", [8, 16])
 @ALL
-def test_a_mirrored_problem_takes_the_mirrored_path(case: Case, device: torch.device) -> None:
+def test_a_mirrored_problem_takes_the_mirrored_path(case: Case, optim_bits: int, device: torch.device) -> None:
     """Gradients and parameters negated: every bit of the path is the same but the signs."""
     paths = []
     for sign in (1, -1):
         p = parameter(hostile(3000, torch.float32, seed=1, small=-3, large=0).to(device) * sign)
-        optimizer = case.make([p])
+        optimizer = case.make([p], optim_bits=optim_bits)
         for step in range(20):
             p.grad = hostile(3000, torch.float32, seed=step).to(device) * sign
             optimizer.step()
@@ -125,16 +153,22 @@ def test_a_mirrored_problem_takes_the_mirrored_path(case: Case, device: torch.de
     for name, signed in case.states.items():
         assert bits(state[case.absmax(name)]) == bits(mirrored[case.absmax(name)])
         codes, other = codes_of(state[case.codes(name)]), codes_of(mirrored[case.codes(name)])
-        assert np.array_equal(codes, 254 - other if signed else other)
+        if optim_bits == 16:
+            low, other_low = codes_of(state[case.low(name)]), codes_of(mirrored[case.low(name)])
+            number, mirror = (reference.number16(*each, signed) for each in ((codes, low), (other, other_low)))
+            assert np.array_equal(number, -mirror if signed else mirror)
+        else:
+            assert np.array_equal(codes, 254 - other if signed else other)
 
 
+@pytest.mark.parametrize("optim_bits", [8, 16])
 @ALL
-def test_parts_cut_at_blocks_take_the_path_of_the_whole(case: Case, device: torch.device) -> None:
+def test_parts_cut_at_blocks_take_the_path_of_the_whole(case: Case, optim_bits: int, device: torch.device) -> None:
     """As the local shards of a DTensor do, which tell where they begin."""
     size, cut = 256 * 9 + 100, 256 * 4
     data = hostile(size, torch.float32, seed=1, small=-3, large=0).to(device)
     whole, (one, two) = parameter(data.clone()), (parameter(part.clone()) for part in (data[:cut], data[cut:]))
-    optimizers = [case.make([whole]), case.make([one]), case.make([two])]
+    optimizers = [case.make([p], optim_bits=optim_bits) for p in (whole, one, two)]
     grads = [hostile(size, torch.float32, seed=10 + step).to(device) for step in range(5)]
     for grad in grads:
         for p, part, optimizer in zip((whole, one, two), (grad, grad[:cut], grad[cut:]), optimizers, strict=True):
@@ -147,7 +181,7 @@ def test_parts_cut_at_blocks_take_the_path_of_the_whole(case: Case, device: torc
     assert {key: alone[key] for key in alone if key != "step"} == {key: joined[key] for key in joined if key != "step"}
     # Without telling, the second part would begin with the first block.
     again = parameter(data[cut:].clone())
-    optimizer = case.make([again])
+    optimizer = case.make([again], optim_bits=optim_bits)
     for grad in grads:
         again.grad = grad[cut:].clone()
         optimizer.step()

@@ -33,7 +33,8 @@ def _scaled_run(
         p.grad = torch.ldexp(g, torch.tensor(-k, device=g.device))
         optimizer.step()
         path.append(bits(torch.ldexp(p.detach(), torch.tensor(back, device=data.device))))
-    codes = {name: bits(optimizer.state[p][case.codes(name)]) for name in case.states} if state_bits == 8 else {}
+    keys = {8: [case.codes], 16: [case.codes, case.low], 32: []}[state_bits]
+    codes = {key(name): bits(optimizer.state[p][key(name)]) for name in case.states for key in keys}
     return path, codes
 
 
@@ -44,7 +45,7 @@ def _scaled_run(
     narrow=st.booleans(),
     row=st.integers(0, 2),
     seed=st.integers(0, 2**31),
-    state_bits=st.sampled_from([8, 8, 32]),
+    state_bits=st.sampled_from([8, 8, 16, 32]),
 )
 @ALL
 def test_scaling_the_gradients_changes_no_code_and_no_update(
