@@ -14,7 +14,8 @@ class StableEmbedding(torch.nn.Embedding):
 
     Gradients of embeddings differ much in size, by how often a token occurs; each of the three keeps that from
     unsettling training (Dettmers et al. 2021, arXiv 2110.02861, section 2.3). The override of `optim_bits` holds for
-    `weight` in every optimizer of this library, and for copies of the module.
+    `weight` in every optimizer of this library, and for copies of the module. It is for code that was written for
+    bitsandbytes: since second moments are kept as roots, a torch.nn.Embedding can have 8-bit state (docs/numerics.md).
 
     Args:
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, device,
