@@ -140,7 +140,7 @@ void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p,
             row.precision = Precision::Bits16;
         if (row.precision == Precision::Bits16) {
             const View low = state_view(entry_of(values_of, keys.low[s], place), keys.low[s], place, hint);
-            if (!low.is_uint8() || !low.same_layout(values) || !reaches(p, low))
+            if (!low.is_uint8() || !low.same_shape(p) || !low.same_layout(values) || !reaches(p, low))
                 place.fail("needs a " + quoted(keys.low[s]) + " of uint8 like the codes, got " + low.describe() +
                            ". Load the checkpoint with load_state_dict.");
             row.low[s] = static_cast<uint8_t*>(low.data);

@@ -12,6 +12,7 @@ from optim8 import codec, rules
 from optim8.checkpoint import adopt, arrivals, formats, read
 from optim8.checkpoint.optimizer import Checkpointed
 from optim8.state.layout import bits_of, dense_stride, keys_of, others
+from optim8.state.moments import check_low
 from optim8.state.moments import check_scales as check_scales_of
 from optim8.step import hypers, pending, supply
 from optim8.step.run import is_capturing
@@ -87,6 +88,9 @@ def _check_scales(optimizer: Checkpointed) -> None:
                     continue  # the step itself reports what else is wrong
                 if absmax.shape == (codec.blocks(codes.numel()),) and codes.stride() == dense_stride(codes):
                     check_scales_of(where, moment, codec.flat(codes), absmax)
+                low = entry.get(moment.low)
+                if type(low) is torch.Tensor and low.shape == codes.shape:
+                    check_low(where, moment, codes, low)
 
 
 def _check_others(optimizer: Checkpointed) -> None:

@@ -140,6 +140,22 @@ def check_scales(where: str, moment: Moment, codes: torch.Tensor, scales: torch.
         )
 
 
+def check_low(where: str, moment: Moment, codes: torch.Tensor, low: torch.Tensor) -> None:
+    """Raise ValueError where low bytes say that a value of an unsigned state is below 0: no step writes that, and a
+    kernel would look beyond its tables.
+
+    Args:
+        where: names the state, for messages.
+        moment: which state it is.
+        codes, low: uint8, alike.
+    """
+    if not moment.signed and bool(((codes == moment.zero) & (low < moment.middle)).any()):
+        raise ValueError(
+            f"{where}[{moment.low!r}] must be at least {moment.middle} where {moment.codes!r} is {moment.zero}. The "
+            "checkpoint is damaged."
+        )
+
+
 def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
     """Bring a moment into an allocated state, in the precision and the strides of that.
 

@@ -20,7 +20,7 @@ import torch
 from optim8 import codec
 from optim8.codec import BLOCK
 from optim8.rules import Moment
-from optim8.state.moments import check_scales
+from optim8.state.moments import check_low, check_scales
 
 
 def tiling(shape: Sequence[int], ways: Mapping[int, int], contiguous: bool) -> tuple[int, int]:
@@ -121,6 +121,8 @@ def to_absmax(
         raise ValueError(f"{where}[{moment.absmax!r}] must be finite and not negative. The checkpoint is damaged.")
     out = torch.empty_strided(tuple(codes.shape), tuple(stride), dtype=torch.uint8, device=codes.device).copy_(codes)
     low = None if low is None else torch.empty_like(out).copy_(low)
+    if low is not None:
+        check_low(where, moment, out, low)
     if count == 0:
         return out, scales.new_empty(0), low
     if not out.is_contiguous():  # blocks run in memory order

@@ -25,6 +25,8 @@ from support.harness import (
     through_a_file,
 )
 
+import optim8
+
 SHAPES: tuple[tuple[int, ...], ...] = ((700,), (), (0,), (3,), (2, 3, 10, 20))
 
 
@@ -244,3 +246,33 @@ def test_an_inconsistent_checkpoint_is_refused_whole(case: Case, what: str, devi
     reference = case.make(twins)
     _steps(twins, reference, 5, 8)
     assert snapshot(optimizer) == snapshot(reference)
+
+
+LOW_BROKEN: dict[str, Callable[[dict[str, Any], str, str], Any]] = {
+    "no low bytes": lambda entry, codes, low: entry.pop(low),
+    "low bytes of another shape": lambda entry, codes, low: entry.update({low: entry[low][:-1].clone()}),
+    "low bytes as floats": lambda entry, codes, low: entry.update({low: entry[low].float()}),
+    "low bytes below 0": lambda entry, codes, low: (entry[codes].zero_(), entry[low].zero_()),
+}
+
+
+@pytest.mark.parametrize("what", LOW_BROKEN)
+def test_low_bytes_that_do_not_fit_are_refused(what: str, device: torch.device) -> None:
+    params = hostile_parameters(SHAPES, torch.float32, device)
+    optimizer = optim8.AdamW8bit(params, min_8bit_size=0, optim_bits=16)
+    _steps(params, optimizer, 0, 2)
+    (second,) = (moment for moment in optimizer.moments if not moment.signed)
+    broken = copy.deepcopy(optimizer.state_dict())
+    LOW_BROKEN[what](broken["state"][0], second.codes, second.low)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=second.low):
+        optimizer.load_state_dict(broken)
+    assert snapshot(optimizer) == before
+    # What somebody has put there by hand is found by the next step of an optimizer that has not looked yet.
+    other = copy.deepcopy(optimizer)
+    entry = other.state[other.param_groups[0]["params"][0]]
+    LOW_BROKEN[what](entry, second.codes, second.low)
+    for p, own in zip(other.param_groups[0]["params"], params, strict=True):
+        p.grad = own.grad
+    with pytest.raises(ValueError, match=second.low):
+        other.step()

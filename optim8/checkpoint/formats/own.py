@@ -11,7 +11,7 @@ from optim8 import codec, rules
 from optim8.checkpoint.formats import common
 from optim8.rules import Moment
 from optim8.state.layout import bits_of, dense, moments_in, under_present_names
-from optim8.state.moments import Codes, Entry, Tiled, check_scales
+from optim8.state.moments import Codes, Entry, Tiled, check_low, check_scales
 
 # The key of the dimensions of codes, the outermost in memory first, as torch.Tensor.dim_order gives them.
 # It is saved where that is not their order: not all file formats keep strides, and blocks run in memory order.
@@ -60,6 +60,8 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
             read[moment.name] = Codes(values, checked, root=moment.root, low=low)
             if type(values) is type(scales) is torch.Tensor:  # those of DTensors are looked at shard by shard
                 check_scales(where, moment, codec.flat(dense(values)), scales.to(values.device))
+            if low is not None and type(values) is type(low) is torch.Tensor:
+                check_low(where, moment, values, low)
     for key, value in entry.items():
         if key not in known:
             if _is_of_moments(key):  # of another rule, or one that was renamed
