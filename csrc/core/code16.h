@@ -20,15 +20,6 @@ constexpr uint32_t u_of_nearest = 0x80000000u;
 // What is added to position + u so that the third byte becomes the nearest code; in last16 already.
 constexpr uint32_t half_cell = 0x8000u;
 
-// An integer to the upper three bytes of a word, and the upper byte of another to the lowest.
-OPTIM8_HD uint32_t upper_bytes(uint32_t upper, uint32_t lower) {
-#if defined(__CUDA_ARCH__)
-    return __funnelshift_l(lower, upper, 8);  // one instruction together with an addition
-#else
-    return upper << 8 | lower >> 24;
-#endif
-}
-
 // The number of 16 bits of |x| in the second and third byte of a word; what is in the others says nothing. Without a
 // sign a positive value is at least half a cell above 0, so that its code is not that of 0. Otherwise as
 // encode_magnitude.
@@ -38,7 +29,7 @@ OPTIM8_HD uint32_t encode16_magnitude(float x, float reciprocal, uint32_t u, con
     const float clamped = maximum(y, t.lowest16);
     const uint32_t exponent = bits_of(clamped) >> 23;
     const uint32_t fixed =
-        upper_bytes(of_binade(t.last16, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
+        funnel<8>(of_binade(t.last16, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
     constexpr uint32_t most = ((code_size - 2) * 256u + middle_low) << 8 | 0xffu;
     if constexpr (is_signed(code))
         return fixed;

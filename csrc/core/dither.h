@@ -113,12 +113,13 @@ OPTIM8_HD constexpr uint32_t dither(uint32_t start, uint32_t element) {
     return start + (element ^ state) * dither_of_element;
 }
 
-// An integer to the upper half of a word, and the upper half of another to the lower.
-OPTIM8_HD uint32_t halves(uint32_t upper, uint32_t lower) {
+// A word moved up by `bits`, and below it the upper bits of another.
+template <int bits>
+OPTIM8_HD uint32_t funnel(uint32_t upper, uint32_t lower) {
 #if defined(__CUDA_ARCH__)
-    return __funnelshift_l(lower, upper, 16);  // one instruction together with an addition
+    return __funnelshift_l(lower, upper, bits);  // one instruction together with an addition
 #else
-    return upper << 16 | lower >> 16;
+    return upper << bits | lower >> (32 - bits);
 #endif
 }
 
@@ -139,7 +140,7 @@ OPTIM8_HD uint32_t encode_magnitude(float x, float reciprocal, uint32_t u, const
     const float y = (is_signed(code) ? absolute(x) : x) * reciprocal;
     const float clamped = maximum(y, t.lowest);
     const uint32_t exponent = bits_of(clamped) >> 23;
-    return halves(of_binade(t.last, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
+    return funnel<16>(of_binade(t.last, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
 }
 
 // The same of x.
@@ -179,14 +180,14 @@ OPTIM8_HD BlockScale block_scale(float largest) {
 
 // A value of a state as codes stand for it, and the value again.
 template <bool root, class F>
-OPTIM8_HD F kept(F x) {
+OPTIM8_HD F keep(F x) {
     if constexpr (root)
         return square_root(x);
     else
         return x;
 }
 template <bool root, class F>
-OPTIM8_HD F restored(F x) {
+OPTIM8_HD F restore(F x) {
     if constexpr (root)
         return x * x;
     else

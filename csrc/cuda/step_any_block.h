@@ -29,11 +29,11 @@ OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, con
             const uint8_t code = there ? block.codes[s.index][i] : zero_code_of(code_of<Rule, s.index>);
             uint8_t low = middle_low;
             if constexpr (Coding::in_16_bits) low = there ? block.low[s.index][i] : middle_low;
-            now[s.index] = restored<Coding::template root<Rule, s.index>>(
+            now[s.index] = restore<Coding::template root<Rule, s.index>>(
                 decode_either<Coding, code_of<Rule, s.index>>(code, low) * *block.absmax[s.index]);
         });
         Rule::update(param, 0.0f, now, scalars.of_rule);
-        each_state<Rule>([&](auto s) { now[s.index] = kept<Coding::template root<Rule, s.index>>(now[s.index]); });
+        each_state<Rule>([&](auto s) { now[s.index] = keep<Coding::template root<Rule, s.index>>(now[s.index]); });
         for (int s = 0; s < state_count<Rule>; ++s)
             if (is_finite(now[s])) largest[s] = maximum(largest[s], magnitude_bits(now[s]));
     }
@@ -66,11 +66,11 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
         each_state<Rule>([&](auto s) {
             const float value =
                 decode_either<Coding, code_of<Rule, s.index>>(codes[s.index][k], low[s.index][k]) * absmax[s.index];
-            now[k][s.index] = restored<Coding::template root<Rule, s.index>>(value);
+            now[k][s.index] = restore<Coding::template root<Rule, s.index>>(value);
         });
         Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now[k], scalars.of_rule);
         each_state<Rule>(
-            [&](auto s) { now[k][s.index] = kept<Coding::template root<Rule, s.index>>(now[k][s.index]); });
+            [&](auto s) { now[k][s.index] = keep<Coding::template root<Rule, s.index>>(now[k][s.index]); });
         for (int s = 0; s < state_count<Rule>; ++s) largest[s] = maximum(largest[s], magnitude_bits(now[k][s]));
     }
     bool finite = true;

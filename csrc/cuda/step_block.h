@@ -207,10 +207,10 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
             else
                 quotient = decode<code>(byte_of(codes[s.index], k));
             const float value = quotient * absmax[s.index];
-            state[s.index] = Quick(restored<Coding::template root<Rule, s.index>>(value));
+            state[s.index] = Quick(restore<Coding::template root<Rule, s.index>>(value));
         });
         Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars.of_rule);
-        each_state<Rule>([&](auto s) { state[s.index] = kept<Coding::template root<Rule, s.index>>(state[s.index]); });
+        each_state<Rule>([&](auto s) { state[s.index] = keep<Coding::template root<Rule, s.index>>(state[s.index]); });
         param[k] = from_float<P>(p.x);
         in_range = in_range && p.in_range;
         for (int s = 0; s < state_count<Rule>; ++s) {

@@ -81,19 +81,19 @@ def values(moment: Moment, source: Source, device: torch.device) -> torch.Tensor
     """A moment in float32 on `device`, of the shape of its source."""
     if isinstance(source, torch.Tensor):
         return source.to(device, torch.float32)
-    decoded = _decoded(moment, source, device)
+    decoded = _decode(moment, source, device)
     return decoded.square_() if source.root else decoded
 
 
-def kept(moment: Moment, source: Source, device: torch.device) -> torch.Tensor:
+def code_values(moment: Moment, source: Source, device: torch.device) -> torch.Tensor:
     """What codes of a moment stand for, values or roots, in float32 on `device`, of the shape of its source."""
     if isinstance(source, Codes) and source.root == moment.root:
-        return _decoded(moment, source, device)
+        return _decode(moment, source, device)
     floats = values(moment, source, device)
     return codec.square_root(floats) if moment.root else floats
 
 
-def _decoded(moment: Moment, source: Codes, device: torch.device) -> torch.Tensor:
+def _decode(moment: Moment, source: Codes, device: torch.device) -> torch.Tensor:
     codes, absmax = source.codes.to(device), source.absmax.to(device).contiguous()
     if source.low is not None:
         return codec.dequantize16(codes, source.low.to(device), absmax, signed=moment.signed)
@@ -190,7 +190,7 @@ def fill(moment: Moment, source: Source, target: Entry, name: str) -> None:
         _report(moment, source, target, name, "widened" if isinstance(source, Codes) else "copied")
         return
     relaid = torch.empty_strided(tuple(goal.shape), goal.stride(), dtype=torch.float32, device=goal.device)
-    relaid.copy_(kept(moment, source, goal.device))
+    relaid.copy_(code_values(moment, source, goal.device))
     if moment.low in target:
         codec.quantize16(relaid, goal, target[moment.low], target[moment.absmax], signed=moment.signed)
     else:

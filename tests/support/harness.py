@@ -148,10 +148,10 @@ def state_bits(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, b
 
 def moments(optimizer: torch.optim.Optimizer, case: Case, p: torch.Tensor) -> dict[str, Rounded]:
     """The moments as float32 decodes them, 8-bit or 32-bit, in memory order; zero before the first step."""
-    return decoded(case, optimizer.state.get(p, {}), p)
+    return decode_state(case, optimizer.state.get(p, {}), p)
 
 
-def decoded(case: Case, state: Mapping[str, torch.Tensor], p: torch.Tensor) -> dict[str, Rounded]:
+def decode_state(case: Case, state: Mapping[str, torch.Tensor], p: torch.Tensor) -> dict[str, Rounded]:
     """The same of a state."""
     out: dict[str, Rounded] = {}
     for name, signed in case.states.items():

@@ -43,7 +43,7 @@ OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[state_c
         else
             decode_group<code_of<Rule, s>>(block.codes[s] + at, state[s]);
         constexpr bool root = Coding::template root<Rule, s>;
-        for (int j = 0; j < group_vectors; ++j) state[s][j] = restored<root>(state[s][j] * absmax[s]);
+        for (int j = 0; j < group_vectors; ++j) state[s][j] = restore<root>(state[s][j] * absmax[s]);
         decode_states<Coding, s + 1, Rule>(block, absmax, at, state);
     }
 }
@@ -58,14 +58,14 @@ void decode_one(const Block<Rule>& block, int i, float (&state)[state_count<Rule
             quotient = decode16<code>(number16(block.codes[s][i], block.low[s][i]), Decode16TablesOf<code>::all);
         else
             quotient = Tables<code>::all.value[block.codes[s][i]];
-        state[s] = restored<Coding::template root<Rule, s>>(quotient * *block.absmax[s]);
+        state[s] = restore<Coding::template root<Rule, s>>(quotient * *block.absmax[s]);
         decode_one<Coding, s + 1, Rule>(block, i, state);
     }
 }
 template <class Coding, int s, class Rule>
 void keep_one(float (&state)[state_count<Rule>]) {
     if constexpr (s < state_count<Rule>) {
-        state[s] = kept<Coding::template root<Rule, s>>(state[s]);
+        state[s] = keep<Coding::template root<Rule, s>>(state[s]);
         keep_one<Coding, s + 1, Rule>(state);
     }
 }
@@ -116,7 +116,7 @@ OPTIM8_HD U sized_bits(Code code, F x) { return is_signed(code) ? magnitude_bits
 template <class Coding, int s, class Rule>
 OPTIM8_HD void keep_states(Block<Rule>& block, Pass<Rule>& pass, const Vectors (&now)[state_count<Rule>], int i) {
     if constexpr (s < state_count<Rule>) {
-        const Vectors keeps = kept<Coding::template root<Rule, s>>(now[s]);
+        const Vectors keeps = keep<Coding::template root<Rule, s>>(now[s]);
         for (int k = 0; k < together; ++k) {
             store(block.state[s] + i + k * width, keeps.v[k]);
             pass.largest[s] = maximum(pass.largest[s], sized_bits(Rule::states[s].code, keeps.v[k]));
