@@ -17,6 +17,7 @@ from optim8.rules import Moment
 from optim8.state import report as reports
 from optim8.state import shards
 from optim8.state.conversion import as_sources
+from optim8.state.layout import moments_of
 from optim8.state.moments import Entry, Source, values
 from optim8.state.report import Note, Report, Row, report
 from optim8.step import hypers
@@ -143,12 +144,13 @@ def _written(
         if key not in ids:
             state[key] = entry  # not of a parameter
             continue
-        sources = as_sources(optimizer.moments, entry)
-        state[key] = written = write_entry(optimizer.moments, sources)
+        moments = moments_of(optimizer.moments, entry)
+        sources = as_sources(moments, entry)
+        state[key] = written = write_entry(moments, sources)
         asked = reports.current()
         if asked is not None:
-            for number, moment in enumerate(optimizer.moments):
-                old, new = sources[moment.name], read_back(optimizer.moments, number, written)
+            for number, moment in enumerate(moments):
+                old, new = sources[moment.name], read_back(moments, number, written)
                 _add(asked, f"state[{key!r}][{moment.name!r}]", moment, old, new)
     return {**saved, "state": state, "param_groups": groups}
 

@@ -27,8 +27,17 @@ struct Key {
 // stand for the states themselves, also where the rule has roots.
 struct StateKeys {
     std::vector<Key> values, codes, low, absmax;
+    std::vector<Key> running;       // one or none
+    std::vector<bool> wide;         // by state: whether it has low bytes where others have codes alone
+    Py_ssize_t own[3] = {1, 1, 1};  // how many keys a state has, by precision
     StateKeys(const RuleInfo& rule, bool direct) {
+        if (rule.running != nullptr) running.emplace_back(rule.running);
+        for (Py_ssize_t& count : own) count += static_cast<Py_ssize_t>(running.size());
         for (int s = 0; s < rule.states; ++s) {
+            wide.push_back(rule.state[s].wide && !direct);
+            own[static_cast<int>(Precision::Bits8)] += wide.back() ? 3 : 2;
+            own[static_cast<int>(Precision::Bits16)] += 3;
+            own[static_cast<int>(Precision::Bits32)] += 1;
             const std::string name = rule.state[s].name;
             const std::string coded = rule.state[s].root && !direct ? name + root_suffix : name;
             values.emplace_back(name);
@@ -70,8 +79,7 @@ PyObject* entry_of(InOrder& entries, const Key& key, const Place& place) {
 // Code that knows torch's names may put values beside codes, for instance to reset state. A step would ignore them.
 void check_one_kind(PyObject* entry, const StateKeys& keys, Precision precision, const Place& place) {
     const bool codes = precision != Precision::Bits32;
-    const auto states = static_cast<Py_ssize_t>(keys.values.size());
-    if (PyDict_Size(entry) <= 1 + states * (precision == Precision::Bits16 ? 3 : codes ? 2 : 1)) return;
+    if (PyDict_Size(entry) <= keys.own[static_cast<int>(precision)]) return;
     for (size_t s = 0; s < keys.values.size(); ++s)
         if (PyDict_Contains(entry, (codes ? keys.values : keys.codes)[s].object) == 1)
             place.fail("has both " + quoted(keys.values[s]) + " and " + quoted(keys.codes[s]) +
@@ -113,12 +121,14 @@ const RuleInfo& rule_of(const std::string& name) {
     throw py::value_error("rule must be one of those in csrc/core/rules/all.h, got '" + name + "'.");
 }
 
-void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p, const Place& place, Hint& hint,
-                           Row& row, bool& moved, View& step) {
+StepTable::Counts StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p, const Place& place,
+                                        Hint& hint, Row& row, bool& moved) {
     const StateKeys& keys = (row.direct ? names().of_rule_direct : names().of_rule)[static_cast<size_t>(rule.id)];
     const int64_t blocks = blocks_of(p.size, step_block);
     InOrder values_of(entry);
     PyObject* count = entry_of(values_of, names().step, place);
+    PyObject* running = keys.running.empty() ? nullptr : entry_of(values_of, keys.running[0], place);
+    bool narrow_seen = false;
     for (size_t s = 0; s < keys.values.size(); ++s) {
         PyObject* tensor = nullptr;
         if (s == 0) {  // all states have the precision of the first
@@ -136,9 +146,12 @@ void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p,
         moved = moved || !values.same_layout(p);
         row.state[s] = values.data;
         if (!codes) continue;
-        if (s == 0 && !values_of.is_next(keys.absmax[s].object) && PyDict_Contains(entry, keys.low[s].object) == 1)
-            row.precision = Precision::Bits16;
-        if (row.precision == Precision::Bits16) {
+        if (!keys.wide[s] && !narrow_seen) {
+            narrow_seen = true;
+            if (!values_of.is_next(keys.absmax[s].object) && PyDict_Contains(entry, keys.low[s].object) == 1)
+                row.precision = Precision::Bits16;
+        }
+        if (keys.wide[s] || row.precision == Precision::Bits16) {
             const View low = state_view(entry_of(values_of, keys.low[s], place), keys.low[s], place, hint);
             if (!low.is_uint8() || !low.same_shape(p) || !low.same_layout(values) || !reaches(p, low))
                 place.fail("needs a " + quoted(keys.low[s]) + " of uint8 like the codes, got " + low.describe() +
@@ -153,19 +166,54 @@ void StepTable::read_state(PyObject* entry, const RuleInfo& rule, const View& p,
         row.absmax[s] = static_cast<float*>(absmax.data);
     }
     check_one_kind(entry, keys, row.precision, place);
-    step = state_view(count, names().step, place, hint);
-    if (!step.is_float32() || step.size != 1 || !(step.on_cpu() || step.same_device(p)))
-        place.fail("needs a " + quoted(names().step) + " of float32 () on cpu or beside the parameter, got " +
-                   step.describe() + ".");
+    const auto scalar = [&](PyObject* value, const Key& key) {
+        View view = state_view(value, key, place, hint);
+        if (!view.is_float32() || view.size != 1 || !(view.on_cpu() || view.same_device(p)))
+            place.fail("needs a " + quoted(key) + " of float32 () on cpu or beside the parameter, got " +
+                       view.describe() + ".");
+        return view;
+    };
+    Counts counts;
+    const View step = scalar(count, names().step);
+    counts.on_cpu = step.on_cpu();
+    counts.step = static_cast<float*>(step.data);
+    if (running != nullptr) {
+        const View beside = scalar(running, keys.running[0]);
+        if (beside.on_cpu() != step.on_cpu())
+            place.fail("needs its " + quoted(keys.running[0]) + " where its " + quoted(names().step) +
+                       " is. Load the checkpoint with load_state_dict.");
+        counts.running = static_cast<float*>(beside.data);
+    }
+    return counts;
 }
 
-Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, const StepOptions& options,
-                     const std::string& owner, int64_t group, py::dict grads, const py::object& names_of,
-                     const py::dict& firsts) {
-    const RuleInfo& info = rule_of(rule);
+// The scalars of a step that the host counts, for this parameter.
+const AnyScalars& StepTable::scalars_of_next(const RuleInfo& rule, const StepOptions& options, const Counts& counts,
+                                             DeviceRows& rows) {
+    const float next = counts.step == nullptr ? 1 : *counts.step + 1;
+    const float running = counts.running == nullptr ? 0 : *counts.running;
+    if (!last_.valid || next != last_.step || running != last_.running) {
+        float moved_on = running;
+        scalars_.push_back(rule.derive(options, next, moved_on));
+        last_ = {true, next, running, moved_on};
+    }
+    const auto write_back = [&](float* at, float value) {
+        if (at == nullptr) return;
+        rows.steps.push_back(at);
+        rows.next_steps.push_back(value);
+    };
+    write_back(counts.step, next);
+    write_back(counts.running, last_.moved_on);
+    return scalars_.back();
+}
+
+Lacks StepTable::add(py::list params, py::dict state, const StepOptions& options, const std::string& owner,
+                     int64_t group, py::dict grads, const py::object& names_of, const py::dict& firsts) {
+    const RuleInfo& info = rule_table[static_cast<size_t>(options.rule)];
+    const bool stateless = info.states == 0;
     Lacks lacks;
     options_.push_back(options);
-    float scalars_step = -1;
+    last_ = {};
     InOrder entries(state.ptr(), next_entry_);
     const bool any_grads = grads.size() != 0;
     for (int64_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
@@ -214,12 +262,12 @@ Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, c
         } else if (lazy || !g.same_layout(p)) {
             lack(lacks.layout);
         }
-        if (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0) {
+        if (!stateless && (entry == nullptr || !PyDict_Check(entry) || PyDict_Size(entry) == 0)) {
             lack(lacks.state);
             continue;
         }
 
-        hint.add_dict(entry);
+        if (!stateless) hint.add_dict(entry);
         Row row{};
         row.param = p.data;
         row.grad = g.data;
@@ -231,24 +279,20 @@ Lacks StepTable::add(py::list params, py::dict state, const std::string& rule, c
         row.rounding = options.rounding;
         row.direct = options.direct;
         row.first_block = first_block_of(firsts, i);
+        row.precision = Precision::Bits32;
         bool moved = false;
-        View step;
-        read_state(entry, info, p, place, hint, row, moved, step);
+        Counts counts;
+        counts.on_cpu = !(options.count_on_device && !p.on_cpu());
+        if (!stateless) counts = read_state(entry, info, p, place, hint, row, moved);
         if (moved && p.dense()) lack(lacks.moved);
-        if (step.on_cpu() && options.count_on_device && !p.on_cpu()) lack(lacks.step);
+        if (counts.on_cpu && options.count_on_device && !p.on_cpu()) lack(lacks.step);
         if (!complete) continue;
-        DeviceRows& rows = rows_on(p, !step.on_cpu());
-        if (!step.on_cpu()) {
-            row.device_step = static_cast<float*>(step.data);
+        DeviceRows& rows = rows_on(p, !counts.on_cpu);
+        if (counts.on_cpu) {
+            row.scalars = &scalars_of_next(info, options, counts, rows);
         } else {
-            const float next = *static_cast<float*>(step.data) + 1;
-            if (next != scalars_step) {
-                scalars_.push_back(info.derive(options, next));
-                scalars_step = next;
-            }
-            row.scalars = &scalars_.back();
-            rows.steps.push_back(static_cast<float*>(step.data));
-            rows.next_steps.push_back(next);
+            row.device_step = counts.step;
+            row.device_running = counts.running;
         }
         rows.rows.push_back(row);
         params_.append(py::handle(param));

@@ -54,7 +54,8 @@ class Hint {
     int count_ = 0;
 };
 
-// The rows of one device, and the counts of their steps if the host counts; if the device counts, each row has its own.
+// The rows of one device, and the counts of their steps (and scalars `running`) if the host counts; if the device
+// counts, each row has its own.
 struct DeviceRows {
     bool on_cpu;
     int32_t device;
@@ -94,9 +95,8 @@ class StepTable {
     // indices to gradients that are taken instead of what a tensor has as `.grad`, `names_of` is the list of the
     // parameters' names or None, `firsts` maps indices of parts of larger parameters to where in these they begin, in
     // values. Throws ValueError that names `owner`, group, index and name.
-    Lacks add(py::list params, py::dict state, const std::string& rule, const StepOptions& options,
-              const std::string& owner, int64_t group, py::dict grads, const py::object& names_of,
-              const py::dict& firsts);
+    Lacks add(py::list params, py::dict state, const StepOptions& options, const std::string& owner, int64_t group,
+              py::dict grads, const py::object& names_of, const py::dict& firsts);
 
     // Finds two of `params` whose values begin at the same address: threads would step them at once. It does not
     // search where the addresses are those of the last step that had no such pair.
@@ -118,15 +118,26 @@ class StepTable {
 
   private:
     DeviceRows& rows_on(const View& param, bool count_on_device);
+    // What a parameter counts: its steps, and the scalar `running` of its rule. Null where it has none.
+    struct Counts {
+        bool on_cpu = true;
+        float *step = nullptr, *running = nullptr;
+    };
     // Fills a row's addresses from a parameter's state. `moved`: whether it lies otherwise than the parameter.
-    void read_state(PyObject* entry, const RuleInfo& rule, const View& param, const Place& place, Hint& hint, Row& row,
-                    bool& moved, View& step);
+    Counts read_state(PyObject* entry, const RuleInfo& rule, const View& param, const Place& place, Hint& hint,
+                      Row& row, bool& moved);
+    const AnyScalars& scalars_of_next(const RuleInfo& rule, const StepOptions& options, const Counts& counts,
+                                      DeviceRows& rows);
     // Whether kernels that step `param` may use the memory of `state`, which is taken to be without gaps.
     bool reaches(const View& param, const View& state) const;
 
     std::deque<DeviceRows> devices_;   // the CPU first
     std::deque<StepOptions> options_;  // by group; rows point to them
     std::deque<AnyScalars> scalars_;   // rows point to them
+    struct {
+        bool valid;
+        float step, running, moved_on;
+    } last_ = {};  // what the last of them was derived from, and the scalar `running` behind it
     std::vector<Span> host_;
     py::list params_;
     std::vector<const void*> memory_, apart_;  // where the values of params_ begin; the same, known to differ

@@ -22,11 +22,14 @@ enum class Rounding : uint8_t { Nearest, Dithered };
 template <Rounding rounding_, bool roots, bool low_bytes = false>
 struct Coding {
     static constexpr Rounding rounding = rounding_;
-    static constexpr bool in_16_bits = low_bytes;  // core/code16.h
-    // The rounding whose scales blocks have.
-    static constexpr Rounding scaling = low_bytes ? Rounding::Dithered : rounding_;
     template <class Rule, int s>
     static constexpr bool root = roots && Rule::states[s].root;
+    // Whether a state has low bytes (core/code16.h).
+    template <class Rule, int s>
+    static constexpr bool low = low_bytes || Rule::states[s].wide;
+    // The rounding whose scales its blocks have.
+    template <class Rule, int s>
+    static constexpr Rounding scaling = low<Rule, s> ? Rounding::Dithered : rounding_;
 };
 
 // From one decade to the next the slope of `position` falls to a third at the last value of the one, and to a fifth at

@@ -10,6 +10,7 @@ namespace optim8 {
 
 // The options of a parameter group and what a step adds to them.
 struct StepOptions {
+    RuleId rule{};
     double value[max_hypers] = {};  // of the rule's hyper-parameters, in its order
     bool maximize = false;
     double gradient_scale = 1;  // every gradient is multiplied by it (1 / loss scale)
@@ -50,10 +51,17 @@ struct StepScalars {
     uint32_t dither_time;
 };
 
+// `running`: the parameter's own scalar, where the rule has one; moves on by a step.
 template <class Rule>
-OPTIM8_HD StepScalars<Rule> derive(const StepHypers<Rule>& hypers, double step) {
-    return {Rule::derive(hypers.of_rule, step),
-            static_cast<float>(hypers.maximize ? -hypers.gradient_scale : hypers.gradient_scale), dither_time(step)};
+OPTIM8_HD StepScalars<Rule> derive(const StepHypers<Rule>& hypers, double step, float& running) {
+    StepScalars<Rule> scalars{};
+    if constexpr (Rule::running != nullptr)
+        scalars.of_rule = Rule::derive(hypers.of_rule, step, running);
+    else
+        scalars.of_rule = Rule::derive(hypers.of_rule, step);
+    scalars.gradient_factor = static_cast<float>(hypers.maximize ? -hypers.gradient_scale : hypers.gradient_scale);
+    scalars.dither_time = dither_time(step);
+    return scalars;
 }
 
 // Room for the scalars of any rule.

@@ -14,12 +14,13 @@ struct Row {
     void* param;
     const void* grad;
     void* state[max_states];     // uint8 codes, or float32; null behind the rule's last state
-    uint8_t* low[max_states];    // the low bytes of 16-bit state, or null
+    uint8_t* low[max_states];    // the low bytes of a state in 16 bits, or null
     float* absmax[max_states];   // one for each block of step_block values; null with 32-bit state
     int64_t size;                // values
     uint32_t first_block;        // where its blocks begin in the whole parameter, of which the tensor may be a part
     const AnyScalars* scalars;   // unless derived on the device:
-    float* device_step;          // the count of steps in device memory; null where it is on the host
+    float* device_step;          // the count of steps in device memory; null where it is on the host, or not kept
+    float* device_running;       // the scalar `running` of the rule, beside that
     const StepOptions* options;  // what scalars are derived from
     RuleId rule;
     Storage param_storage, grad_storage;
@@ -41,6 +42,7 @@ OPTIM8_BEGIN
 // has roots.
 template <class Rule, class Work>
 auto with_coding(const Row& row, const Work& work) {
+    if constexpr (Rule::stateless) return work(Coding<Rounding::Nearest, true>{});
     if constexpr (has_roots<Rule>() && Rule::functional_name != nullptr)
         if (row.direct) return work(Coding<Rounding::Nearest, false>{});
     if (row.precision == Precision::Bits16) {

@@ -11,17 +11,21 @@ struct HyperInfo {
     const char* name;
     int part;
     double initial, least, below;
-    bool is_flag;
+    HyperKind kind;
 };
 
 struct RuleInfo {
     const char* name;
     const char *torch_name, *functional_name;  // or null
+    const char* family;                        // its own name where it has no variants
+    const char* running;                       // or null
+    float running_start;
     RuleId id;
-    int states, hypers;
+    int states, hypers;  // states that are kept
     State state[max_states];
     HyperInfo hyper[max_hypers];
-    AnyScalars (*derive)(const StepOptions&, double step);
+    AnyScalars (*derive)(const StepOptions&, double step, float& running);
+    bool (*serves)(const StepOptions&);
     const char* (*conflict)(const StepOptions&);
 };
 
@@ -29,16 +33,25 @@ template <class Rule>
 constexpr RuleInfo info_of(const char* name, RuleId id) {
     static_assert(state_count<Rule> >= 1 && state_count<Rule> <= max_states, "a row has room for so many states");
     static_assert(hyper_count<Rule> <= max_hypers, "options have room for so many hyper-parameters");
-    RuleInfo info{name,    Rule::torch_name, Rule::functional_name, id, state_count<Rule>, hyper_count<Rule>, {}, {},
-                  nullptr, nullptr};
+    RuleInfo info{};
+    info.name = name;
+    info.torch_name = Rule::torch_name;
+    info.functional_name = Rule::functional_name;
+    info.family = Rule::family != nullptr ? Rule::family : name;
+    info.running = Rule::running;
+    info.running_start = Rule::running_start;
+    info.id = id;
+    info.states = kept_count<Rule>;
+    info.hypers = hyper_count<Rule>;
     for (int s = 0; s < info.states; ++s) info.state[s] = Rule::states[s];
     for (int i = 0; i < info.hypers; ++i) {
         const auto& h = Rule::hypers[i];
-        info.hyper[i] = {h.name, h.part, h.initial, h.least, h.below, h.kind == HyperKind::Flag};
+        info.hyper[i] = {h.name, h.part, h.initial, h.least, h.below, h.kind};
     }
-    info.derive = [](const StepOptions& options, double step) {
-        return any_of<Rule>(derive<Rule>(hypers_of<Rule>(options), step));
+    info.derive = [](const StepOptions& options, double step, float& running) {
+        return any_of<Rule>(derive<Rule>(hypers_of<Rule>(options), step, running));
     };
+    info.serves = [](const StepOptions& options) { return Rule::serves(hypers_of<Rule>(options).of_rule); };
     info.conflict = [](const StepOptions& options) { return Rule::conflict(hypers_of<Rule>(options).of_rule); };
     return info;
 }

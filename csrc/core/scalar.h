@@ -37,6 +37,13 @@ OPTIM8_HD float fma(float a, float b, float c) {
 #endif
 }
 
+OPTIM8_HD double fma(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+    return __fma_rn(a, b, c);
+#else
+    return __builtin_fma(a, b, c);
+#endif
+}
 OPTIM8_HD float square_root(float x) {
 #if defined(__CUDA_ARCH__)
     return __fsqrt_rn(x);

@@ -46,7 +46,8 @@ struct CountBatch {
     const float *grad_scale, *found_inf;
     AnyScalars* scalars;
     StepHypers<Rule> hypers[hypers_per_launch];
-    float* step[rows_per_launch];
+    float* step[rows_per_launch];  // null where none is kept
+    float* running[Rule::running != nullptr ? rows_per_launch : 1];
     uint8_t hypers_of[rows_per_launch];
 };
 
@@ -88,22 +89,23 @@ __global__ void __launch_bounds__(threads_per_block, 4) step_rows(const __grid_c
     if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
     // Two passes: what is rare, in the loop of what is not, would take its registers.
     uint32_t left_over = 0;
-    const LaneCodesOf<Rule, Coding> lane_codes;
     static_assert(blocks_per_warp <= 32, "a bit for each");
+    if constexpr (!Rule::stateless) {
+        const LaneStates<Rule, Coding> lane_states;
+        each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
+            const Block<Rule, P, G> at(row, block);
+            const bool done =
+                row.precision != Precision::Bits32 && at.well && step_quickly<Coding>(at, scalars, lane_states);
+            left_over |= done ? 0u : 1u << i;
+        });
+        if (left_over == 0) return;
+    }
     each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
+        if (!Rule::stateless && (left_over >> i & 1) == 0) return;
         const Block<Rule, P, G> at(row, block);
-        const bool done =
-            row.precision != Precision::Bits32 && at.well && step_quickly<Coding>(at, scalars, lane_codes);
-        left_over |= done ? 0u : 1u << i;
-    });
-    if (left_over == 0) return;
-    each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
-        if ((left_over >> i & 1) == 0) return;
-        const Block<Rule, P, G> at(row, block);
-        if (row.precision == Precision::Bits32)
-            step_32bit(row, at, block * step_block, scalars);
-        else
-            step_carefully<Coding>(at, scalars);
+        if constexpr (!Rule::stateless)
+            if (row.precision != Precision::Bits32) return step_carefully<Coding>(at, scalars);
+        step_32bit(row, at, block * step_block, scalars);
     });
 }
 
@@ -116,9 +118,11 @@ __global__ void __launch_bounds__(threads_per_block, 4) count_steps(const __grid
     StepHypers<Rule> hypers = batch.hypers[batch.hypers_of[r]];
     if (hypers.device_lr != nullptr) hypers.of_rule.lr = *hypers.device_lr;
     if (batch.grad_scale != nullptr) hypers.gradient_scale = 1.0 / *batch.grad_scale;
-    const float step = *batch.step[r] + 1.0f;
-    *batch.step[r] = step;
-    *reinterpret_cast<StepScalars<Rule>*>(batch.scalars + r) = derive<Rule>(hypers, step);
+    float step = 1.0f, running = Rule::running_start;
+    if constexpr (!Rule::stateless) *batch.step[r] = step = *batch.step[r] + 1.0f;
+    if constexpr (Rule::running != nullptr) running = *batch.running[r];
+    *reinterpret_cast<StepScalars<Rule>*>(batch.scalars + r) = derive<Rule>(hypers, step, running);
+    if constexpr (Rule::running != nullptr) *batch.running[r] = running;
 }
 
 constexpr const char* who = "optimizer step";
@@ -220,6 +224,7 @@ void count_on_device(const Row* rows, int64_t count, const StepInputs& inputs, c
                 batch->hypers[h] = hypers_of<Rule>(*rows[i].options);
             }
             batch->step[batch->rows] = rows[i].device_step;
+            if constexpr (Rule::running != nullptr) batch->running[batch->rows] = rows[i].device_running;
             batch->hypers_of[batch->rows++] = static_cast<uint8_t>(h);
         }
         launch(who, count_steps<Rule>, blocks_of(batch->rows, warp_size), stream, *batch);

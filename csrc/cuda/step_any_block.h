@@ -6,9 +6,9 @@
 OPTIM8_BEGIN
 
 // The quotient of a code, with its low byte in 16 bits.
-template <class Coding, Code code>
+template <bool low_bytes, Code code>
 OPTIM8_DEVICE float decode_either(uint8_t of, uint8_t low) {
-    if constexpr (Coding::in_16_bits)
+    if constexpr (low_bytes)
         return decode16_lane<code>(mantissa_unit_bits | number16(of, low));
     else
         return decode<code>(of);
@@ -27,10 +27,11 @@ OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, con
         float param = there ? to_float(block.param[i]) : 0.0f, now[state_count<Rule>];
         each_state<Rule>([&](auto s) {
             const uint8_t code = there ? block.codes[s.index][i] : zero_code_of(code_of<Rule, s.index>);
+            constexpr bool low_bytes = Coding::template low<Rule, s.index>;
             uint8_t low = middle_low;
-            if constexpr (Coding::in_16_bits) low = there ? block.low[s.index][i] : middle_low;
+            if constexpr (low_bytes) low = there ? block.low[s.index][i] : middle_low;
             now[s.index] = restore<Coding::template root<Rule, s.index>>(
-                decode_either<Coding, code_of<Rule, s.index>>(code, low) * *block.absmax[s.index]);
+                decode_either<low_bytes, code_of<Rule, s.index>>(code, low) * *block.absmax[s.index]);
         });
         Rule::update(param, 0.0f, now, scalars.of_rule);
         each_state<Rule>([&](auto s) { now[s.index] = keep<Coding::template root<Rule, s.index>>(now[s.index]); });
@@ -53,7 +54,7 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
         // Values that are not there decode to 0, so they take part in nothing.
         load_tile<span>(block.codes[s.index], block.count, block.well, zero_code_of(code_of<Rule, s.index>),
                         codes[s.index]);
-        if constexpr (Coding::in_16_bits)
+        if constexpr (Coding::template low<Rule, s.index>)
             load_tile<span>(block.low[s.index], block.count, block.well, middle_low, low[s.index]);
         absmax[s.index] = *block.absmax[s.index];
     });
@@ -64,8 +65,9 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
     for (int k = 0; k < per_lane; ++k) {
         param[k] = to_float(raw_param[k]);
         each_state<Rule>([&](auto s) {
+            constexpr bool low_bytes = Coding::template low<Rule, s.index>;
             const float value =
-                decode_either<Coding, code_of<Rule, s.index>>(codes[s.index][k], low[s.index][k]) * absmax[s.index];
+                decode_either<low_bytes, code_of<Rule, s.index>>(codes[s.index][k], low[s.index][k]) * absmax[s.index];
             now[k][s.index] = restore<Coding::template root<Rule, s.index>>(value);
         });
         Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now[k], scalars.of_rule);
@@ -100,20 +102,22 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
     store_tile<span>(block.param, block.count, block.well, new_param);
-    const LaneCodesOf<Rule, Coding> lane_codes;
+    const LaneStates<Rule, Coding> lane_states;
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
         constexpr bool root = Coding::template root<Rule, s.index>;
-        const BlockScale by = block_scale<code_of<Rule, s.index>, Coding::scaling, root>(float_of(largest[s.index]));
+        constexpr bool low_bytes = Coding::template low<Rule, s.index>;
+        constexpr Rounding scaling = Coding::template scaling<Rule, s.index>;
+        const BlockScale by = block_scale<code_of<Rule, s.index>, scaling, root>(float_of(largest[s.index]));
         uint8_t encoded[per_lane], rest[per_lane];
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {
-            const uint32_t word = lane_codes.template encode<s.index>(
+            const uint32_t word = lane_states.template of<s.index>().encode(
                 now[k][s.index] * by.normal.scale, by.normal.reciprocal, lane_dither<s.index, span>(start, k));
-            encoded[k] = Coding::in_16_bits ? code_of16(word) : static_cast<uint8_t>(word);
+            encoded[k] = low_bytes ? code_of16(word) : static_cast<uint8_t>(word);
             rest[k] = low_of16(word);
         }
-        if constexpr (Coding::in_16_bits) store_tile<span>(block.low[s.index], block.count, block.well, rest);
+        if constexpr (low_bytes) store_tile<span>(block.low[s.index], block.count, block.well, rest);
         store_tile<span>(block.codes[s.index], block.count, block.well, encoded);
         if (lane() == 0) *block.absmax[s.index] = by.absmax;
     });
@@ -125,10 +129,10 @@ OPTIM8_DEVICE void step_32bit(const StepRow<Rule>& row, const Block<Rule, P, G>&
     constexpr int span = packet_span<P>;
     P param[per_lane];
     G grad[per_lane];
-    float state[state_count<Rule>][per_lane];
+    float state[state_count<Rule>][per_lane] = {};
     load_tile<span>(block.param, block.count, block.well, P{}, param);
     load_tile<span>(block.grad, block.count, block.well, G{}, grad);
-    for (int s = 0; s < state_count<Rule>; ++s)
+    for (int s = 0; s < kept_count<Rule>; ++s)
         load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.well, 0.0f, state[s]);
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
@@ -139,7 +143,7 @@ OPTIM8_DEVICE void step_32bit(const StepRow<Rule>& row, const Block<Rule, P, G>&
         for (int s = 0; s < state_count<Rule>; ++s) state[s][k] = now[s];
     }
     store_tile<span>(block.param, block.count, block.well, param);
-    for (int s = 0; s < state_count<Rule>; ++s)
+    for (int s = 0; s < kept_count<Rule>; ++s)
         store_tile<span>(static_cast<float*>(row.state[s]) + at, block.count, block.well, state[s]);
 }
 

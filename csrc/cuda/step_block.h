@@ -37,28 +37,24 @@ OPTIM8_DEVICE void each_state(const Work& work) {
     each_state<Rule>(work, std::make_integer_sequence<int, state_count<Rule>>{});
 }
 
-// The encoders of all states, loaded once for all blocks of a warp: of one value, and of the lane's eight into words.
-template <class Rule, Rounding rounding, bool in_16_bits = false>
-struct LaneCodes;
-template <class Rule, class Coding>
-using LaneCodesOf = LaneCodes<Rule, Coding::rounding, Coding::in_16_bits>;
+// The encoder of one state, loaded once for all blocks of a warp: of one value, and of the lane's eight into words.
+// `s`: which state of its rule it is.
+template <Code code, int s, Rounding rounding, bool low_bytes>
+struct LaneState;
 
-template <class Rule>
-struct LaneCodes<Rule, Rounding::Nearest, false> {
-    LaneLines lines[state_count<Rule>];
-    OPTIM8_DEVICE LaneCodes() {
-        each_state<Rule>([&](auto s) { lines[s.index] = lane_code<code_of<Rule, s.index>>(); });
-    }
-    template <int s>
+template <Code code, int s>
+struct LaneState<code, s, Rounding::Nearest, false> {
+    LaneLines lines = lane_code<code>();
     OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t) const {
-        return encode_lane(x, reciprocal, LaneCode<code_of<Rule, s>>{lines[s]}) & 0xffu;
+        return encode_lane(x, reciprocal, LaneCode<code>{lines}) & 0xffu;
     }
-    template <int s, int span>
-    OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t, uint32_t (&words)[2]) const {
-        const LaneCode<code_of<Rule, s>> code{lines[s]};
+    template <int span>
+    OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t, uint32_t (&words)[2],
+                              uint32_t (&)[2]) const {
+        const LaneCode<code> by{lines};
         uint32_t codes[per_lane];
 #pragma unroll
-        for (int k = 0; k < per_lane; ++k) codes[k] = encode_lane(x[k], reciprocal, code);
+        for (int k = 0; k < per_lane; ++k) codes[k] = encode_lane(x[k], reciprocal, by);
         pack_bytes<0>(codes, words);
     }
 };
@@ -70,26 +66,20 @@ OPTIM8_DEVICE uint32_t lane_dither_start(uint32_t block, uint32_t time) {
 }
 template <int state, int span>
 OPTIM8_DEVICE uint32_t lane_dither(uint32_t start, int k) {
-    static_assert(span % 4 == 0, "neighbours are of one lane");
+    static_assert(span % 4 == 0 && state < 4, "neighbours are of one lane");
     return dither<state>(start, static_cast<uint32_t>(place<span>(k) - place<span>(0)));
 }
 
-template <class Rule>
-struct LaneCodes<Rule, Rounding::Dithered, false> {
-    LaneDitherLines lines[state_count<Rule>];
-    OPTIM8_DEVICE LaneCodes() {
-        each_state<Rule>([&](auto s) { lines[s.index] = lane_dither_lines<code_of<Rule, s.index>>(); });
-    }
-    template <int s>
+template <Code code, int s>
+struct LaneState<code, s, Rounding::Dithered, false> {
+    LaneDitherLines lines = lane_dither_lines<code>();
     OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t u) const {
-        constexpr Code code = code_of<Rule, s>;
-        return encode_dithered<code>(x, reciprocal, u, LaneDither<code>{lines[s]}) >> 16 & 0xffu;
+        return encode_dithered<code>(x, reciprocal, u, LaneDither<code>{lines}) >> 16 & 0xffu;
     }
-    template <int s, int span>
-    OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t start,
-                              uint32_t (&words)[2]) const {
-        constexpr Code code = code_of<Rule, s>;
-        const LaneDither<code> t{lines[s]};
+    template <int span>
+    OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t start, uint32_t (&words)[2],
+                              uint32_t (&)[2]) const {
+        const LaneDither<code> t{lines};
         uint32_t codes[per_lane];
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {
@@ -104,35 +94,27 @@ struct LaneCodes<Rule, Rounding::Dithered, false> {
     }
 };
 
-// State in 16 bits: codes and low bytes.
-template <class Rule, Rounding rounding>
-struct LaneCodes<Rule, rounding, true> {
-    LaneDitherLines lines[state_count<Rule>];
-    OPTIM8_DEVICE LaneCodes() {
-        each_state<Rule>([&](auto s) { lines[s.index] = lane_dither_lines<code_of<Rule, s.index>>(); });
-    }
-    template <int s>
+// A state in 16 bits: codes and low bytes.
+template <Code code, int s, Rounding rounding>
+struct LaneState<code, s, rounding, true> {
+    LaneDitherLines lines = lane_dither_lines<code>();
     OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t u) const {
-        constexpr Code code = code_of<Rule, s>;
         return encode16<code>(x, reciprocal, rounding == Rounding::Dithered ? u : u_of_nearest,
-                              LaneDither<code>{lines[s]});
+                              LaneDither<code>{lines});
     }
-    template <int s>
     OPTIM8_DEVICE uint32_t encode_size(float x, float reciprocal, uint32_t u) const {
-        constexpr Code code = code_of<Rule, s>;
         return encode16_magnitude<code>(x, reciprocal, rounding == Rounding::Dithered ? u : u_of_nearest,
-                                        LaneDither<code>{lines[s]});
+                                        LaneDither<code>{lines});
     }
-    template <int s, int span>
+    template <int span>
     OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t start, uint32_t (&words)[2],
                               uint32_t (&low)[2]) const {
-        constexpr Code code = code_of<Rule, s>;
         uint32_t pairs[per_lane / 2];
 #pragma unroll
         for (int i = 0; i < per_lane / 2; ++i) {
             const int k = 2 * i;
-            pairs[i] = __byte_perm(encode_size<s>(x[k], reciprocal, lane_dither<s, span>(start, k)),
-                                   encode_size<s>(x[k + 1], reciprocal, lane_dither<s, span>(start, k + 1)), 0x6521);
+            pairs[i] = __byte_perm(encode_size(x[k], reciprocal, lane_dither<s, span>(start, k)),
+                                   encode_size(x[k + 1], reciprocal, lane_dither<s, span>(start, k + 1)), 0x6521);
             if constexpr (is_signed(code)) {
                 const uint32_t negative = sign_halves(bits_of(x[k]), bits_of(x[k + 1]));
                 const uint32_t mirrored = 2 * zero16_of(code) * 0x10001u - pairs[i];  // no half borrows
@@ -142,6 +124,22 @@ struct LaneCodes<Rule, rounding, true> {
         part_pairs(pairs, words, low);
     }
 };
+
+// Those of the states of a rule from state `s` on.
+template <class Rule, class Coding, int s = 0, bool none = s == state_count<Rule>>
+struct LaneStates {
+    LaneState<code_of<Rule, s>, s, Coding::rounding, Coding::template low<Rule, s>> first;
+    LaneStates<Rule, Coding, s + 1> rest;
+    template <int index>
+    OPTIM8_DEVICE const auto& of() const {
+        if constexpr (index == s)
+            return first;
+        else
+            return rest.template of<index>();
+    }
+};
+template <class Rule, class Coding, int s>
+struct LaneStates<Rule, Coding, s, true> {};
 
 // A block and where it lies.
 template <class Rule, class P, class G>
@@ -174,7 +172,7 @@ struct Block {
 // range of Quick. The same in every lane.
 template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
-                                const LaneCodesOf<Rule, Coding>& lane_codes) {
+                                const LaneStates<Rule, Coding>& lane_states) {
     constexpr int span = packet_span<P>;
     P param[per_lane];
     G grad[per_lane];
@@ -184,7 +182,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     load_tile<span>(block.grad, tile, true, G{}, grad);
     each_state<Rule>([&](auto s) {
         load_bytes<span>(block.codes[s.index], codes[s.index]);
-        if constexpr (Coding::in_16_bits) {
+        if constexpr (Coding::template low<Rule, s.index>) {
             uint32_t low[per_lane / 4];
             load_bytes<span>(block.low[s.index], low);
             join_pairs(codes[s.index], low, pairs[s.index]);
@@ -201,7 +199,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
         each_state<Rule>([&](auto s) {
             constexpr Code code = code_of<Rule, s.index>;
             float quotient;
-            if constexpr (Coding::in_16_bits)
+            if constexpr (Coding::template low<Rule, s.index>)
                 quotient = decode16_lane<code>(
                     __byte_perm(pairs[s.index][k / 2], mantissa_unit_bits, k % 2 == 0 ? 0x7610 : 0x7632));
             else
@@ -231,17 +229,14 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
         constexpr bool root = Coding::template root<Rule, s.index>;
-        const BlockScale by = block_scale<code_of<Rule, s.index>, Coding::scaling, root>(float_of(largest[s.index]));
+        constexpr Rounding scaling = Coding::template scaling<Rule, s.index>;
+        const BlockScale by = block_scale<code_of<Rule, s.index>, scaling, root>(float_of(largest[s.index]));
         if (by.normal.scale != 1.0f)
             for (float& x : now[s.index]) x *= by.normal.scale;
-        uint32_t words[per_lane / 4];
-        if constexpr (Coding::in_16_bits) {
-            uint32_t rest[per_lane / 4];
-            lane_codes.template encode<s.index, span>(now[s.index], by.normal.reciprocal, start, words, rest);
-            store_bytes<span>(block.low[s.index], rest);
-        } else {
-            lane_codes.template encode<s.index, span>(now[s.index], by.normal.reciprocal, start, words);
-        }
+        uint32_t words[per_lane / 4], rest[per_lane / 4];
+        const auto& encoder = lane_states.template of<s.index>();
+        encoder.template encode<span>(now[s.index], by.normal.reciprocal, start, words, rest);
+        if constexpr (Coding::template low<Rule, s.index>) store_bytes<span>(block.low[s.index], rest);
         store_bytes<span>(block.codes[s.index], words);
         if (lane() == 0) *block.absmax[s.index] = by.absmax;
     });

@@ -8,14 +8,13 @@ import torch
 
 from optim8.checkpoint import formats
 from optim8.checkpoint.formats import Format, own
-from optim8.rules import Moment
+from optim8.rules import Moments
 from optim8.state.conversion import Target, new_states
-from optim8.state.layout import bits_of, moments_in, others, under_present_names
+from optim8.state.layout import bits_of, moments_in, moments_of, others, under_present_names
 from optim8.state.moments import check_values
 from optim8.state.shards import copy_beside, is_dtensor, local
 from optim8.state.states import States
 from optim8.step import hypers, supply
-from optim8.step.memory import Memory
 from optim8.step.supply import Stateful
 
 Given = tuple[str, torch.Tensor, dict[str, Any], int]  # what it is; its parameter; the state; bits of the new one
@@ -24,10 +23,15 @@ Given = tuple[str, torch.Tensor, dict[str, Any], int]  # what it is; its paramet
 def put(optimizer: Stateful, param: torch.Tensor, entry: dict[str, Any]) -> None:
     """Set a state that an earlier run left, maybe of an earlier version; then it is adopted before its first use."""
     entry = under_present_names(optimizer.moments, entry)
-    if moments_in(optimizer.moments, entry) == optimizer.moments:
+    if _is_present(optimizer.moments, entry):
         optimizer.state.put(param, entry)
     else:
         optimizer.state[param] = entry
+
+
+def _is_present(moments: Moments, entry: dict[str, Any]) -> bool:
+    """Whether a state is none of an earlier version, which kept no roots."""
+    return not any(moment.root and moment.direct.absmax in entry for moment in moments)
 
 
 def adopt_states(optimizer: Stateful) -> None:
@@ -49,7 +53,7 @@ def adopt_states(optimizer: Stateful) -> None:
             if not entry:
                 continue
             entry = under_present_names(moments, entry)
-            if is_dtensor(param) and moments_in(moments, entry) == moments:  # nobody else puts in shards
+            if is_dtensor(param) and _is_present(moments, entry):  # nobody else puts in shards
                 continue
             optimizer.state[param] = entry
             bits = bits_of(moments_in(moments, entry), entry)
@@ -63,25 +67,24 @@ def adopt_states(optimizer: Stateful) -> None:
         if known is None:  # the step says what it lacks
             continue
         formats.common.check_rule(owner, known, optimizer.rule)
-        for param, entry in _adopted(moments, known, part, optimizer.memory):
+        for param, entry in _adopted(optimizer, known, part):
             optimizer.state.put(param, entry)
     if given:
         optimizer.memory.keep_only(optimizer.state.values())
     optimizer.state.given.clear()
 
 
-def _adopted(
-    moments: tuple[Moment, ...], known: Format, given: list[Given], memory: Memory
-) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+def _adopted(optimizer: Stateful, known: Format, given: list[Given]) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """States of another library as (parameter, state) in the optimizer's own form."""
     sources = []
     for where, param, entry, bits in given:
+        moments = moments_of(optimizer.moments, entry)
         source = known.read_entry(where, moments, local(param), entry)
         check_values(where, moments, source, bits)
-        sources.append((Target(local(param), bits, where), source))
+        sources.append((Target(local(param), moments, bits, where), source))
     result = []
-    fresh = new_states(moments, sources, memory)
+    fresh = new_states(sources, optimizer.memory)
     for (_, param, _, _), (_, source), entry in zip(given, sources, fresh, strict=True):
-        entry.update({key: copy_beside(value, param) for key, value in others(moments, source).items()})
+        entry.update({key: copy_beside(value, param) for key, value in others(optimizer.moments, source).items()})
         result.append((param, entry))
     return result

@@ -9,13 +9,12 @@ keeps the key open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 
-from optim8.rules import Moment
+from optim8.rules import Moments
 from optim8.state.layout import keys_of
 
 
@@ -56,7 +55,7 @@ class Inbox(torch.Tensor):
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def absent_keys(moments: Sequence[Moment], bits: int) -> list[str]:
+def absent_keys(moments: Moments, bits: int) -> list[str]:
     """The keys under which a state in this precision has nothing."""
     there = keys_of(moments, bits)
     return [key for moment in moments for key in moment.keys if key not in there]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from optim8 import codec, rules
 from optim8.checkpoint import adopt, arrivals, formats, read
 from optim8.checkpoint.optimizer import Checkpointed
-from optim8.state.layout import bits_of, dense_stride, keys_of, others
+from optim8.state.layout import dense_stride, moments_of, others
 from optim8.state.moments import check_low
 from optim8.state.moments import check_scales as check_scales_of
 from optim8.step import hypers, pending, supply
@@ -50,10 +49,7 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any]) -> None:
         hypers.normalize_group(owner, rule, group)
     with optimizer.turn:
         supply.resolve(optimizer)
-        bits_wanted = partial(supply.bits_wanted, optimizer)
-        state = read.read_state(
-            owner, rule.moments, known, state_dict, groups, bits_wanted, optimizer.memory, optimizer.state
-        )
+        state = read.read_state(owner, optimizer, known, state_dict, groups)
         optimizer.__setstate__({"state": state, "param_groups": groups})
         optimizer.known_overrides = None
         optimizer.state_checked = True
@@ -82,7 +78,7 @@ def _check_scales(optimizer: Checkpointed) -> None:
         for index, param in enumerate(group["params"]):
             entry = optimizer.state.get(param) or {}
             where = f"{type(optimizer).__name__}: {hypers.name_of(group, index)} of group {at}: state"
-            for moment in optimizer.moments:
+            for moment in moments_of(optimizer.moments, entry):
                 codes, absmax = entry.get(moment.codes), entry.get(moment.absmax)
                 if not (type(codes) is type(absmax) is torch.Tensor and codes.dtype == torch.uint8):
                     continue  # the step itself reports what else is wrong
@@ -94,11 +90,9 @@ def _check_scales(optimizer: Checkpointed) -> None:
 
 
 def _check_others(optimizer: Checkpointed) -> None:
-    moments = optimizer.moments
-    counts = {bits: len(keys_of(moments, bits)) for bits in hypers.BITS}
     for number, group in enumerate(optimizer.param_groups):
         for index, param in enumerate(group["params"]):
             entry = optimizer.state.get(param)
-            if entry and len(entry) > counts[bits_of(moments, entry)]:
+            if entry:
                 where = f"{type(optimizer).__name__}: parameter {index} of group {number}: state"
-                optimizer.memory.check_others(where, others(moments, entry))
+                optimizer.memory.check_others(where, others(optimizer.moments, entry))

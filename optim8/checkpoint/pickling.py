@@ -13,10 +13,10 @@ import torch
 from optim8 import rules
 from optim8.paging import Pager
 from optim8.paging.store import Store
-from optim8.rules import Moment
+from optim8.rules import Moment, Moments
 from optim8.state.allocation import allocate
 from optim8.state.conversion import Target, convert
-from optim8.state.layout import bits_of, keys_of, layout_of, others
+from optim8.state.layout import bits_of, keys_of, layout_of, moments_of, others
 from optim8.state.mapped import copy
 from optim8.state.shards import local
 from optim8.step import hypers
@@ -30,13 +30,13 @@ def _pager_of_copy(store: Store) -> Pager:
     return replace(store.pager, keep=False, resume=False, changed_params=False)
 
 
-def _is_state(moments: Sequence[Moment], param: Any, entry: Any) -> bool:
-    keys = {moments[0].name, moments[0].codes, moments[0].direct.codes}
+def _is_state(moments: Moments, param: Any, entry: Any) -> bool:
+    keys = {key for moment in moments for key in (moment.name, moment.codes, moment.direct.codes)}
     return isinstance(param, torch.Tensor) and isinstance(entry, dict) and not keys.isdisjoint(entry)
 
 
 def copy_states(
-    store: Store, moments: tuple[Moment, ...], state: dict[Any, Any], memo: dict[int, Any]
+    store: Store, moments: Moments, state: dict[Any, Any], memo: dict[int, Any]
 ) -> tuple[Store, defaultdict[Any, Any]]:
     """State for a deep copy of its optimizer, whose parameters deepcopy and `memo` give."""
     twin = Store(store.owner, store.rule, _pager_of_copy(store))
@@ -48,8 +48,9 @@ def copy_states(
     for param, entry in state.items():
         if _is_state(moments, param, entry):
             params.append(deepcopy(param, memo))
-            targets.append((Target(local(params[-1]), bits_of(moments, entry)), entry))
-    for param, entry in zip(params, convert(moments, targets, twin), strict=True):
+            present = moments_of(moments, entry)
+            targets.append((Target(local(params[-1]), present, bits_of(present, entry)), entry))
+    for param, entry in zip(params, convert(targets, twin), strict=True):
         # What others keep is the copy's own too.
         fresh[param] = {**entry, **deepcopy(others(moments, entry), memo)}
     return twin, fresh
@@ -59,8 +60,8 @@ class PagedStates:
     """Paged state on its way through pickle. The pickle says what to allocate, then holds the state part by part:
     unpickling writes each part to its place before it reads the next."""
 
-    def __init__(self, store: Store, moments: tuple[Moment, ...], state: dict[Any, Any]) -> None:
-        self.store, self.moments, self.state = store, tuple(moments), state
+    def __init__(self, store: Store, moments: Moments, state: dict[Any, Any]) -> None:
+        self.store, self.moments, self.state = store, moments, state
         self.entries = [entry for param, entry in state.items() if _is_state(moments, param, entry)]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,12 +78,14 @@ class _Empty:
 
     def __init__(self, whole: PagedStates) -> None:
         self.whole, self.entries = whole, whole.entries
-        self.names = {key for bits in hypers.BITS for key in keys_of(whole.moments, bits)}
+        of_variants = [whole.moments, *map(whole.moments.only, whole.moments.variants)]
+        self.names = {key for moments in of_variants for bits in hypers.BITS for key in keys_of(moments, bits)}
         self.params = [p for p, entry in whole.state.items() if _is_state(whole.moments, p, entry)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         state, moments = self.whole.state, self.whole.moments
-        bits = [bits_of(moments, state[param]) for param in self.params]
+        bits = [bits_of(moments_of(moments, state[param]), state[param]) for param in self.params]
+        names = [tuple(moment.name for moment in moments_of(moments, state[param])) for param in self.params]
         more = [{key: value for key, value in state[p].items() if key not in self.names} for p in self.params]
         others = [(key, entry) for key, entry in state.items() if not _is_state(moments, key, entry)]
         store = self.whole.store
@@ -95,6 +98,7 @@ class _Empty:
             bits,
             more,
             others,
+            names,
         )
 
 
@@ -135,16 +139,17 @@ def _allocated(
     bits: Sequence[int | bool],  # version 0.1.0 wrote whether it is 8
     more: Sequence[dict[str, Any]],
     others_: Sequence[tuple[Any, Any]],
+    names: Sequence[tuple[str, ...]] = (),  # of the moments of each, since rules have variants
 ) -> PagedStates:
     store = Store(owner, rule, pager)
     state: defaultdict[Any, Any] = defaultdict(dict)
     moments = rules.rule(rule).moments
-    if form != _WITH_ROOTS:
-        moments = tuple(moment.direct for moment in moments)
-    layouts = [
-        (shard, layout_of(moments, shard, (8 if each else 32) if isinstance(each, bool) else each))
-        for shard, each in zip(map(local, params), bits, strict=True)
-    ]
+    layouts = []
+    for i, (shard, each) in enumerate(zip(map(local, params), bits, strict=True)):
+        of_variant = moments_of(moments, dict.fromkeys(names[i])) if names else moments_of(moments, {})
+        if form != _WITH_ROOTS:
+            of_variant = of_variant.only([moment.direct for moment in of_variant])
+        layouts.append((shard, layout_of(of_variant, shard, (8 if each else 32) if isinstance(each, bool) else each)))
     for param, entry, kept in zip(params, allocate(layouts, store), more, strict=True):
         state[param] = {**entry, **kept}
     state.update(others_)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,14 +12,15 @@ import torch
 
 from optim8.checkpoint import shards as sharded
 from optim8.checkpoint.formats import Format
-from optim8.rules import Moment
+from optim8.rules import Moments
 from optim8.state.allocation import allocate
 from optim8.state.conversion import fill_state
-from optim8.state.layout import Layout, layout_of, others
+from optim8.state.layout import Layout, layout_of, moments_of, others
 from optim8.state.mapped import tensors_of
 from optim8.state.moments import Entry, bits_of_sources, check_values
 from optim8.state.shards import copy_beside, local
-from optim8.step.memory import Memory
+from optim8.step import supply
+from optim8.step.supply import Stateful
 
 
 def merge_groups(owner: str, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,30 +71,22 @@ class _Saved:
 
 
 def read_state(
-    owner: str,
-    moments: tuple[Moment, ...],
-    known: Format,
-    state_dict: dict[str, Any],
-    groups: list[dict[str, Any]],
-    bits_wanted: Callable[[dict[str, Any], torch.Tensor], int],
-    memory: Memory,
-    present_state: Mapping[Any, dict[str, Any]],
+    owner: str, optimizer: Stateful, known: Format, state_dict: dict[str, Any], groups: list[dict[str, Any]]
 ) -> defaultdict[Any, Any]:
     """State for the optimizer's own parameters, copied from a saved one. Takes `saved_ids` out of the groups.
 
     Args:
         owner: names the optimizer, for messages.
-        moments: the states of the rule.
+        optimizer: whose parameters they are; it is not changed.
         known: the format of the dict.
-        bits_wanted: (group, parameter) -> in how many bits its state is to be, where the format does not say.
-        memory: of the optimizer.
-        present_state: what the optimizer has.
+        groups: those of the dict, with the optimizer's parameters and `saved_ids`.
 
     Raises:
         ValueError: the dict does not fit; nothing was changed.
     """
     pairs = [(id_, param, group) for group in groups for id_, param in zip(group.pop("saved_ids"), group["params"])]
     by_id = {id_: (param, group) for id_, param, group in pairs}
+    memory = optimizer.memory
     state: defaultdict[Any, Any] = defaultdict(dict)
     read = []
     for key, entry in state_dict["state"].items():
@@ -103,16 +96,19 @@ def read_state(
                     f"{owner}: state[{key}] is of no parameter in param_groups. Load a complete state dict."
                 )
             state[key] = entry  # not of a parameter: kept as it is, as torch.optim does
-        elif entry:
+        elif any(value is not None for value in entry.values()):  # None: torch's SGD without momentum
             param, group = by_id[key]
             where = f"{owner}: state[{key!r}]"
+            moments = _moments_to_read(optimizer, group, param, entry)
+            if not moments:
+                continue
             source = sharded.of_shard(where, moments, param, known.read_entry(where, moments, param, entry))
             if known.keeps_precision:
                 bits = bits_of_sources(source, moments)
             else:
-                bits = bits_wanted(group, param)
+                bits = supply.bits_wanted(optimizer, group, param)
                 check_values(where, moments, source, bits)
-            memory.check_others(where, others(moments, source))
+            memory.check_others(where, others(optimizer.moments, source))
             read.append(_Saved(key, param, source, layout_of(moments, local(param), bits)))
     with memory.loading():
         # State goes where state is already: two of them might be over the budget.
@@ -120,7 +116,7 @@ def read_state(
         reusable = memory.is_paged and not any(map(memory.holds, saved_tensors))
         new = []
         for each in read:
-            present = present_state.get(each.param, {}) if reusable else {}
+            present = optimizer.state.get(each.param, {}) if reusable else {}
             if present and each.layout.fits(present, local(each.param), memory.reaches):
                 state[each.param] = {key: present[key] for key in each.layout.keys}
             else:
@@ -128,7 +124,16 @@ def read_state(
         fresh = allocate([(local(each.param), each.layout) for each in new], memory)
         state.update((each.param, entry) for each, entry in zip(new, fresh, strict=True))
         for each in read:
-            fill_state(moments, each.source, state[each.param], f"state[{each.key!r}]")
-            more = others(moments, each.source)
+            fill_state(each.layout.moments, each.source, state[each.param], f"state[{each.key!r}]")
+            more = others(optimizer.moments, each.source)
             state[each.param].update({key: copy_beside(value, each.param) for key, value in more.items()})
     return state
+
+
+def _moments_to_read(
+    optimizer: Stateful, group: dict[str, Any], param: torch.Tensor, entry: Mapping[str, Any]
+) -> Moments:
+    """The moments that a saved state must have, which are those that the options of the group ask for; with what else
+    it has that another variant of the rule keeps, for that may be asked for later."""
+    wanted, there = supply.moments_wanted(optimizer, group, param), moments_of(optimizer.moments, entry)
+    return there if {moment.name for moment in wanted} <= {moment.name for moment in there} else wanted

@@ -31,7 +31,7 @@ def complete(optimizer: Checkpointed, packed: dict[str, Any]) -> dict[str, Any]:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [hypers.to_save(group) for group in packed["param_groups"]]
     state = {
-        key: own.with_dim_order(moments, entry) if isinstance(entry, dict) else entry
+        key: own.with_dim_order(moments, entry) if isinstance(entry, dict) and entry else entry
         for key, entry in packed["state"].items()
     }
     packed = {**packed, "state": state, "param_groups": groups}

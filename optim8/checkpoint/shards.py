@@ -10,10 +10,10 @@ import torch
 from optim8.checkpoint.inbox import Inbox, absent_keys, nothing
 from optim8.checkpoint.windows import Window, Windows
 from optim8.codec import BLOCK
-from optim8.rules import Moment
+from optim8.rules import Moment, Moments
 from optim8.state import moments as sources
 from optim8.state import tiles
-from optim8.state.layout import bits_of, dense_stride
+from optim8.state.layout import bits_of, dense_stride, moments_of
 from optim8.state.moments import Codes, Entry, Source, Tiled
 from optim8.state.shards import (
     alone,
@@ -40,7 +40,7 @@ def check_can_save(owner: str, groups: Sequence[dict[str, Any]]) -> None:
 
 
 def saved_state_dict(
-    owner: str, moments: Sequence[Moment], params: Sequence[torch.Tensor], saved: dict[str, Any], windows: Windows
+    owner: str, moments: Moments, params: Sequence[torch.Tensor], saved: dict[str, Any], windows: Windows
 ) -> dict[str, Any]:
     """A state dict in which the state of DTensors is DTensors of the whole parameter's shape, with tiles for scales.
 
@@ -53,12 +53,13 @@ def saved_state_dict(
     with torch.inference_mode(False):  # tiles are written to later
         for index, param in enumerate(params):
             if is_dtensor(param) and state.get(index):
-                state[index] = _saved_entry(f"{owner}: state[{index}]", moments, param, state[index], windows)
+                present = moments_of(moments, state[index])
+                state[index] = _saved_entry(f"{owner}: state[{index}]", present, param, state[index], windows)
     return {**saved, "state": state}
 
 
 def _saved_entry(
-    where: str, moments: Sequence[Moment], param: Any, entry: dict[str, Any], windows: Windows
+    where: str, moments: Moments, param: Any, entry: dict[str, Any], windows: Windows
 ) -> dict[str, Any]:
     saved = dict(entry)
     shape, bits = tuple(param.shape), bits_of(moments, entry)
@@ -66,7 +67,7 @@ def _saved_entry(
         values = moment.values(entry)
         inbox = Inbox.around(alone(values), id(saved))
         saved[moment.key(bits)] = wrap(inbox, shape, dense_stride(param), param)
-        low = entry.get(moment.low) if bits == 16 else None
+        low = entry.get(moment.low)
         if low is not None:
             saved[moment.low] = wrap(Inbox.around(alone(low), id(saved)), shape, dense_stride(param), param)
         if bits != 32:

@@ -210,7 +210,8 @@ def _run(
     param, gradient = p.detach(), g.detach()
     if gradient.stride() != param.stride():
         gradient = dense_grad(param, gradient)
-    options = _native.cpu().StepOptions(who, rule.name, hypers, gradient_scale=gnorm_scale, direct=True)
+    group = {**{hyper.name: hyper.default for hyper in rule.hypers}, **hypers}
+    options = _native.cpu().StepOptions(who, rule.name, group, gradient_scale=gnorm_scale, direct=True)
     state = {**entry, "step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")}
-    step_array(who, rule.name, options, param, gradient, state)
+    step_array(who, options, param, gradient, state)
     torch.autograd.graph.increment_version([p])

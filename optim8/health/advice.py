@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 
 from optim8.health.measures import Advice, MomentHealth
-from optim8.rules import Moment
+from optim8.rules import Moments
 from optim8.state.layout import layout_of
 from optim8.step import hypers
 
@@ -67,12 +67,12 @@ def _missed(precision: _Precision, name: str, of: MomentHealth, limit: float) ->
 
 
 def advise(
-    moments: tuple[Moment, ...], shard: torch.Tensor, seen: Mapping[str, MomentHealth], limit: float
+    moments: Moments, shard: torch.Tensor, seen: Mapping[str, MomentHealth], limit: float
 ) -> Advice | None:
     """The precision to use for a parameter whose state is in 8 bits; None where nothing was seen.
 
     Args:
-        moments: of the rule.
+        moments: of the parameter's state.
         shard: the parameter, or its local shard.
         seen: what 8 bits do, by the moment's name.
         limit: of the relative error.

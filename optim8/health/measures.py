@@ -18,6 +18,7 @@ from optim8.codec import BLOCK
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.rules import Moment
 from optim8.state import shards
+from optim8.state.layout import moments_of
 from optim8.step import supply
 
 
@@ -128,7 +129,9 @@ def _moments(
         blocks = blocks + shards.first_of(param) // BLOCK
     step = int(shards.local(optimizer.state[param]["step"])) + 1
     seen = {}
-    for place, moment in enumerate(optimizer.moments):
+    for place, moment in enumerate(moments_of(optimizer.moments, optimizer.state[param])):
+        if moment.low in optimizer.state[param]:
+            continue
         # A step stores what is not finite as 0.
         exact, before = new[moment.name].nan_to_num(nan=0, posinf=0, neginf=0), old[moment.name]
         if moment.root:

@@ -11,7 +11,7 @@ from optim8.health import advice, measures
 from optim8.health.measures import ParameterHealth
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.state import shards
-from optim8.state.layout import bits_of
+from optim8.state.layout import bits_of, moments_of
 from optim8.step import pending
 
 ERROR_LIMIT = 0.1  # several times what moments of usual training show
@@ -72,7 +72,7 @@ class Monitor:
             looks = not skipped and bits_of(self.optimizer.moments, entry) == 8
             sampled, seen = measures.moments(self.optimizer, group, param, self.sample) if looks else (0, {})
             step = int(entry["step"]) + 1 if entry else 1
-            advised = advice.advise(self.optimizer.moments, shards.local(param), seen, self.limit)
+            advised = advice.advise(moments_of(self.optimizer.moments, entry), shards.local(param), seen, self.limit)
             health = ParameterHealth(name, measures.nonfinite(grad), grad.numel(), sampled, seen, advised)
             self.latest[name] = health
             self._write(health, step)

@@ -11,7 +11,7 @@ import torch
 from optim8.checkpoint.adopt import adopt_states
 from optim8.optim import reset
 from optim8.paging import Place, Placement, Store
-from optim8.rules import Moment
+from optim8.rules import Moments
 from optim8.state.mapped import tensors_of
 from optim8.state.states import States
 from optim8.step import overrides, supply
@@ -27,8 +27,8 @@ class StateAccess(torch.optim.Optimizer):
     known_overrides: overrides.Resolved | None
 
     @property
-    def moments(self) -> tuple[Moment, ...]:
-        """The states of the rule, in order."""
+    def moments(self) -> Moments:
+        """The states of the rule, in order, and of its variants."""
         raise NotImplementedError
 
     @property

@@ -17,9 +17,9 @@ lr: learning rate, a number or a tensor of one element.
 betas: decay rates of the two moments, each in [0, 1): any sequence of two, stored as a tuple.
 eps: added to the square root of the second moment.
 weight_decay: {decay}
-amsgrad: must be False.
+amsgrad: divide by the largest second moment so far (arXiv 1904.09237), which is a third state.
 """
-_STATES = "`exp_avg`, `exp_avg_sq`"
+_STATES = "`exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq` with `amsgrad`)"
 
 
 class Adam8bit(BlockwiseOptimizer):

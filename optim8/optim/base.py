@@ -20,7 +20,7 @@ from optim8.optim.access import StateAccess
 from optim8.optim.summary import summary
 from optim8.paging import Store
 from optim8.paging.pager import pager_of
-from optim8.rules import Moment
+from optim8.rules import Moments
 from optim8.state.states import States
 from optim8.step import arguments, hypers, overrides, scaling
 from optim8.step.memory import Memory
@@ -69,8 +69,8 @@ class BlockwiseOptimizer(StateAccess):
         weakref.finalize(self, store.close)
 
     @property
-    def moments(self) -> tuple[Moment, ...]:
-        """The states of the rule, in order."""
+    def moments(self) -> Moments:
+        """The states of the rule, in order, and of its variants."""
         return rules.rule(self.rule).moments
 
     @property

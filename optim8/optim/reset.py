@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optim8.state.conversion import zero
+from optim8.state.conversion import begin, zero
 from optim8.state.layout import layout_of, others
 from optim8.state.shards import local
 from optim8.step import pending, supply
@@ -44,7 +44,7 @@ def _chosen(
 def reset_state(optimizer: Any, params: torch.Tensor | Iterable[torch.Tensor] | None) -> None:
     """Do what StateAccess.reset_state describes."""
     chosen = _chosen(f"{type(optimizer).__name__}.reset_state", optimizer.param_groups, params)
-    memory, moments = optimizer.memory, optimizer.moments
+    memory = optimizer.memory
     with optimizer.turn:
         optimizer.windows.sync()
         supply.resolve(optimizer)
@@ -53,9 +53,11 @@ def reset_state(optimizer: Any, params: torch.Tensor | Iterable[torch.Tensor] | 
         with memory.rewriting(optimizer.param_groups, optimizer.state):
             for param, group in stateful:
                 entry, shard = optimizer.state[param], local(param)
+                moments = supply.moments_wanted(optimizer, group, param)
                 layout = layout_of(moments, shard, supply.bits_wanted(optimizer, group, param))
                 if layout.fits(entry, shard, memory.reaches):
                     zero(layout, entry)
+                    begin(moments, entry, supply.options_of(optimizer, group, param))
                 else:
                     supply.allocate_states(optimizer, [(group, param)])
-                    optimizer.state[param].update(others(moments, entry))
+                    optimizer.state[param].update(others(optimizer.moments, entry))

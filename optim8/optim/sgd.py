@@ -18,7 +18,8 @@ class SGD8bit(BlockwiseOptimizer):
         "torch.optim.SGD with its momentum in 8-bit blockwise state (arXiv 2110.02861).",
         """
 lr: learning rate, a number or a tensor of one element.
-momentum: factor of the momentum, at least 0. With 0 the momentum is the gradient, and takes up memory all the same.
+momentum: factor of the momentum, at least 0. With 0 there is no state at all. Where it is set later, the momentum
+    begins with the gradient of that step; set to 0 later, it stays as it is.
 dampening: the gradient goes into the momentum with the factor 1 - dampening, but for the first one.
 weight_decay: L2 penalty, added to the gradient.
 nesterov: step along gradient + momentum * new momentum; needs a momentum and no dampening.

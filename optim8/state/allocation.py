@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from optim8 import _native
-from optim8.state.layout import Layout, Part
+from optim8.rules import Moments
+from optim8.state.layout import STEP, Layout, Part
 
 _ALIGN = 64  # bytes; a cache line, and the width of the widest vector
 
@@ -18,7 +19,7 @@ DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # where state may live,
 class Arena:
     """Elements of one dtype on one device that start as `fill`; `flat` is their memory, once there is any."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, fill: int = 0, align: int = _ALIGN) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, fill: float = 0, align: int = _ALIGN) -> None:
         self.dtype, self.device, self.fill = dtype, device, fill
         self.step = max(1, align // dtype.itemsize)
         self.size = 0
@@ -127,9 +128,13 @@ def _allocate(layouts: Sequence[Layout], device: torch.device, tier: str, alloca
     for layout in layouts:
         for part in layout.parts:
             key = part.role if part.role != "values" else (part.key if part.dtype == torch.uint8 else part.dtype)
+            if part.role == "step" and part.fill:
+                key = part.key
             arena = arenas.get(key)
             if arena is None:
-                arena = arenas[key] = Arena(part.dtype, device, part.fill)
+                is_count = part.role == "step"
+                beside, align = (steps.device, 1) if is_count else (device, _ALIGN)
+                arena = arenas[key] = Arena(part.dtype, beside, part.fill, align)
             arena.add(part)
             homes.append(arena)
     allocator.allocate(tier, device, list(arenas.values()))
@@ -152,13 +157,15 @@ def cut(
     return map(torch.utils.dlpack.from_dlpack, _native.cpu().cut(flat, list(begins), list(shapes), list(strides)))
 
 
-def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> None:
-    """Move the counts of steps of (parameter, state) beside the parameters, in one copy to each device."""
-    by_device: dict[torch.device, list[dict[str, Any]]] = {}
+def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]], moments: Moments) -> None:
+    """Move the counts of steps of (parameter, state), and the scalars of their rule, beside the parameters, in one copy
+    to each device."""
+    by_device: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
+    keys = (STEP, *(scalar.name for scalar in moments.scalars))
     for param, entry in entries:
-        by_device.setdefault(param.device, []).append(entry)
-    for device, of_device in by_device.items():
-        counts = torch.stack([entry["step"] for entry in of_device]).to(device)
-        none: list[tuple[int, ...]] = [()] * len(of_device)
-        for entry, count in zip(of_device, cut(counts, range(len(of_device)), none, none), strict=True):
-            entry["step"] = count
+        by_device.setdefault(param.device, []).extend((entry, key) for key in keys)
+    for device, places in by_device.items():
+        counts = torch.stack([entry[key] for entry, key in places]).to(device)
+        none: list[tuple[int, ...]] = [()] * len(places)
+        for (entry, key), count in zip(places, cut(counts, range(len(places)), none, none), strict=True):
+            entry[key] = count

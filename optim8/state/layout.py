@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from optim8.codec import blocks
-from optim8.rules import Moment
+from optim8.rules import Moment, Moments
 
 STEP = "step"
 
@@ -27,14 +27,14 @@ Role = Literal["step", "values", "scales"]
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a state: its key and what it is like. `fill`: the value that stands for 0."""
+    """One tensor of a state: its key, what it is for and like. `fill`: what stands for 0, or what a scalar starts as."""
 
     key: str
     role: Role
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    fill: int = 0
+    fill: float = 0
 
     @property
     def size(self) -> int:
@@ -50,7 +50,7 @@ class Layout:
     bits: 8, 16 or 32.
     """
 
-    moments: tuple[Moment, ...]
+    moments: Moments
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     bits: int
@@ -59,13 +59,14 @@ class Layout:
     def parts(self) -> tuple[Part, ...]:
         """Its tensors, in the order in which a step asks for them."""
         parts = [Part(STEP, "step", torch.float32, (), ())]
+        parts += [Part(scalar.name, "step", torch.float32, (), (), scalar.start) for scalar in self.moments.scalars]
         for moment in self.moments:
             if self.bits == 32:
                 parts.append(Part(moment.name, "values", torch.float32, self.shape, self.stride))
             else:
                 scales = (blocks(math.prod(self.shape)),)
                 parts.append(Part(moment.codes, "values", torch.uint8, self.shape, self.stride, moment.zero))
-                if self.bits == 16:
+                if moment.low in moment.keys_in(self.bits):
                     parts.append(Part(moment.low, "values", torch.uint8, self.shape, self.stride, moment.middle))
                 parts.append(Part(moment.absmax, "scales", torch.float32, scales, (1,)))
         return tuple(parts)
@@ -105,34 +106,47 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
-def _layout(moments: tuple[Moment, ...], shape: tuple[int, ...], stride: tuple[int, ...], bits: int) -> Layout:
+def _layout(moments: Moments, shape: tuple[int, ...], stride: tuple[int, ...], bits: int) -> Layout:
     return Layout(moments, shape, stride, bits)
 
 
-def layout_of(moments: tuple[Moment, ...], param: torch.Tensor, bits: int) -> Layout:
-    """The layout of the state of a parameter, or of the local shard of one, in 8, 16 or 32 bits."""
+def layout_of(moments: Moments, param: torch.Tensor, bits: int) -> Layout:
+    """The layout of the state of a parameter, or of the local shard of one, in 8, 16 or 32 bits; `moments` are those
+    of one variant of a rule."""
     return _layout(moments, tuple(param.shape), dense_stride(param), bits)
 
 
 def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:
-    """The bits of a state: 32 without scales, 16 with low bytes. All moments have the bits of the first."""
-    return 32 if moments[0].absmax not in entry else 16 if moments[0].low in entry else 8
+    """The bits of a state: 32 without scales, 16 where low bytes are not only those of wide moments."""
+    in_codes = [moment for moment in moments if moment.absmax in entry]
+    if not in_codes:
+        return 32
+    return 16 if any(moment.low in entry and not moment.wide for moment in in_codes) else 8
 
 
-def moments_in(moments: Sequence[Moment], entry: Mapping[str, Any]) -> tuple[Moment, ...]:
-    """The moments as a state has them that may be of an earlier version, which kept no roots."""
-    return tuple(moment.direct if moment.direct.absmax in entry else moment for moment in moments)
+def moments_of(moments: Moments, entry: Mapping[str, Any]) -> Moments:
+    """The moments that a state has: of the variant of the rule that has most of those that are there."""
+    if not moments.variants:
+        return moments
+    complete = (m for m in moments.variants if all(not entry.keys().isdisjoint(moment.keys) for moment in m))
+    return moments.only(next(complete, moments.variants[-1]))
 
 
-def keys_of(moments: Sequence[Moment], bits: int) -> list[str]:
+def moments_in(moments: Moments, entry: Mapping[str, Any]) -> Moments:
+    """The same without roots where the state is of an earlier version, which kept none."""
+    there = moments_of(moments, entry)
+    return there.only([moment.direct if moment.direct.absmax in entry else moment for moment in there])
+
+
+def keys_of(moments: Moments, bits: int) -> list[str]:
     """The keys of a state in 8, 16 or 32 bits."""
-    of_bits = {8: ("codes", "absmax"), 16: ("codes", "low", "absmax"), 32: ("name",)}[bits]
-    return [STEP, *(getattr(moment, key) for moment in moments for key in of_bits)]
+    scalars = [scalar.name for scalar in moments.scalars]
+    return [STEP, *scalars, *(key for moment in moments for key in moment.keys_in(bits))]
 
 
-def others(moments: Sequence[Moment], entry: Mapping[str, Any]) -> dict[str, Any]:
+def others(moments: Moments, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept with a parameter's state and is not the optimizer's, such as the slow weights of Lookahead."""
-    own = {STEP, *(key for moment in moments for key in moment.keys)}
+    own = {STEP, *(scalar.name for scalar in moments.scalars), *(key for moment in moments for key in moment.keys)}
     return {key: value for key, value in entry.items() if key not in own}
 
 

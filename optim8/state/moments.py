@@ -58,8 +58,10 @@ Entry: TypeAlias = dict[str, Any]
 
 def bits_of_sources(entry: Entry, moments: Sequence[Moment]) -> int:
     """The bits of a state that is read: 8, 16 or 32."""
-    first = entry[moments[0].name]
-    return 32 if not isinstance(first, Codes) else 8 if first.low is None else 16
+    in_codes = [(moment, entry[moment.name]) for moment in moments if isinstance(entry[moment.name], Codes)]
+    if not in_codes:
+        return 32
+    return 16 if any(source.low is not None and not moment.wide for moment, source in in_codes) else 8
 
 
 def same_table(moment: Moment, table: torch.Tensor) -> bool:

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from optim8 import _native
+from optim8 import _native, rules
 from optim8.state.allocation import move_steps
 from optim8.step import run
 
 
 def step_array(
     who: str,
-    rule: str,
     options: Any,
     param: torch.Tensor,
     grad: torch.Tensor,
@@ -24,8 +23,7 @@ def step_array(
 
     Args:
         who: the caller's name, for messages.
-        rule: its name.
-        options: native StepOptions.
+        options: native StepOptions, which say the rule.
         param: dense, without autograd.
         grad: of the shape and strides of `param`, of its dtype or float32.
         entry: the state under the keys of the rule, with the count of steps before this one.
@@ -35,8 +33,8 @@ def step_array(
         ValueError: a tensor does not fit; nothing was changed.
     """
     table = _native.cpu().StepTable()
-    if table.add([param], {param: entry}, rule, options, who, 0, {0: grad}).step:
-        move_steps([(param, entry)])  # counted on the device from now on
+    if table.add([param], {param: entry}, options, who, 0, {0: grad}).step:
+        move_steps([(param, entry)], rules.every()[options.rule].moments)  # counted on the device from now on
         table.clear()
-        table.add([param], {param: entry}, rule, options, who, 0, {0: grad})
+        table.add([param], {param: entry}, options, who, 0, {0: grad})
     run.run_step(table, who, scale)

@@ -54,22 +54,32 @@ def _number(owner: str, name: str, value: Any, least: float, below: float = math
     return value if isinstance(value, torch.Tensor) else float(one)
 
 
-def _pair(owner: str, hyper: Hyper, value: Any) -> tuple[float | torch.Tensor, float | torch.Tensor]:
-    """A pair of numbers: any sequence of two, or a string such as "(0.9, 0.999)" (as bitsandbytes)."""
-    pair = value
+def _tuple(owner: str, hyper: Hyper, value: Any) -> tuple[float | torch.Tensor, ...]:
+    """A tuple of numbers: any sequence of as many, or a string such as "(0.9, 0.999)" (as bitsandbytes)."""
+    count = len(hyper.default) if isinstance(hyper.default, tuple) else 0
+    several = value
     if isinstance(value, str):
         try:
-            pair = [float(part) for part in value.strip().strip("()[]").split(",")]
+            several = [float(part) for part in value.strip().strip("()[]").split(",")]
         except ValueError:
-            pair = None
-    if isinstance(pair, np.ndarray | torch.Tensor) and pair.ndim != 1:
-        pair = None
-    if not isinstance(pair, (tuple, Sequence, np.ndarray, torch.Tensor)) or len(pair) != 2:
-        raise ValueError(f'{owner}: {hyper.name} must be a pair of numbers, or like "(0.9, 0.999)", got {value!r}.')
-    first, second = (
-        _number(owner, f"{hyper.name}[{i}]", each, hyper.least, hyper.below) for i, each in enumerate(pair)
+            several = None
+    if isinstance(several, np.ndarray | torch.Tensor) and several.ndim != 1:
+        several = None
+    if not isinstance(several, (tuple, Sequence, np.ndarray, torch.Tensor)) or len(several) != count:
+        what = "a pair of numbers" if count == 2 else f"{count} numbers"
+        raise ValueError(f'{owner}: {hyper.name} must be {what}, or like "{hyper.default}", got {value!r}.')
+    return tuple(
+        _number(owner, f"{hyper.name}[{i}]", each, hyper.least, hyper.below) for i, each in enumerate(several)
     )
-    return first, second
+
+
+def _optional(owner: str, hyper: Hyper, value: Any) -> float | torch.Tensor | None:
+    if value is None:
+        return None
+    number = _number(owner, hyper.name, value, hyper.least, hyper.below)
+    if not float(number) > 0:
+        raise ValueError(f"{owner}: {hyper.name} must be above 0, or None, got {value!r}.")
+    return number
 
 
 def _flag(owner: str, hyper: Hyper, value: Any) -> bool:
@@ -86,8 +96,10 @@ def _plain(owner: str, hyper: Hyper, value: Any) -> Any:
     """
     if hyper.is_flag:
         return _flag(owner, hyper, value)
-    if hyper.is_pair:
-        return _pair(owner, hyper, value)
+    if hyper.is_tuple:
+        return _tuple(owner, hyper, value)
+    if not hyper.is_number:
+        return _optional(owner, hyper, value)
     return _number(owner, hyper.name, value, hyper.least, hyper.below)
 
 
@@ -119,16 +131,10 @@ def _normalize_options(owner: str, rule: Rule, group: dict[str, Any]) -> None:
         value, least, below = group[hyper.name], hyper.least, hyper.below
         if type(value) is float and hyper.is_number and least <= value < below:
             continue  # every step comes here
-        if hyper.is_pair and type(value) is tuple and len(value) == 2:
-            first, second = value
-            if type(first) is type(second) is float and least <= first < below and least <= second < below:
+        if hyper.is_tuple and type(value) is tuple and len(value) == len(hyper.default):  # type: ignore[arg-type]
+            if all(type(each) is float and least <= each < below for each in value):
                 continue
         group[hyper.name] = _plain(owner, hyper, value)
-    if group.get("amsgrad"):
-        raise ValueError(
-            f"{owner}: amsgrad=True is not supported (it needs a third state). "
-            "Use amsgrad=False, or torch.optim.AdamW(amsgrad=True) for these parameters."
-        )
     if group.get("differentiable"):
         raise ValueError(
             f"{owner}: differentiable=True is not supported: quantized state has no gradient. "

@@ -12,7 +12,7 @@ import torch
 from optim8 import _native, codec, rules
 from optim8.rules import Rule
 from optim8.state.allocation import move_steps
-from optim8.state.layout import bits_of, dense, dense_grad
+from optim8.state.layout import bits_of, dense, dense_grad, moments_of
 from optim8.state.moments import Codes, source_of
 from optim8.state.moments import values as values_of
 from optim8.state.shards import local
@@ -93,7 +93,9 @@ class Stepper:
         values = _sample(whole, blocks).float()
         gradient = _sample(grad if grad.stride() == whole.stride() else dense_grad(whole, grad), blocks).float()
         state: dict[str, torch.Tensor] = {"step": local(entry["step"]).clone()}
-        for moment in optimizer.moments:
+        state.update({scalar.name: local(entry[scalar.name]).clone() for scalar in optimizer.moments.scalars})
+        moments = moments_of(optimizer.moments, entry)
+        for moment in moments:
             # Paged state of a GPU's parameter is in memory of the host.
             source = source_of(moment, {key: local(entry[key]) for key in moment.keys if key in entry})
             if isinstance(source, Codes):
@@ -104,10 +106,10 @@ class Stepper:
                 source = _sample(source, blocks)
             state[moment.name] = values_of(moment, source, whole.device)
         rule = rules.rule(optimizer.rule)
-        before = {moment.name: state[moment.name].clone() for moment in optimizer.moments}
+        before = {moment.name: state[moment.name].clone() for moment in moments}
         options = hypers.step_options(type(optimizer).__name__, rule, group, scale, None)
-        arrays.step_array("preview of a step", rule.name, options, values, gradient, state, scale)
-        return before, {moment.name: state[moment.name] for moment in optimizer.moments}
+        arrays.step_array("preview of a step", options, values, gradient, state, scale)
+        return before, {moment.name: state[moment.name] for moment in moments}
 
     def _parts(self, optimizer: Stateful, params: Collection[torch.Tensor] | None, scaling: Scaling) -> list[Part]:
         """The groups; those with overridden parameters in several parts, each with its own scalars."""
@@ -131,11 +133,9 @@ class Stepper:
         self._table.clear()
         if optimizer.memory.pinned_spans:
             self._table.allow_host(optimizer.memory.pinned_spans)
-        owner, rule = type(optimizer).__name__, optimizer.rule
+        owner = type(optimizer).__name__
         return [
-            self._table.add(
-                part.params, state, rule, part.options, owner, part.group, part.grads, part.names, part.firsts
-            )
+            self._table.add(part.params, state, part.options, owner, part.group, part.grads, part.names, part.firsts)
             for part, state in zip(local_step.parts, local_step.states, strict=True)
         ]
 
@@ -174,7 +174,7 @@ def _supply(optimizer: Stateful, local_step: LocalStep, lacks: Sequence[Any]) ->
         to_device += [own[i] for i in (*lack.step, *counted)]
     supply.allocate_states(optimizer, new)
     supply.convert_states(optimizer, moved)
-    move_steps([(param, optimizer.state[param]) for param in to_device])
+    move_steps([(param, optimizer.state[param]) for param in to_device], moments)
     local_step.refresh()
 
 

@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from optim8.rules import Moment
+from optim8 import rules
+from optim8.rules import Moments
 from optim8.state.allocation import allocate
-from optim8.state.conversion import Target, convert
-from optim8.state.layout import bits_of, dense_stride, layout_of
+from optim8.state.conversion import Target, begin, convert
+from optim8.state.layout import bits_of, dense_stride, layout_of, moments_of
 from optim8.state.shards import local
 from optim8.state.states import States
 from optim8.step import hypers, overrides, pending
@@ -27,7 +28,7 @@ class Stateful(Protocol):
     known_overrides: overrides.Resolved | None
 
     @property
-    def moments(self) -> tuple[Moment, ...]:
+    def moments(self) -> Moments:
         """The states of the rule."""
 
 
@@ -37,10 +38,22 @@ def changes_of(optimizer: Stateful, param: torch.Tensor) -> dict[str, Any]:
     return {} if known is None else known.by_id.get(id(param), {})
 
 
+def options_of(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+    """The options of a parameter: those of its group, and over them its own."""
+    changes = changes_of(optimizer, param)
+    return {**group, **changes} if changes else group
+
+
+def moments_wanted(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> Moments:
+    """The states that a parameter of a group needs: those of the variant of the rule that its options select."""
+    if not optimizer.moments.variants:
+        return optimizer.moments
+    return rules.variant(optimizer.rule, options_of(optimizer, group, param)).moments
+
+
 def bits_wanted(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> int:
     """The bits that new state of a parameter of a group gets: 8, 16 or 32."""
-    changes = changes_of(optimizer, param)
-    return hypers.bits_of_new_state({**group, **changes} if changes else group, param)
+    return hypers.bits_of_new_state(options_of(optimizer, group, param), param)
 
 
 def bits_now(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> int:
@@ -50,11 +63,14 @@ def bits_now(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) ->
 
 
 def allocate_states(optimizer: Stateful, wanted: Sequence[tuple[dict[str, Any], torch.Tensor]]) -> None:
-    """Zero state for parameters, each with its group."""
+    """New state for parameters, each with its group."""
     # The whole parameter decides the bits; the state is made for the local shard.
     shards = [(local(param), bits_wanted(optimizer, group, param)) for group, param in wanted]
-    layouts = [(shard, layout_of(optimizer.moments, shard, bits)) for shard, bits in shards]
-    for (_, param), entry in zip(wanted, allocate(layouts, optimizer.memory), strict=True):
+    needed = [moments_wanted(optimizer, group, param) for group, param in wanted]
+    layouts = [(shard, layout_of(moments, shard, bits)) for moments, (shard, bits) in zip(needed, shards, strict=True)]
+    fresh = allocate(layouts, optimizer.memory)
+    for (group, param), moments, entry in zip(wanted, needed, fresh, strict=True):
+        begin(moments, entry, options_of(optimizer, group, param))
         optimizer.state.put(param, entry)
 
 
@@ -67,10 +83,12 @@ def convert_states(optimizer: Stateful, wanted: Sequence[tuple[torch.Tensor, int
     if not wanted:
         return
     pending.wait()
-    targets = [
-        (Target(local(param), bits, name.format(tuple(param.shape))), optimizer.state[param]) for param, bits in wanted
-    ]
-    for (param, _), entry in zip(wanted, convert(optimizer.moments, targets, optimizer.memory), strict=True):
+    targets = []
+    for param, bits in wanted:
+        entry = optimizer.state[param]
+        moments = moments_of(optimizer.moments, entry)
+        targets.append((Target(local(param), moments, bits, name.format(tuple(param.shape))), entry))
+    for (param, _), entry in zip(wanted, convert(targets, optimizer.memory), strict=True):
         optimizer.state.put(param, entry)
     optimizer.memory.keep_only(optimizer.state.values())
 
@@ -84,7 +102,7 @@ def relay_states(optimizer: Stateful) -> None:
             (param, bits_of(moments, entry))
             for param, entry in optimizer.state.items()
             if isinstance(param, torch.Tensor) and entry
-            if moments[0].values(entry).stride() != dense_stride(local(param))
+            if moments_of(moments, entry)[0].values(entry).stride() != dense_stride(local(param))
         ],
     )
 

@@ -37,7 +37,8 @@ namespace {
 double option_of(const HyperInfo& hyper, const py::dict& group) {
     py::object value = group[hyper.name];
     if (hyper.part >= 0) value = value[py::int_(hyper.part)];
-    if (hyper.is_flag) return py::bool_(value) ? 1.0 : 0.0;
+    if (hyper.kind == HyperKind::Flag) return py::bool_(value) ? 1.0 : 0.0;
+    if (hyper.kind == HyperKind::Optional && value.is_none()) return 0.0;
     const double number = PyFloat_AsDouble(value.ptr());
     if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
     return number;
@@ -45,10 +46,21 @@ double option_of(const HyperInfo& hyper, const py::dict& group) {
 
 StepOptions values_of(const RuleInfo& rule, const py::dict& group, bool without_lr) {
     StepOptions options;
+    options.rule = rule.id;
     for (int i = 0; i < rule.hypers; ++i)
         if (!without_lr || std::string("lr") != rule.hyper[i].name) options.value[i] = option_of(rule.hyper[i], group);
     return options;
 }
+
+// The variant of a rule that steps a group with these options.
+const RuleInfo& variant_of(const std::string& family, const py::dict& group, bool without_lr) {
+    const StepOptions options = values_of(rule_of(family), group, without_lr);
+    for (const RuleInfo& rule : rule_table)
+        if (family == rule.family && rule.serves(options)) return rule;
+    return rule_of(family);
+}
+
+std::string variant(const std::string& family, const py::dict& group) { return variant_of(family, group, true).name; }
 
 py::object conflict(const std::string& rule, const py::dict& group) {
     const char* text = rule_of(rule).conflict(values_of(rule_of(rule), group, true));
@@ -57,7 +69,7 @@ py::object conflict(const std::string& rule, const py::dict& group) {
 
 StepOptions options_of(const std::string& owner, const std::string& rule, const py::dict& group, bool maximize,
                        double gradient_scale, bool count_on_device, uintptr_t device_lr, bool dithered, bool direct) {
-    StepOptions options = values_of(rule_of(rule), group, device_lr != 0);
+    StepOptions options = values_of(variant_of(rule, group, device_lr != 0), group, device_lr != 0);
     if (const char* text = rule_of(rule).conflict(options)) throw py::value_error(owner + ": " + text);
     options.maximize = maximize;
     options.gradient_scale = gradient_scale;
@@ -74,12 +86,14 @@ py::list rules() {
     for (const RuleInfo& rule : rule_table) {
         py::list states, hypers;
         for (int s = 0; s < rule.states; ++s)
-            states.append(py::make_tuple(rule.state[s].name, is_signed(rule.state[s].code), rule.state[s].root));
+            states.append(py::make_tuple(rule.state[s].name, is_signed(rule.state[s].code), rule.state[s].root,
+                                         rule.state[s].wide, rule.state[s].initial));
         for (int i = 0; i < rule.hypers; ++i) {
             const HyperInfo& h = rule.hyper[i];
-            hypers.append(py::make_tuple(h.name, h.part, h.initial, h.least, h.below, h.is_flag));
+            hypers.append(py::make_tuple(h.name, h.part, h.initial, h.least, h.below, static_cast<int>(h.kind)));
         }
-        all.append(py::make_tuple(rule.name, rule.torch_name, rule.functional_name, states, hypers));
+        all.append(py::make_tuple(rule.name, rule.family, rule.torch_name, rule.functional_name, states, hypers,
+                                  rule.running, rule.running_start));
     }
     return all;
 }
@@ -87,10 +101,14 @@ py::list rules() {
 }  // namespace
 
 void bind_step(py::module_& m) {
-    m.def("rules", &rules,
-          "Every rule: (name, name in torch.optim or None, name in the functional API or None, [(state, whether its "
-          "code is signed, whether codes stand for its root)], [(option, place in its pair or -1, default, at least, "
-          "below, whether it is a flag)]).");
+    m.def(
+        "rules", &rules,
+        "Every rule: (name, family, name in torch.optim or None, name in the functional API or None, [(state, whether "
+        "its code is signed, whether codes stand for its root, whether it is wide, the option that it starts as or "
+        "None)], [(option, place in its tuple or -1, default, at least, below, 0 for a number, 1 for a flag, 2 for a "
+        "number or None)], scalar of each parameter or None, what that starts as).");
+    m.def("variant", &variant, py::arg("family"), py::arg("group"),
+          "The name of the variant of a rule that steps a group with these options.");
     m.def("conflict", &conflict, py::arg("rule"), py::arg("group"),
           "What is wrong with the options of a group of which each is within its bounds, or None.");
     m.def("cut", &cut, py::arg("flat"), py::arg("begins"), py::arg("shapes"), py::arg("strides"),
@@ -99,7 +117,9 @@ void bind_step(py::module_& m) {
         .def(py::init(&options_of), py::arg("owner"), py::arg("rule"), py::arg("group"), py::kw_only(),
              py::arg("maximize") = false, py::arg("gradient_scale") = 1.0, py::arg("count_on_device") = false,
              py::arg("device_lr") = 0, py::arg("dithered") = false, py::arg("direct") = false)
-        .def_readonly("count_on_device", &StepOptions::count_on_device);
+        .def_readonly("count_on_device", &StepOptions::count_on_device)
+        .def_property_readonly("rule",
+                               [](const StepOptions& o) { return rule_table[static_cast<size_t>(o.rule)].name; });
     py::class_<Lacks>(m, "Lacks", "What a step lacks before it can run: indices of parameters.")
         .def_readonly("gaps", &Lacks::gaps)
         .def_readonly("state", &Lacks::state)
@@ -115,8 +135,8 @@ void bind_step(py::module_& m) {
         .def("__len__", [](const DeviceRows& d) { return d.rows.size(); });
     py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
         .def(py::init<>())
-        .def("add", &StepTable::add, py::arg("params"), py::arg("state"), py::arg("rule"), py::arg("options"),
-             py::arg("owner"), py::arg("group"), py::arg("grads") = py::dict(), py::arg("names_of") = py::none(),
+        .def("add", &StepTable::add, py::arg("params"), py::arg("state"), py::arg("options"), py::arg("owner"),
+             py::arg("group"), py::arg("grads") = py::dict(), py::arg("names_of") = py::none(),
              py::arg("firsts") = py::dict())
         .def("same_memory", &StepTable::same_memory,
              "Two rows, by position in params, whose parameters begin at the "

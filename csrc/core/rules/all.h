@@ -8,9 +8,12 @@
 
 #define OPTIM8_RULES(X) \
     X(adam, Adam) \
+    X(adam_amsgrad, AdamAmsgrad) \
     X(adamw, AdamW) \
+    X(adamw_amsgrad, AdamWAmsgrad) \
     X(lion, Lion) \
-    X(sgd, SGD)
+    X(sgd, SGD) \
+    X(sgd_plain, PlainSGD)
 
 namespace optim8 {
 

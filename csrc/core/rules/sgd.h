@@ -7,7 +7,7 @@
 
 OPTIM8_BEGIN
 
-struct SGD : RuleDefaults {
+struct SGDOptions : RuleDefaults {
     static constexpr const char* torch_name = "SGD";
     static constexpr State states[] = {{"momentum_buffer", Code::Signed}};
     static constexpr bool states_need_param = true;
@@ -32,20 +32,38 @@ struct SGD : RuleDefaults {
         float negative_lr, momentum, fresh, weight_decay, nesterov;
     };
     OPTIM8_HD static Scalars derive(const Hypers& h, double step) {
-        // The first gradient goes into the momentum undampened, and without momentum there is nothing to dampen.
-        const bool undampened = step <= 1 || h.momentum == 0;
-        return {rounded(-h.lr), rounded(h.momentum), rounded(undampened ? 1 : 1 - h.dampening), rounded(h.weight_decay),
+        // The first gradient goes into the momentum undampened.
+        return {rounded(-h.lr), rounded(h.momentum), rounded(step <= 1 ? 1 : 1 - h.dampening), rounded(h.weight_decay),
                 rounded(h.nesterov)};
     }
+    template <class F>
+    OPTIM8_HD static F penalized(F g, F p, const Scalars& s) {
+        // Not with weight_decay 0: 0 times an infinite parameter would be NaN.
+        return s.weight_decay != 0.0f ? fma(F(s.weight_decay), p, g) : g;
+    }
+};
+
+struct SGD : SGDOptions {
+    static bool serves(const Hypers& h) { return h.momentum != 0; }
 
     template <class F, int n>
     OPTIM8_HD static void update(F& p, F g, F (&state)[n], const Scalars& s) {
         F& m = state[0];
-        // Not with weight_decay 0: 0 times an infinite parameter would be NaN.
-        if (s.weight_decay != 0.0f) g = fma(F(s.weight_decay), p, g);
+        g = penalized(g, p, s);
         m = fma(F(s.momentum), m, F(s.fresh) * g);
         const F direction = s.nesterov != 0.0f ? fma(F(s.momentum), m, g) : m;
         p = fma(F(s.negative_lr), direction, p);
+    }
+};
+
+// Without momentum.
+struct PlainSGD : SGDOptions {
+    static constexpr const char* family = "sgd";
+    static constexpr bool stateless = true;
+
+    template <class F, int n>
+    OPTIM8_HD static void update(F& p, F g, F (&)[n], const Scalars& s) {
+        p = fma(F(s.negative_lr), penalized(g, p, s), p);
     }
 };
 

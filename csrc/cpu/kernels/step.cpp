@@ -38,7 +38,7 @@ template <class Coding, int s, class Rule>
 OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[state_count<Rule>], int at,
                              F (&state)[state_count<Rule>][group_vectors]) {
     if constexpr (s < state_count<Rule>) {
-        if constexpr (Coding::in_16_bits)
+        if constexpr (Coding::template low<Rule, s>)
             decode16_group<code_of<Rule, s>>(block.codes[s] + at, block.low[s] + at, state[s]);
         else
             decode_group<code_of<Rule, s>>(block.codes[s] + at, state[s]);
@@ -54,7 +54,7 @@ void decode_one(const Block<Rule>& block, int i, float (&state)[state_count<Rule
     if constexpr (s < state_count<Rule>) {
         constexpr Code code = code_of<Rule, s>;
         float quotient;
-        if constexpr (Coding::in_16_bits)
+        if constexpr (Coding::template low<Rule, s>)
             quotient = decode16<code>(number16(block.codes[s][i], block.low[s][i]), Decode16TablesOf<code>::all);
         else
             quotient = Tables<code>::all.value[block.codes[s][i]];
@@ -148,7 +148,8 @@ template <class Coding, int s, class Rule>
 OPTIM8_HD void scale_states(Block<Rule>& block, const uint32_t (&largest)[state_count<Rule>]) {
     if constexpr (s < state_count<Rule>) {
         constexpr bool root = Coding::template root<Rule, s>;
-        const BlockScale by = block_scale<code_of<Rule, s>, Coding::scaling, root>(float_of(largest[s]));
+        const BlockScale by =
+            block_scale<code_of<Rule, s>, Coding::template scaling<Rule, s>, root>(float_of(largest[s]));
         block.new_absmax[s] = by.absmax;
         block.reciprocal[s] = by.normal.reciprocal;
         if (__builtin_expect(by.normal.scale != 1.0f, 0))
@@ -176,7 +177,7 @@ OPTIM8_HD void seal_states(const Block<Rule>& block, int at) {
         F x[group_vectors];
         for (int j = 0; j < group_vectors; ++j) x[j] = load(block.state[s] + at + j * width);
         constexpr Code code = code_of<Rule, s>;
-        if constexpr (Coding::in_16_bits)
+        if constexpr (Coding::template low<Rule, s>)
             encode16_group<code, s, Coding::rounding>(x, block.reciprocal[s], block.dither, at, block.codes[s] + at,
                                                       block.low[s] + at);
         else if constexpr (Coding::rounding == Rounding::Dithered)
@@ -234,7 +235,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
     const auto point = [&](Block<Rule>& block, int64_t b) {
         for (int s = 0; s < state_count<Rule>; ++s) {
             block.codes[s] = static_cast<uint8_t*>(row.state[s]) + b * step_block;
-            if (Coding::in_16_bits) block.low[s] = row.low[s] + b * step_block;
+            block.low[s] = row.low[s] == nullptr ? nullptr : row.low[s] + b * step_block;
             block.absmax[s] = row.absmax[s] + b;
         }
         if (Coding::rounding == Rounding::Dithered)
@@ -265,7 +266,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
             std::memset(tail.codes[s], zero_code_of(Rule::states[s].code), step_block);
             std::memcpy(tail.codes[s], block.codes[s], n);
             block.codes[s] = tail.codes[s];
-            if (Coding::in_16_bits) {
+            if (block.low[s] != nullptr) {
                 std::memset(tail.low[s], middle_low, step_block);
                 std::memcpy(tail.low[s], block.low[s], n);
                 block.low[s] = tail.low[s];
@@ -276,7 +277,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
         std::memcpy(param + at, tail.param, n * sizeof(P));
         for (int s = 0; s < state_count<Rule>; ++s) {
             std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
-            if (Coding::in_16_bits) std::memcpy(row.low[s] + at, tail.low[s], n);
+            if (row.low[s] != nullptr) std::memcpy(row.low[s] + at, tail.low[s], n);
         }
     }
 }
@@ -293,16 +294,16 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
     const auto advance_lanes = [&](P* p_at, const G* g_at, float* const(&state_at)[state_count<Rule>]) {
         F p = load(p_at);
         F now[state_count<Rule>];
-        for (int s = 0; s < state_count<Rule>; ++s) now[s] = load(state_at[s]);
+        for (int s = 0; s < state_count<Rule>; ++s) now[s] = Rule::stateless ? F(0.0f) : load(state_at[s]);
         Rule::update(p, load(g_at) * factor, now, scalars.of_rule);
         store(p_at, p);
-        for (int s = 0; s < state_count<Rule>; ++s) store(state_at[s], now[s]);
+        for (int s = 0; s < kept_count<Rule>; ++s) store(state_at[s], now[s]);
     };
     const int64_t last = std::min(end * step_block, row.size);
     int64_t i = begin * step_block;
     for (; i + width <= last; i += width) {
-        float* at[state_count<Rule>];
-        for (int s = 0; s < state_count<Rule>; ++s) at[s] = state[s] + i;
+        float* at[state_count<Rule>]{};
+        for (int s = 0; s < kept_count<Rule>; ++s) at[s] = state[s] + i;
         advance_lanes(param + i, grad + i, at);
     }
     if (i < last) {
@@ -310,23 +311,24 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
         P p[width] = {};
         G g[width] = {};
         float rest[state_count<Rule>][width] = {};
-        float* at[state_count<Rule>];
+        float* at[state_count<Rule>]{};
         std::memcpy(p, param + i, n * sizeof(P));
         std::memcpy(g, grad + i, n * sizeof(G));
-        for (int s = 0; s < state_count<Rule>; ++s) {
+        for (int s = 0; s < kept_count<Rule>; ++s) {
             std::memcpy(rest[s], state[s] + i, n * sizeof(float));
             at[s] = rest[s];
         }
         advance_lanes(p, g, at);
         std::memcpy(param + i, p, n * sizeof(P));
-        for (int s = 0; s < state_count<Rule>; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));
+        for (int s = 0; s < kept_count<Rule>; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));
     }
 }
 
 template <class Rule, class P, class G>
 void step_precision(const Row& row, int64_t begin, int64_t end) {
-    if (row.precision == Precision::Bits32) return step_32bit<Rule, P, G>(row, begin, end);
-    with_coding<Rule>(row, [&](auto coding) { step_codes<Rule, decltype(coding), P, G>(row, begin, end); });
+    if (Rule::stateless || row.precision == Precision::Bits32) return step_32bit<Rule, P, G>(row, begin, end);
+    if constexpr (!Rule::stateless)
+        with_coding<Rule>(row, [&](auto coding) { step_codes<Rule, decltype(coding), P, G>(row, begin, end); });
 }
 
 // Gradients are of the parameter's type or float32; the binding has checked it.

@@ -73,17 +73,22 @@ def tensor(
 _OTHER_PARAMETERS = "Load a state dict that was written for the same parameters by an optimizer with the same rule."
 
 
-def step(where: str, entry: Mapping[str, Any]) -> float:
-    """The count of steps, a number or a tensor of one."""
-    value = entry.get("step")
+def number(where: str, entry: Mapping[str, Any], key: str) -> float:
+    """A number that is not negative, or a tensor of one."""
+    value = entry.get(key)
     if isinstance(value, torch.Tensor) and value.shape == ():
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        got = "nothing" if "step" not in entry else describe(entry["step"])
-        fail(where, "['step']", f"must be a number or a tensor of shape (), got {got}", _OTHER_PARAMETERS)
+        got = "nothing" if key not in entry else describe(entry[key])
+        fail(where, f"[{key!r}]", f"must be a number or a tensor of shape (), got {got}", _OTHER_PARAMETERS)
     if not 0 <= value < float("inf"):
-        fail(where, "['step']", f"must be a count of steps, got {value}")
+        fail(where, f"[{key!r}]", f"must be finite and not negative, got {value}")
     return float(value)
+
+
+def step(where: str, entry: Mapping[str, Any]) -> float:
+    """The count of steps, a number or a tensor of one."""
+    return number(where, entry, "step")
 
 
 def absmax(where: str, key: str, value: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 
 from optim8 import codec, rules
 from optim8.checkpoint.formats import common
-from optim8.rules import Moment
-from optim8.state.layout import bits_of, dense, moments_in, under_present_names
+from optim8.rules import Moments
+from optim8.state.layout import bits_of, dense, moments_in, moments_of, under_present_names
 from optim8.state.moments import Codes, Entry, Tiled, check_low, check_scales
 
 # The key of the dimensions of codes, the outermost in memory first, as torch.Tensor.dim_order gives them.
@@ -27,14 +27,15 @@ def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
+def _read_entry(where: str, moments: Moments, param: torch.Tensor, entry: dict[str, Any]) -> Entry:
     entry = under_present_names(moments, entry)
     moments = moments_in(moments, entry)
     bits = bits_of(moments, entry)
     if not isinstance(entry.get("step"), (int, float)):
         common.tensor(where, entry, "step", (torch.float32,), ())
-    read: Entry = {"step": common.step(where, entry)}
-    known = ["step"]
+    scalars = [scalar.name for scalar in moments.scalars]
+    read: Entry = {"step": common.step(where, entry), **{name: common.number(where, entry, name) for name in scalars}}
+    known = ["step", *scalars]
     order = None
     if bits != 32 and _DIM_ORDER in entry:
         known.append(_DIM_ORDER)
@@ -45,7 +46,7 @@ def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entr
         read[moment.name] = values = common.tensor(where, entry, key, (kind,), param.shape)
         if bits != 32:
             low = None
-            if bits == 16:
+            if moment.low in moment.keys_in(bits):
                 known.append(moment.low)
                 low = common.tensor(where, entry, moment.low, (kind,), param.shape)
                 low = low if order is None else _laid_out(low, order)
@@ -89,8 +90,9 @@ def _laid_out(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     return tensor.permute(*order).contiguous().permute(*inverse)
 
 
-def with_dim_order(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str, Any]:
+def with_dim_order(moments: Moments, entry: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state to be saved: where codes do not lie row after row, the dict says how."""
+    moments = moments_of(moments, entry)
     if bits_of(moments, entry) == 32 or moments[0].values(entry).is_contiguous():
         return entry
     strides = moments[0].values(entry).stride()
@@ -98,14 +100,18 @@ def with_dim_order(moments: Sequence[Moment], entry: dict[str, Any]) -> dict[str
     return {**entry, _DIM_ORDER: torch.tensor(order, dtype=torch.int64, device="cpu")}
 
 
-def is_own(moments: Sequence[Moment], entry: dict[str, Any], bits: int) -> bool:
+def is_own(moments: Moments, entry: dict[str, Any], bits: int) -> bool:
     """Whether a state that somebody put into an optimizer can be stepped as it is; the step looks at it closely."""
-    if moments_in(moments, entry) != tuple(moments):
+    if any(moment.root and moment.direct.absmax in entry for moment in moments):
         return False
+    moments = moments_of(moments, entry)
     if bits_of(moments, entry) != 32:
         return _DIM_ORDER not in entry  # which only a saved one has
-    others = {"exp_avg_sq", "max_exp_avg_sq", "mu_product"}.difference(moment.name for moment in moments)
-    tensors = [entry.get(name) for name in ("step", *(moment.name for moment in moments))]
+    own = {moment.name for moment in moments} | {scalar.name for scalar in moments.scalars}
+    of_rules = [each.moments for each in rules.every().values()]
+    others = {moment.name for each in of_rules for moment in each} | {s.name for each in of_rules for s in each.scalars}
+    others -= own
+    tensors = [entry.get(name) for name in ("step", *own)]
     in_float32 = all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in tensors)
     return in_float32 and bits == 32 and others.isdisjoint(entry)
 

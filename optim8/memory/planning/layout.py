@@ -12,15 +12,17 @@ from optim8.optim.base import BlockwiseOptimizer
 from optim8.paging import files
 from optim8.paging.pager import Pager
 from optim8.paging.tiers import plan as plan_tiers
-from optim8.rules import Moment
+from optim8 import rules
+from optim8.rules import Moments
 from optim8.state.allocation import DEVICE, HOST, TIERS, Allocator, Arena, Resident, allocate
-from optim8.state.layout import bits_of, layout_of
+from optim8.state.layout import STEP, bits_of, layout_of, moments_of
 from optim8.state.mapped import PAGE
 from optim8.step import overrides
 from optim8.step.hypers import bits_of_new_state
 
 Bytes = dict[tuple[str, str], int]  # by kind and tier
-Requests = list[tuple[torch.Tensor, int]]  # a tensor on the meta device, and the bits of its state
+# A tensor on the meta device, and the moments and bits of its state.
+Requests = list[tuple[torch.Tensor, Moments, int]]
 
 
 def state_requests(
@@ -53,16 +55,19 @@ def state_requests(
             if not entry and id(param) in frozen:
                 continue
             options = {**group, **({} if resolved is None else resolved.by_id.get(id(param), {}))}
-            bits = bits_of(optimizer.moments, entry) if entry else bits_of_new_state(options, param)
-            requests[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), bits))
+            if entry:
+                moments, bits = moments_of(optimizer.moments, entry), bits_of(optimizer.moments, entry)
+            else:
+                moments, bits = rules.variant(optimizer.rule, options).moments, bits_of_new_state(options, param)
+            if not moments:
+                continue
+            requests[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), moments, bits))
             if bits == 32 and bits_of_new_state({**options, "min_8bit_size": 0}, param) != 32:
                 small.append(param.numel())
     return requests, small
 
 
-def state_bytes(
-    moments: tuple[Moment, ...], groups: Sequence[Requests], pager: Pager | None, device: str, free: int
-) -> Bytes:
+def state_bytes(groups: Sequence[Requests], pager: Pager | None, device: str, free: int) -> Bytes:
     """Bytes by kind and tier of the state of all groups.
 
     Args:
@@ -74,7 +79,7 @@ def state_bytes(
     arenas: dict[int, tuple[str, int]] = {}
     allocator: Allocator = Resident() if store is None else store
     # A first step allocates the state of all groups at once.
-    layouts = [(param, layout_of(moments, param, bits)) for group in groups for param, bits in group]
+    layouts = [(param, layout_of(moments, param, bits)) for group in groups for param, moments, bits in group]
     for entry in allocate(layouts, allocator):
         for name, value in entry.items():
             kind, key = _kind(name, value), _key(value)
@@ -137,7 +142,7 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 def _kind(name: str, value: torch.Tensor) -> str:
-    if name == "step":
+    if name == STEP or any(name == scalar.name for rule in rules.every().values() for scalar in rule.moments.scalars):
         return "step counts"
     if value.dtype == torch.uint8:
         return "codes"

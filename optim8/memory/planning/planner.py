@@ -225,7 +225,7 @@ def _state(
     frozen = {id(p.whole) for p in held if not p.trainable}
     requests, small = layout.state_requests(ours, groups, {id(p.whole): p.local for p in held}, frozen)
     label = f"optim8 {type(ours).__name__}" + (" paged" if pager is not None and not ours.always_paged else "")
-    nbytes = layout.state_bytes(ours.moments, requests, pager, device, free)
+    nbytes = layout.state_bytes(requests, pager, device, free)
     return _State(label, len(ours.moments), nbytes, small)
 
 

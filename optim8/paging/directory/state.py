@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from optim8 import rules
 from optim8.paging.directory import checkpoint, fingerprint, index, resumption
 from optim8.paging.directory.checkpoint import Checkpoint
 from optim8.paging.directory.journal import RETURNING, Journal
@@ -22,6 +23,7 @@ from optim8.paging.directory.records import Records
 from optim8.paging.files import Segment, in_file, map_file
 from optim8.paging.pager import Pager
 from optim8.state.allocation import Arena
+from optim8.state.layout import STEP
 
 _LAYOUT = {"optimizer": str, "rule": str, "run": str, "count": int, "segments": list, "params": dict}
 Groups = Sequence[dict[str, Any]]
@@ -45,6 +47,7 @@ class StateDirectory:
 
     def __init__(self, owner: str, rule: str, pager: Pager, params: Sequence[torch.Tensor]) -> None:
         self.owner, self.rule, self.pager, self.directory = owner, rule, pager, Path(str(pager.directory))
+        self._counts = {STEP, *(scalar.name for scalar in rules.rule(rule).moments.scalars)}
         self.records = Records(owner, self.directory)
         is_new = not (self.directory / "layout.json").exists()
         self.journal = Journal(self.records, is_new)
@@ -173,7 +176,8 @@ class StateDirectory:
         for name, at in self.pending.get(place, {}).items():
             with self.records.parsing("layout.json", f"Restore it. {self.advice}"):
                 was, tensor = index.tensor(at, files)
-            if name != "step" and not name.endswith("_absmax") and tuple(shape) != was:
+            of_values = name not in self._counts and not name.endswith("_absmax")
+            if of_values and tuple(shape) != was:
                 raise ValueError(
                     f"{self.owner}: {self.directory} holds state of shape {was} for parameter {place}, "
                     f"which is {tuple(shape)}. Resume with the same parameters in the same order."
