@@ -13,7 +13,7 @@ import torch
 from optim8.checkpoint.formats import bitsandbytes, torch_optim
 from optim8.checkpoint.formats.common import Format, check_rule
 from optim8.optim import BlockwiseOptimizer
-from optim8.rules import Moment
+from optim8.rules import Moment, Moments
 from optim8.state import report as reports
 from optim8.state import shards
 from optim8.state.conversion import as_sources
@@ -126,7 +126,7 @@ def _written(
     who: str,
     optimizer: BlockwiseOptimizer,
     write_group: Callable[[str, str, dict[str, Any]], dict[str, Any]],
-    write_entry: Callable[[Sequence[Moment], Entry], dict[str, Any]],
+    write_entry: Callable[[Moments, Entry], dict[str, Any]],
     read_back: Callable[[Sequence[Moment], int, dict[str, Any]], Source],
 ) -> dict[str, Any]:
     saved = optimizer.state_dict()

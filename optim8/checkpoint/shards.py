@@ -58,9 +58,7 @@ def saved_state_dict(
     return {**saved, "state": state}
 
 
-def _saved_entry(
-    where: str, moments: Moments, param: Any, entry: dict[str, Any], windows: Windows
-) -> dict[str, Any]:
+def _saved_entry(where: str, moments: Moments, param: Any, entry: dict[str, Any], windows: Windows) -> dict[str, Any]:
     saved = dict(entry)
     shape, bits = tuple(param.shape), bits_of(moments, entry)
     for moment in moments:

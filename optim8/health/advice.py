@@ -66,9 +66,7 @@ def _missed(precision: _Precision, name: str, of: MomentHealth, limit: float) ->
     return ""
 
 
-def advise(
-    moments: Moments, shard: torch.Tensor, seen: Mapping[str, MomentHealth], limit: float
-) -> Advice | None:
+def advise(moments: Moments, shard: torch.Tensor, seen: Mapping[str, MomentHealth], limit: float) -> Advice | None:
     """The precision to use for a parameter whose state is in 8 bits; None where nothing was seen.
 
     Args:

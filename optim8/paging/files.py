@@ -185,9 +185,8 @@ def _fill(handle: int, begin: int, arena: Arena) -> None:
     Zeros are written too: the first step is then as fast as every later one, which finds no blocks that are only
     reserved."""
     size = arena.size * arena.dtype.itemsize
-    if arena.dtype is not torch.uint8 and arena.fill:
-        raise ValueError(f"paged state of {arena.dtype} can only start as 0, got {arena.fill}.")
-    chunk = bytes([arena.fill]) * min(_CHUNK, size)
+    one = torch.full((1,), arena.fill, dtype=arena.dtype).view(torch.uint8).numpy().tobytes()
+    chunk = one * min(_CHUNK // len(one), arena.size)
     at, end = begin, begin + size
     while at < end:
         at += os.pwrite(handle, chunk[: end - at], at)

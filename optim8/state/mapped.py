@@ -45,7 +45,7 @@ def copy(goal: torch.Tensor, source: torch.Tensor) -> None:
         release((to, of))
 
 
-def fill(goal: torch.Tensor, value: int) -> None:
+def fill(goal: torch.Tensor, value: float) -> None:
     """`goal.fill_(value)` for a dense goal; what is mapped under a limit passes through memory in parts."""
     if not _is_limited(goal):
         goal.fill_(value)

@@ -68,9 +68,7 @@ def _tuple(owner: str, hyper: Hyper, value: Any) -> tuple[float | torch.Tensor, 
     if not isinstance(several, (tuple, Sequence, np.ndarray, torch.Tensor)) or len(several) != count:
         what = "a pair of numbers" if count == 2 else f"{count} numbers"
         raise ValueError(f'{owner}: {hyper.name} must be {what}, or like "{hyper.default}", got {value!r}.')
-    return tuple(
-        _number(owner, f"{hyper.name}[{i}]", each, hyper.least, hyper.below) for i, each in enumerate(several)
-    )
+    return tuple(_number(owner, f"{hyper.name}[{i}]", each, hyper.least, hyper.below) for i, each in enumerate(several))
 
 
 def _optional(owner: str, hyper: Hyper, value: Any) -> float | torch.Tensor | None:
@@ -131,9 +129,13 @@ def _normalize_options(owner: str, rule: Rule, group: dict[str, Any]) -> None:
         value, least, below = group[hyper.name], hyper.least, hyper.below
         if type(value) is float and hyper.is_number and least <= value < below:
             continue  # every step comes here
-        if hyper.is_tuple and type(value) is tuple and len(value) == len(hyper.default):  # type: ignore[arg-type]
-            if all(type(each) is float and least <= each < below for each in value):
-                continue
+        if (
+            type(value) is tuple
+            and isinstance(hyper.default, tuple)
+            and len(value) == len(hyper.default)
+            and all(type(each) is float and least <= each < below for each in value)
+        ):
+            continue
         group[hyper.name] = _plain(owner, hyper, value)
     if group.get("differentiable"):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from optim8 import rules
-from optim8.rules import Moment
+from optim8.rules import Moments
 from optim8.state.moments import Entry
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,7 +32,7 @@ class Format:
     keeps_precision: bool
     claims: Callable[[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], bool]
     read_group: Callable[[str, str, dict[str, Any]], dict[str, Any]]
-    read_entry: Callable[[str, Sequence[Moment], torch.Tensor, dict[str, Any]], Entry]
+    read_entry: Callable[[str, Moments, torch.Tensor, dict[str, Any]], Entry]
     options: Callable[[str], Sequence[str]] = lambda rule: ()
     has: Callable[[str], bool] = lambda rule: True
 

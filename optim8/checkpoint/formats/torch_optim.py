@@ -23,6 +23,7 @@ _UNWRITTEN = {"sgd": ("capturable",)}  # options that the namesake does not have
 # torch's SGD only tells the first step, which makes the state.
 _UNCOUNTED = {"exp_avg": 0.0, "momentum_buffer": 1.0}
 
+
 def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
     names = {moment.name for rule in rules.every().values() for moment in rule.moments}
     return not entries or any(not names.isdisjoint(entry) for entry in entries)

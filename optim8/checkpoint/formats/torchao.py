@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optim8.checkpoint.formats import common, torch_optim
-from optim8.rules import Moment
+from optim8.rules import Moments
 from optim8.state.moments import Codes, Entry, same_table
 
 # Its classes are told by their names, so that nothing of it is imported.
@@ -31,7 +31,7 @@ def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _read_entry(where: str, moments: Sequence[Moment], param: torch.Tensor, entry: dict[str, Any]) -> Entry:
+def _read_entry(where: str, moments: Moments, param: torch.Tensor, entry: dict[str, Any]) -> Entry:
     # The classes do not take part in the checks of plain tensors: what they say of themselves is their dtype.
     floats = {key: value.dequantize() if type(value).__name__ in _OTHERS else value for key, value in entry.items()}
     plain = {key: torch.empty((), dtype=v.dtype).expand(v.shape) if _is_theirs(v) else v for key, v in floats.items()}

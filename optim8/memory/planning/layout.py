@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from optim8 import rules
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.paging import files
 from optim8.paging.pager import Pager
 from optim8.paging.tiers import plan as plan_tiers
-from optim8 import rules
 from optim8.rules import Moments
 from optim8.state.allocation import DEVICE, HOST, TIERS, Allocator, Arena, Resident, allocate
 from optim8.state.layout import STEP, bits_of, layout_of, moments_of
