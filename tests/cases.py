@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import reference
@@ -27,6 +27,36 @@ SGD_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 0.05, "momentum": 0.95, "dampening": 0.0, "weight_decay": 0.0, "nesterov": True, "maximize": True},
     {"lr": 2e-4, "momentum": 0.5, "dampening": 0.9, "weight_decay": 0.1, "nesterov": False, "maximize": True},
 )
+RMSPROP_HYPERS: tuple[dict[str, Any], ...] = (
+    {"lr": 3e-3, "alpha": 0.8, "eps": 1e-6, "weight_decay": 0.03, "momentum": 0.7, "centered": True},
+    {"lr": 0.05, "alpha": 0.95, "eps": 1e-12, "weight_decay": 0.0, "momentum": 0.0, "centered": False, "maximize": True},
+    {"lr": 2e-4, "alpha": 0.5, "eps": 0.0, "weight_decay": 0.1, "momentum": 0.9, "centered": False, "maximize": True},
+)
+ADAGRAD_HYPERS: tuple[dict[str, Any], ...] = (
+    {"lr": 3e-2, "lr_decay": 0.1, "weight_decay": 0.03, "initial_accumulator_value": 0.2, "eps": 1e-6},
+    {"lr": 0.07, "lr_decay": 1e-3, "weight_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-12, "maximize": True},
+    {"lr": 2e-4, "lr_decay": 2.0, "weight_decay": 0.2, "initial_accumulator_value": 1e-4, "eps": 0.0, "maximize": True},
+)
+ADADELTA_HYPERS: tuple[dict[str, Any], ...] = (
+    {"lr": 0.5, "rho": 0.8, "eps": 1e-5, "weight_decay": 0.03},
+    {"lr": 2.0, "rho": 0.95, "eps": 1e-9, "weight_decay": 0.0, "maximize": True},
+    {"lr": 0.1, "rho": 0.5, "eps": 1e-3, "weight_decay": 0.2, "maximize": True},
+)
+NADAM_HYPERS: tuple[dict[str, Any], ...] = (
+    {**ADAM_HYPERS[0], "momentum_decay": 0.05, "decoupled_weight_decay": True},
+    {**ADAM_HYPERS[1], "momentum_decay": 1.0, "decoupled_weight_decay": True},
+    {**ADAM_HYPERS[2], "momentum_decay": 0.0, "decoupled_weight_decay": False},
+)
+RADAM_HYPERS: tuple[dict[str, Any], ...] = (
+    {**ADAM_HYPERS[0], "decoupled_weight_decay": True},
+    {**ADAM_HYPERS[1], "decoupled_weight_decay": True},
+    {**ADAM_HYPERS[2], "decoupled_weight_decay": False},
+)
+ADEMAMIX_HYPERS: tuple[dict[str, Any], ...] = (
+    {**ADAM_HYPERS[0], "betas": (0.8, 0.95, 0.99), "alpha": 3.0, "t_alpha": 40, "t_beta3": 60},
+    {**ADAM_HYPERS[1], "betas": (0.95, 0.9995, 0.99995), "alpha": 8.0, "t_alpha": 1000, "t_beta3": 2},
+    {**ADAM_HYPERS[2], "betas": (0.0, 0.5, 0.9), "alpha": 0.5, "t_alpha": None, "t_beta3": 3},
+)
 
 
 @dataclass(frozen=True)
@@ -35,14 +65,20 @@ class Case:
 
     name: str  # optim8.<name>
     rule: reference.Rule
-    states: Mapping[str, bool]  # state -> whether its code is signed
-    hypers: Sequence[Mapping[str, Any]]  # no row holds a default
+    states: Mapping[str, bool]  # state -> whether its code is signed; all that row 0 of the hyper-parameters has
+    hypers: Sequence[Mapping[str, Any]]  # row 0 holds no default
     defaults: Mapping[str, Any]  # of what torch.optim has no class for
     training: Mapping[str, Any]  # with which 200 steps learn something
     torch_class: type[torch.optim.Optimizer] | None = None  # the 32-bit optimizer with the same meaning
     decay_in_gradient: bool = False  # weight decay passes through the moments
     is_scale_free: bool = True  # the size of an update does not depend on that of the gradients
     roots: frozenset[str] = frozenset()  # the states of which codes stand for the square root
+    only_with: Mapping[str, str] = field(default_factory=dict)  # state -> the option without which it is not kept
+    wide: Mapping[str, str] = field(default_factory=dict)  # state -> the option with which it has 16 bits for 8; "": any
+    initial: Mapping[str, str] = field(default_factory=dict)  # state -> the option that it starts as, for 0
+    running: Mapping[str, float] = field(default_factory=dict)  # scalar of each parameter -> what it starts as
+    least: Mapping[str, str] = field(default_factory=dict)  # state -> the option that it is at least after a step
+    moves_without_eps: bool = True  # eps = 0 is of use
 
     def __str__(self) -> str:
         return self.name
@@ -63,6 +99,22 @@ class Case:
     def absmax(self, state: str) -> str:
         """The key of a state's scales."""
         return self.codes(state).removesuffix("codes") + "absmax"
+
+    def states_of(self, hyper: Mapping[str, Any]) -> dict[str, bool]:
+        """The states that a group with these options has, in order."""
+        return {
+            name: signed
+            for name, signed in self.states.items()
+            if name not in self.only_with or hyper.get(self.only_with[name])
+        }
+
+    def is_wide(self, state: str, hyper: Mapping[str, Any]) -> bool:
+        """Whether a state has low bytes where the others have codes alone."""
+        return state in self.wide and (not self.wide[state] or bool(hyper.get(self.wide[state])))
+
+    def start(self, state: str, hyper: Mapping[str, Any]) -> float:
+        """What a state is before the first step."""
+        return float(hyper.get(self.initial[state], 0.0)) if state in self.initial else 0.0
 
     @property
     def cls(self) -> Any:
@@ -120,6 +172,91 @@ CASES = {
             torch_class=torch.optim.SGD,
             decay_in_gradient=True,
             is_scale_free=False,
+        ),
+        Case(
+            "RMSprop8bit",
+            reference.rmsprop,
+            {"square_avg": False, "momentum_buffer": True, "grad_avg": True},
+            RMSPROP_HYPERS,
+            {},
+            {"lr": 3e-3, "alpha": 0.98, "centered": True, "weight_decay": 1e-4},
+            torch_class=torch.optim.RMSprop,
+            decay_in_gradient=True,
+            roots=frozenset({"square_avg"}),
+            only_with={"momentum_buffer": "momentum", "grad_avg": "centered"},
+            wide={"square_avg": "centered", "grad_avg": "centered"},
+        ),
+        Case(
+            "Adagrad8bit",
+            reference.adagrad,
+            {"sum": False},
+            ADAGRAD_HYPERS,
+            {},
+            {"lr": 0.05, "lr_decay": 1e-3, "weight_decay": 1e-4, "initial_accumulator_value": 1e-4},
+            torch_class=torch.optim.Adagrad,
+            decay_in_gradient=True,
+            roots=frozenset({"sum"}),
+            initial={"sum": "initial_accumulator_value"},
+        ),
+        Case(
+            "Adadelta8bit",
+            reference.adadelta,
+            {"square_avg": False, "acc_delta": False},
+            ADADELTA_HYPERS,
+            {},
+            {"lr": 1.5, "rho": 0.95, "eps": 1e-5, "weight_decay": 1e-4},
+            torch_class=torch.optim.Adadelta,
+            decay_in_gradient=True,
+            roots=frozenset({"square_avg", "acc_delta"}),
+            moves_without_eps=False,
+        ),
+        Case(
+            "Adamax8bit",
+            reference.adamax,
+            {"exp_avg": True, "exp_inf": False},
+            ADAM_HYPERS,
+            {},
+            {"lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 1e-4},
+            torch_class=torch.optim.Adamax,
+            decay_in_gradient=True,
+            least={"exp_inf": "eps"},
+        ),
+        Case(
+            "NAdam8bit",
+            reference.nadam,
+            {"exp_avg": True, "exp_avg_sq": False},
+            NADAM_HYPERS,
+            {},
+            {"lr": 5e-3, "betas": (0.9, 0.99), "weight_decay": 1e-4, "momentum_decay": 0.01},
+            torch_class=torch.optim.NAdam,
+            decay_in_gradient=True,
+            roots=ROOTS,
+            running={"mu_product": 1.0},
+        ),
+        Case(
+            "RAdam8bit",
+            reference.radam,
+            {"exp_avg": True, "exp_avg_sq": False},
+            RADAM_HYPERS,
+            {},
+            {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.05, "decoupled_weight_decay": True},
+            torch_class=torch.optim.RAdam,
+            decay_in_gradient=True,
+            is_scale_free=False,  # the first five steps
+            roots=ROOTS,
+        ),
+        Case(
+            "AdEMAMix8bit",
+            reference.ademamix,
+            {"exp_avg": True, "exp_avg_slow": True, "exp_avg_sq": False},
+            ADEMAMIX_HYPERS,
+            {
+                **{"lr": 1e-3, "betas": (0.9, 0.999, 0.9999), "alpha": 5.0, "t_alpha": None, "t_beta3": None},
+                **{"eps": 1e-8, "weight_decay": 1e-2, "maximize": False},
+            },
+            {"lr": 3e-3, "betas": (0.9, 0.99, 0.999), "alpha": 2.0, "t_alpha": 100, "t_beta3": 100, "weight_decay": 0.05},
+            roots=ROOTS,
+            wide={"exp_avg_slow": ""},
         ),
     )
 }

@@ -2,11 +2,12 @@
 
 The only other place where these formulas stand is csrc/core. Sources. The code: Dettmers 2015 (arXiv 1511.04561) and
 Dettmers et al. 2021 (arXiv 2110.02861). The rules: Kingma & Ba 2014 (arXiv 1412.6980), Loshchilov & Hutter 2017 (arXiv
-1711.05101), Chen et al. 2023 (arXiv 2302.06675).
+1711.05101), Chen et al. 2023 (arXiv 2302.06675), and what stands at each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -273,3 +274,115 @@ def sgd(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moment
     fresh = 1 - h["dampening"] if h["t"] > 1 and momentum else 1.0
     m = old["momentum_buffer"] * momentum + g * fresh
     return p - (g + m * momentum if h["nesterov"] else m) * lr, {"momentum_buffer": m}
+
+
+def _decayed(p: Rounded, g: Rounded, h: dict[str, Any]) -> tuple[Rounded, Rounded]:
+    """The parameter and the gradient that a rule of torch.optim works on: ascent, and weight decay of either kind."""
+    if h.get("maximize", False):
+        g = -g
+    if h["weight_decay"] and h.get("decoupled_weight_decay", False):
+        p = p * (1 - float(h["lr"]) * h["weight_decay"])
+    elif h["weight_decay"]:
+        g = g + p * h["weight_decay"]
+    return p, g
+
+
+def _quotient(a: Rounded, b: Rounded) -> Rounded:
+    """a / b by the reciprocal; 0 where both are 0, as of a parameter that never had a gradient, with eps = 0."""
+    return a * (Rounded.exact(1.0) / b.at_least(FLT_MIN))
+
+
+def rmsprop(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """torch.optim.RMSprop's documentation; Tieleman and Hinton 2012, lecture 6.5; centered: arXiv 1308.0850, equations
+    38 to 41, but with eps outside of the root. A variance is not negative."""
+    alpha, momentum = h["alpha"], h["momentum"]
+    p, g = _decayed(p, g, h)
+    new = {"square_avg": old["square_avg"] * alpha + g * g * (1 - alpha)}
+    variance = new["square_avg"]
+    if h["centered"]:
+        new["grad_avg"] = old["grad_avg"] * alpha + g * (1 - alpha)
+        variance = (variance - new["grad_avg"] * new["grad_avg"]).at_least(0.0)
+    direction = _quotient(g, variance.sqrt() + h["eps"])
+    if momentum:
+        direction = new["momentum_buffer"] = old["momentum_buffer"] * momentum + direction
+    return p - direction * float(h["lr"]), new
+
+
+def adagrad(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """torch.optim.Adagrad's documentation; Duchi, Hazan and Singer, JMLR 12 (2011)."""
+    p, g = _decayed(p, g, h)
+    total = old["sum"] + g * g
+    rate = float(h["lr"]) / (1 + (h["t"] - 1) * h["lr_decay"])
+    return p - _quotient(g, total.sqrt() + h["eps"]) * rate, {"sum": total}
+
+
+def adadelta(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """torch.optim.Adadelta's documentation; arXiv 1212.5701, algorithm 1."""
+    rho, eps = h["rho"], h["eps"]
+    p, g = _decayed(p, g, h)
+    v = old["square_avg"] * rho + g * g * (1 - rho)
+    delta = _quotient((old["acc_delta"] + eps).sqrt(), (v + eps).sqrt()) * g
+    u = old["acc_delta"] * rho + delta * delta * (1 - rho)
+    return p - delta * float(h["lr"]), {"square_avg": v, "acc_delta": u}
+
+
+def adamax(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """torch.optim.Adamax's documentation; arXiv 1412.6980, algorithm 2."""
+    beta1, beta2 = h["betas"]
+    p, g = _decayed(p, g, h)
+    m = old["exp_avg"] * beta1 + g * (1 - beta1)
+    u = (old["exp_inf"] * beta2).at_least(abs(g) + h["eps"])
+    return p - _quotient(m, u) * (float(h["lr"]) / (1 - beta1 ** h["t"])), {"exp_avg": m, "exp_inf": u}
+
+
+def nadam(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """torch.optim.NAdam's documentation; Dozat 2016. The product of the momenta is kept in float32."""
+    lr, (beta1, beta2), t = float(h["lr"]), h["betas"], h["t"]
+    p, g = _decayed(p, g, h)
+    now, following = (beta1 * (1 - 0.5 * 0.96 ** (step * h["momentum_decay"])) for step in (t, t + 1))
+    product = old["mu_product"] * now
+    m = old["exp_avg"] * beta1 + g * (1 - beta1)
+    v = old["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
+    one = Rounded.exact(1.0)
+    of_gradient, of_momentum = one * (1 - now) / (one - product), one * following / (one - product * following)
+    direction = _quotient(g * of_gradient + m * of_momentum, v.sqrt() / (1 - beta2**t) ** 0.5 + h["eps"])
+    return p - direction * lr, {"exp_avg": m, "exp_avg_sq": v, "mu_product": product}
+
+
+def radam(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """torch.optim.RAdam's documentation; arXiv 1908.03265, algorithm 2, but rectified above a length of 5, not 4."""
+    (beta1, beta2), t = h["betas"], h["t"]
+    p, g = _decayed(p, g, h)
+    m = old["exp_avg"] * beta1 + g * (1 - beta1)
+    v = old["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
+    most = 2 / (1 - beta2) - 1
+    length = most - 2 * t * beta2**t / (1 - beta2**t)
+    rate = float(h["lr"]) / (1 - beta1**t)
+    if length <= 5:
+        return p - m * rate, {"exp_avg": m, "exp_avg_sq": v}
+    rectification = ((length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)) ** 0.5
+    direction = _quotient(m, v.sqrt() + h["eps"])
+    return p - direction * (rate * rectification * (1 - beta2**t) ** 0.5), {"exp_avg": m, "exp_avg_sq": v}
+
+
+def ademamix(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """arXiv 2409.03137, algorithm 1; alpha and the half-life of the slow moment grow linearly (section 3)."""
+    lr, (beta1, beta2, beta3), t, alpha = float(h["lr"]), h["betas"], h["t"], h["alpha"]
+    if h.get("maximize", False):
+        g = -g
+
+    def half_life(beta: float) -> float:
+        return math.log(0.5) / math.log(beta) if beta else 0.0
+
+    if h["t_alpha"]:
+        alpha *= min(t / h["t_alpha"], 1.0)
+    if h["t_beta3"]:
+        part = min(t / h["t_beta3"], 1.0)
+        beta3 = min(0.5 ** (1 / ((1 - part) * half_life(beta1) + part * half_life(beta3))), beta3)
+    fast = old["exp_avg"] * beta1 + g * (1 - beta1)
+    slow = old["exp_avg_slow"] * beta3 + g * (1 - beta3)
+    v = old["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
+    momentum = fast * (1 / (1 - beta1**t)) + slow * alpha
+    direction = _quotient(momentum, v.sqrt() / (1 - beta2**t) ** 0.5 + h["eps"])
+    p = p * (1 - lr * h["weight_decay"]) if h["weight_decay"] else p
+    return p - direction * lr, {"exp_avg": fast, "exp_avg_slow": slow, "exp_avg_sq": v}

@@ -12,12 +12,9 @@ _BITSANDBYTES = "or go on with bitsandbytes' for it"
 
 # For each: the stem of the names, their prefixes and suffixes, and what to use instead.
 _ABSENT: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
-    ("Adagrad", ("",), _SIZES, "torch.optim.Adagrad (32-bit state)"),
-    ("AdEMAMix", ("", "Paged"), _SIZES, f"optim8.AdamW8bit, {_BITSANDBYTES}"),
     ("LAMB", ("",), _SIZES, f"optim8.AdamW8bit, {_BITSANDBYTES}"),
     ("LARS", ("",), _SIZES, f"torch.optim.SGD with momentum (32-bit state), {_BITSANDBYTES}"),
     ("LARS", ("Pytorch",), ("",), f"torch.optim.SGD with momentum (32-bit state), {_BITSANDBYTES}"),
-    ("RMSprop", ("",), _SIZES, "torch.optim.RMSprop (32-bit state)"),
 )
 
 

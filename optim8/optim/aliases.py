@@ -1,8 +1,8 @@
 """The names of bitsandbytes.optim, for code that was written for it: `import optim8 as bnb`.
 
-`Adam`, `AdamW`, `Lion`, `SGD` keep state in 32 bits unless `optim_bits=8`; names that end in `32bit` always do. Names
-that begin with `Paged` keep state in a file (optim8.paging). An argument means what it means in torch.optim: Adam's
-weight decay is an L2 penalty here. docs/migrate.md lists what differs.
+`Adam`, `AdamW`, `Lion`, `SGD`, `RMSprop`, `Adagrad` and `AdEMAMix` keep state in 32 bits unless `optim_bits=8`; names
+that end in `32bit` always do. Names that begin with `Paged` keep state in a file (optim8.paging). An argument means
+what it means in torch.optim: Adam's weight decay is an L2 penalty here. docs/migrate.md lists what differs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from optim8.optim.adagrad import Adagrad8bit, PagedAdagrad8bit
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
+from optim8.optim.ademamix import AdEMAMix8bit, PagedAdEMAMix8bit
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.lion import Lion8bit, PagedLion8bit
+from optim8.optim.rmsprop import PagedRMSprop8bit, RMSprop8bit
 from optim8.optim.sgd import PagedSGD8bit, SGD8bit
 
 T = TypeVar("T", bound=BlockwiseOptimizer)
@@ -68,3 +71,9 @@ PagedAdamW, PagedAdamW32bit = _names(PagedAdamW8bit)
 PagedLion, PagedLion32bit = _names(PagedLion8bit)
 SGD, SGD32bit = _names(SGD8bit)
 PagedSGD, PagedSGD32bit = _names(PagedSGD8bit)
+RMSprop, RMSprop32bit = _names(RMSprop8bit)
+PagedRMSprop, PagedRMSprop32bit = _names(PagedRMSprop8bit)
+Adagrad, Adagrad32bit = _names(Adagrad8bit)
+PagedAdagrad, PagedAdagrad32bit = _names(PagedAdagrad8bit)
+AdEMAMix, AdEMAMix32bit = _names(AdEMAMix8bit)
+PagedAdEMAMix, PagedAdEMAMix32bit = _names(PagedAdEMAMix8bit)

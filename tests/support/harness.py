@@ -147,24 +147,28 @@ def state_bits(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, b
 
 
 def moments(optimizer: torch.optim.Optimizer, case: Case, p: torch.Tensor) -> dict[str, Rounded]:
-    """The moments as float32 decodes them, 8-bit or 32-bit, in memory order; zero before the first step."""
-    return decode_state(case, optimizer.state.get(p, {}), p)
+    """The moments as float32 decodes them, 8-bit or 32-bit, in memory order, and scalars beside them; what they start as
+    before the first step."""
+    (group,) = (group for group in optimizer.param_groups if any(p is each for each in group["params"]))
+    state = optimizer.state.get(p, {})
+    if not state:
+        starts = {name: np.full(p.numel(), np.float32(case.start(name, group))) for name in case.states_of(group)}
+        return {name: Rounded.exact(value) for name, value in {**starts, **case.running}.items()}
+    return decode_state(case, state)
 
 
-def decode_state(case: Case, state: Mapping[str, torch.Tensor], p: torch.Tensor) -> dict[str, Rounded]:
+def decode_state(case: Case, state: Mapping[str, torch.Tensor]) -> dict[str, Rounded]:
     """The same of a state."""
-    out: dict[str, Rounded] = {}
+    out = {name: Rounded.exact(state[name].item()) for name in case.running}
     for name, signed in case.states.items():
-        if not state:
-            out[name] = Rounded.exact(np.zeros(p.numel()))
-        elif case.codes(name) in state:
+        if case.codes(name) in state:
             absmax = state[case.absmax(name)].cpu().numpy()
             codes, root = codes_of(state[case.codes(name)]), name in case.roots
             if case.low(name) in state:
                 out[name] = reference.decode16(codes, codes_of(state[case.low(name)]), absmax, signed, root)
             else:
                 out[name] = reference.decode(codes, absmax, signed, root)
-        else:
+        elif name in state:
             out[name] = Rounded.exact(values(state[name]))
     return out
 
@@ -180,17 +184,21 @@ def hostile(n: int, dtype: torch.dtype, seed: int, *, small: float = -12, large:
     return torch.from_numpy(x).to(dtype)
 
 
-def random_state(case: Case, n: int, bits_of_state: int, t: int, seed: int) -> dict[str, torch.Tensor]:
-    """Any state that `t` steps may have left for `n` elements; absmax over ten decades, some blocks all zero."""
+def random_state(
+    case: Case, n: int, bits_of_state: int, t: int, seed: int, hyper: Mapping[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """Any state that `t` steps with row 0 of the hyper-parameters, or others, may have left for `n` elements; absmax over
+    ten decades, some blocks all zero."""
+    hyper = case.hypers[0] if hyper is None else hyper
     rng = np.random.default_rng(seed)
-    state = {"step": torch.tensor(float(t))}
-    for name, signed in case.states.items():
+    state = {"step": torch.tensor(float(t)), **{name: torch.tensor(0.7**t) for name in case.running}}
+    for name, signed in case.states_of(hyper).items():
         absmax = (10.0 ** rng.uniform(-8, 2, -(-n // BLOCK))).astype(np.float32)
         codes = rng.integers(0, 256, n, dtype=np.uint8)
         absmax[1::7] = 0
         codes[reference.per_element(absmax.astype(np.float64), n) == 0] = reference.zero_code(signed)
         if bits_of_state != 32:
-            if bits_of_state == 16:
+            if bits_of_state == 16 or case.is_wide(name, hyper):
                 low = rng.integers(0, 256, n, dtype=np.uint8)
                 low[(codes == (0 if signed else 1)) | (codes >= 254)] = 128  # no step leaves more than the last value
                 low[codes == reference.zero_code(signed)] = 128
@@ -244,7 +252,10 @@ def assert_stepped(
     overflows &= actual == np.copysign(np.inf, expected.value)
     wrong = np.flatnonzero(~(overflows | (np.abs(actual - expected.value) <= expected.error)))
     assert not wrong.size, _first(wrong, "parameter", actual, expected)
-    for at, (name, signed) in enumerate(case.states.items()):
+    for name in case.running:
+        running = values(state[name])
+        assert (np.abs(running - new[name].value) <= new[name].error).all(), f"{name}: {running}, needed {new[name]}"
+    for at, (name, signed) in enumerate(case.states_of(hyper).items()):
         if name in state:
             actual = values(state[name])
             wrong = np.flatnonzero(~(np.abs(actual - new[name].value) <= new[name].error))

@@ -95,9 +95,16 @@ class Rounded:
         below = value - np.sqrt(np.maximum(self.value - self.error, 0))
         return Rounded.once(value, np.maximum(above, below), underflows=False)
 
-    def at_least(self, floor: float) -> Rounded:
-        """The larger of the value and a float32 constant; both are within the operand's error of each other."""
-        return Rounded(np.maximum(self.value, floor), self.error)
+    def __abs__(self) -> Rounded:
+        return Rounded(np.abs(self.value), self.error)
+
+    def at_least(self, floor: Rounded | float) -> Rounded:
+        """The larger of the value and another, or a float32 constant: between the larger of what both may be at least,
+        and of what they may be at most."""
+        b = floor if isinstance(floor, Rounded) else Rounded.exact(floor)
+        value = np.maximum(self.value, b.value)
+        below = value - np.maximum(self.value - self.error, b.value - b.error)
+        return Rounded(value, np.maximum(below, np.maximum(self.value + self.error, b.value + b.error) - value))
 
     def sign(self) -> Rounded:
         """-1, 0 or 1; where the operand may be of either sign any of them will do."""

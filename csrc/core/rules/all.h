@@ -2,8 +2,15 @@
 // it.
 #pragma once
 
+#include "core/rules/adadelta.h"
+#include "core/rules/adagrad.h"
 #include "core/rules/adam.h"
+#include "core/rules/adamax.h"
+#include "core/rules/ademamix.h"
 #include "core/rules/lion.h"
+#include "core/rules/nadam.h"
+#include "core/rules/radam.h"
+#include "core/rules/rmsprop.h"
 #include "core/rules/sgd.h"
 
 #define OPTIM8_RULES(X) \
@@ -13,7 +20,17 @@
     X(adamw_amsgrad, AdamWAmsgrad) \
     X(lion, Lion) \
     X(sgd, SGD) \
-    X(sgd_plain, PlainSGD)
+    X(sgd_plain, PlainSGD) \
+    X(rmsprop, RMSprop) \
+    X(rmsprop_momentum, RMSpropMomentum) \
+    X(rmsprop_centered, RMSpropCentered) \
+    X(rmsprop_centered_momentum, RMSpropCenteredMomentum) \
+    X(adagrad, Adagrad) \
+    X(adadelta, Adadelta) \
+    X(adamax, Adamax) \
+    X(nadam, NAdam) \
+    X(radam, RAdam) \
+    X(ademamix, AdEMAMix)
 
 namespace optim8 {
 

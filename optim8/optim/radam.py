@@ -1,0 +1,58 @@
+"""RAdam with 8-bit state."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from optim8.optim.base import BlockwiseOptimizer
+from optim8.optim.docstring import docstring
+from optim8.paging import Pager
+from optim8.step.arguments import BitsandbytesArguments
+from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, Rounding
+
+
+class RAdam8bit(BlockwiseOptimizer):
+    __doc__ = docstring(
+        "torch.optim.RAdam (Liu et al., arXiv 1908.03265) with 8-bit blockwise state (arXiv 2110.02861).",
+        """
+lr: learning rate, a number or a tensor of one element. The first steps, 5 with the usual betas,
+    do not divide by the second moment: they are as large as the gradients times this.
+betas: decay rates of the two moments, each in [0, 1): any sequence of two, stored as a tuple.
+eps: added to the square root of the second moment.
+weight_decay: L2 penalty, added to the gradient.
+decoupled_weight_decay: take weight decay off the parameter instead, which shrinks by 1 - lr * weight_decay.
+""",
+        "`exp_avg`, `exp_avg_sq`",
+    )
+    rule = "radam"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        optim_bits: Bits = 8,
+        rounding: Rounding = "dithered",
+        paged: bool | Pager | None = None,
+        **kwargs: Unpack[BitsandbytesArguments],
+    ) -> None:
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, defaults)
+
+
+class PagedRAdam8bit(RAdam8bit):
+    """RAdam8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a mapped file."""
+
+    always_paged = True
