@@ -29,12 +29,12 @@ SGD_HYPERS: tuple[dict[str, Any], ...] = (
 )
 RMSPROP_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 3e-3, "alpha": 0.8, "eps": 1e-6, "weight_decay": 0.03, "momentum": 0.7, "centered": True},
-    {"lr": 0.05, "alpha": 0.95, "eps": 1e-12, "weight_decay": 0.0, "momentum": 0.0, "centered": False, "maximize": True},
+    {"lr": 0.05, "alpha": 0.95, "eps": 1e-9, "weight_decay": 0.0, "momentum": 0.0, "centered": False, "maximize": True},
     {"lr": 2e-4, "alpha": 0.5, "eps": 0.0, "weight_decay": 0.1, "momentum": 0.9, "centered": False, "maximize": True},
 )
 ADAGRAD_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 3e-2, "lr_decay": 0.1, "weight_decay": 0.03, "initial_accumulator_value": 0.2, "eps": 1e-6},
-    {"lr": 0.07, "lr_decay": 1e-3, "weight_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-12, "maximize": True},
+    {"lr": 0.07, "lr_decay": 0.2, "weight_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-9, "maximize": True},
     {"lr": 2e-4, "lr_decay": 2.0, "weight_decay": 0.2, "initial_accumulator_value": 1e-4, "eps": 0.0, "maximize": True},
 )
 ADADELTA_HYPERS: tuple[dict[str, Any], ...] = (
@@ -57,6 +57,17 @@ ADEMAMIX_HYPERS: tuple[dict[str, Any], ...] = (
     {**ADAM_HYPERS[1], "betas": (0.95, 0.9995, 0.99995), "alpha": 8.0, "t_alpha": 1000, "t_beta3": 2},
     {**ADAM_HYPERS[2], "betas": (0.0, 0.5, 0.9), "alpha": 0.5, "t_alpha": None, "t_beta3": 3},
 )
+ADEMAMIX_DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999, 0.9999),
+    "alpha": 5.0,
+    "t_alpha": None,
+    "t_beta3": None,
+    "eps": 1e-8,
+    "weight_decay": 1e-2,
+    "maximize": False,
+}
+SLOW_BETAS: dict[str, Any] = {"betas": (0.999, 0.999)}
 
 
 @dataclass(frozen=True)
@@ -74,11 +85,12 @@ class Case:
     is_scale_free: bool = True  # the size of an update does not depend on that of the gradients
     roots: frozenset[str] = frozenset()  # the states of which codes stand for the square root
     only_with: Mapping[str, str] = field(default_factory=dict)  # state -> the option without which it is not kept
-    wide: Mapping[str, str] = field(default_factory=dict)  # state -> the option with which it has 16 bits for 8; "": any
+    wide: Mapping[str, str] = field(default_factory=dict)  # state -> the option that gives it 16 bits for 8; "": any
     initial: Mapping[str, str] = field(default_factory=dict)  # state -> the option that it starts as, for 0
     running: Mapping[str, float] = field(default_factory=dict)  # scalar of each parameter -> what it starts as
     least: Mapping[str, str] = field(default_factory=dict)  # state -> the option that it is at least after a step
     moves_without_eps: bool = True  # eps = 0 is of use
+    slow: Mapping[str, Any] = field(default_factory=lambda: SLOW_BETAS)  # the first state changes by a thousandth
 
     def __str__(self) -> str:
         return self.name
@@ -172,6 +184,8 @@ CASES = {
             torch_class=torch.optim.SGD,
             decay_in_gradient=True,
             is_scale_free=False,
+            only_with={"momentum_buffer": "momentum"},
+            slow={"momentum": 0.999, "dampening": 0.999, "nesterov": False},
         ),
         Case(
             "RMSprop8bit",
@@ -185,6 +199,7 @@ CASES = {
             roots=frozenset({"square_avg"}),
             only_with={"momentum_buffer": "momentum", "grad_avg": "centered"},
             wide={"square_avg": "centered", "grad_avg": "centered"},
+            slow={"alpha": 0.999, "momentum": 0.0, "centered": False},
         ),
         Case(
             "Adagrad8bit",
@@ -197,6 +212,7 @@ CASES = {
             decay_in_gradient=True,
             roots=frozenset({"sum"}),
             initial={"sum": "initial_accumulator_value"},
+            slow={},
         ),
         Case(
             "Adadelta8bit",
@@ -209,6 +225,7 @@ CASES = {
             decay_in_gradient=True,
             roots=frozenset({"square_avg", "acc_delta"}),
             moves_without_eps=False,
+            slow={"rho": 0.999},
         ),
         Case(
             "Adamax8bit",
@@ -250,13 +267,11 @@ CASES = {
             reference.ademamix,
             {"exp_avg": True, "exp_avg_slow": True, "exp_avg_sq": False},
             ADEMAMIX_HYPERS,
-            {
-                **{"lr": 1e-3, "betas": (0.9, 0.999, 0.9999), "alpha": 5.0, "t_alpha": None, "t_beta3": None},
-                **{"eps": 1e-8, "weight_decay": 1e-2, "maximize": False},
-            },
-            {"lr": 3e-3, "betas": (0.9, 0.99, 0.999), "alpha": 2.0, "t_alpha": 100, "t_beta3": 100, "weight_decay": 0.05},
+            ADEMAMIX_DEFAULTS,
+            {"lr": 3e-3, "betas": (0.9, 0.99, 0.999), "alpha": 2.0, "t_alpha": 99, "t_beta3": 99, "weight_decay": 0.05},
             roots=ROOTS,
             wide={"exp_avg_slow": ""},
+            slow={"betas": (0.999, 0.999, 0.999)},
         ),
     )
 }

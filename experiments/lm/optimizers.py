@@ -25,9 +25,15 @@ class Recipe:
     weight_decay: float
 
 
+# torch has no fused form of these, or (Adagrad, on CPU in 2.13) a wrong one.
+NOT_FUSED = {"Adadelta", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop"}
+
+
 def _torch(name: str, **options: Any) -> Callable[[Groups, float, int], torch.optim.Optimizer]:
+    form = {"foreach": True} if name in NOT_FUSED else {"fused": True}
+
     def make(groups: Groups, lr: float, _: int) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(groups, lr=lr, fused=True, **options)
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(groups, lr=lr, **{**form, **options})
         return optimizer
 
     return make
@@ -47,7 +53,7 @@ def _bitsandbytes(groups: Groups, lr: float, min_8bit_size: int) -> torch.optim.
     return peer("bitsandbytes")(groups, lr=lr, min_8bit_size=min_8bit_size)
 
 
-# torch's optimizers run fused, their fastest form. The 8-bit ones get the settings of their 32-bit counterparts. Lion's
+# torch's optimizers run in their fastest form. The 8-bit ones get the settings of their 32-bit counterparts. Lion's
 # learning rate is several times smaller and its decay as many times larger, as its authors advise (arXiv 2302.06675).
 RECIPES = {
     "adamw": Recipe("torch AdamW", _torch("AdamW"), 1e-3, 0.1),
@@ -60,6 +66,20 @@ RECIPES = {
     "lion8bit": Recipe("optim8 Lion8bit", _optim8("Lion8bit"), 3e-4, 0.3),
     "sgd": Recipe("torch SGD", _torch("SGD", momentum=0.9), 0.1, 1e-4),
     "sgd8bit": Recipe("optim8 SGD8bit", _optim8("SGD8bit", momentum=0.9), 0.1, 1e-4),
+    "rmsprop": Recipe("torch RMSprop", _torch("RMSprop", alpha=0.95), 1e-3, 0.0),
+    "rmsprop8bit": Recipe("optim8 RMSprop8bit", _optim8("RMSprop8bit", alpha=0.95), 1e-3, 0.0),
+    "adagrad": Recipe("torch Adagrad", _torch("Adagrad"), 1e-2, 0.0),
+    "adagrad8bit": Recipe("optim8 Adagrad8bit", _optim8("Adagrad8bit"), 1e-2, 0.0),
+    "adadelta": Recipe("torch Adadelta", _torch("Adadelta", rho=0.95), 1.0, 0.0),
+    "adadelta8bit": Recipe("optim8 Adadelta8bit", _optim8("Adadelta8bit", rho=0.95), 1.0, 0.0),
+    "adamax": Recipe("torch Adamax", _torch("Adamax"), 2e-3, 0.0),
+    "adamax8bit": Recipe("optim8 Adamax8bit", _optim8("Adamax8bit"), 2e-3, 0.0),
+    "nadam": Recipe("torch NAdam", _torch("NAdam", decoupled_weight_decay=True), 1e-3, 0.1),
+    "nadam8bit": Recipe("optim8 NAdam8bit", _optim8("NAdam8bit", decoupled_weight_decay=True), 1e-3, 0.1),
+    "radam": Recipe("torch RAdam", _torch("RAdam", decoupled_weight_decay=True), 1e-3, 0.1),
+    "radam8bit": Recipe("optim8 RAdam8bit", _optim8("RAdam8bit", decoupled_weight_decay=True), 1e-3, 0.1),
+    "ademamix": Recipe("optim8 AdEMAMix 32-bit", _optim8("AdEMAMix8bit", optim_bits=32), 1e-3, 0.1),
+    "ademamix8bit": Recipe("optim8 AdEMAMix8bit", _optim8("AdEMAMix8bit"), 1e-3, 0.1),
 }
 
 # The same update with 32-bit state, against which an 8-bit optimizer is checked.
@@ -70,6 +90,13 @@ COUNTERPART = {
     "adam8bit": "adam",
     "lion8bit": "lion",
     "sgd8bit": "sgd",
+    "rmsprop8bit": "rmsprop",
+    "adagrad8bit": "adagrad",
+    "adadelta8bit": "adadelta",
+    "adamax8bit": "adamax",
+    "nadam8bit": "nadam",
+    "radam8bit": "radam",
+    "ademamix8bit": "ademamix",
 }
 
 MIN_8BIT_SIZE = 4096  # optim8's default, and bitsandbytes'

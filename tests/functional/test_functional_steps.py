@@ -55,7 +55,7 @@ def test_adam_keeps_the_second_moment_itself(device: torch.device, dtype: str) -
         state |= {f"{key}_absmax": torch.zeros(-(-p.numel() // 256), device=device) for key in ZEROS["adam"]}
         for number in range(1, 6):
             g = torch.randn_like(p)
-            before = values(p), values(g) * 0.5, decode_state(case, state, p)
+            before = values(p), values(g) * 0.5, decode_state(case, state)
             step("adam", g, p, state, number, 0.5)
             assert_stepped(case, p, state, before, HYPER["adam"], number, dithered=False)
 

@@ -7,7 +7,17 @@ import itertools
 import pytest
 import torch
 from cases import Case
-from support.harness import ALL, assert_step, bits, hostile, moments, parameter, small_set, snapshot, state_bits, values
+from support.harness import (
+    ALL,
+    assert_step,
+    before_step,
+    bits,
+    hostile,
+    parameter,
+    small_set,
+    snapshot,
+    state_bits,
+)
 
 BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
 
@@ -60,7 +70,7 @@ def test_tied_parameters_are_stepped_once(case: Case, device: torch.device) -> N
     x = torch.linspace(-1, 1, 60, device=device).view(3, 20)
     model(x).square().sum().backward()
     p = model[0].weight
-    before = (values(p), values(p.grad), moments(optimizer, case, p))
+    before = before_step(optimizer, case, p)
     optimizer.step()
     assert_step(optimizer, case, p, before, case.hypers[0], 1)
 
@@ -72,7 +82,7 @@ def test_zero_dimensional_empty_and_tiny_parameters(case: Case, optim_bits: int,
     params = [parameter(torch.full(s, 0.5, device=device), torch.full(s, -0.25, device=device)) for s in shapes]
     optimizer = case.make(params, optim_bits=optim_bits)
     for t in (1, 2):
-        before = [(values(p), values(p.grad), moments(optimizer, case, p)) for p in params]
+        before = [before_step(optimizer, case, p) for p in params]
         optimizer.step()
         for p, b, shape in zip(params, before, shapes, strict=True):
             assert p.shape == shape
@@ -115,7 +125,7 @@ def test_clipping_and_accumulation(case: Case, device: torch.device) -> None:
     for _ in range(3):
         sum((p * p).sum() for p in params).backward()
     torch.nn.utils.clip_grad_norm_(params, 0.5)
-    before = [(values(p), values(p.grad), moments(optimizer, case, p)) for p in params]
+    before = [before_step(optimizer, case, p) for p in params]
     optimizer.step()
     for p, b in zip(params, before, strict=True):
         assert_step(optimizer, case, p, b, case.hypers[0], 1)

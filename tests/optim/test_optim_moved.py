@@ -14,6 +14,7 @@ from support.harness import (
     ALL,
     DTYPES,
     assert_step,
+    before_step,
     bits,
     hostile,
     moments,
@@ -94,7 +95,7 @@ def test_a_parameter_whose_dtype_changes(case: Case, optim_bits: int, device: to
         p.grad = None
         p.data = p.data.to(DTYPES[dtype])
         p.grad = hostile(700, DTYPES[dtype], seed=t).to(device)
-        before = (values(p), values(p.grad), moments(optimizer, case, p))
+        before = before_step(optimizer, case, p)
         optimizer.step()
         assert_step(optimizer, case, p, before, case.hypers[0], t)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -46,6 +47,16 @@ def test_wrong_codes_sees_one_wrong_code() -> None:
     assert reference.wrong_codes(zero, Rounded.exact(v), signed=False).size == 300, "a positive v may not code to 0"
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """As torch's default dtype: that of the scalars that it keeps for each parameter."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("row", range(3))
 @pytest.mark.parametrize("case", [c for c in EVERY if c.torch_class], ids=str)
 def test_rules_equal_torch_in_float64(case: Case, row: int) -> None:
@@ -55,15 +66,18 @@ def test_rules_equal_torch_in_float64(case: Case, row: int) -> None:
     p = torch.nn.Parameter(torch.from_numpy(x.copy()))
     assert case.torch_class is not None
     peer = case.torch_class([p], **hyper)
-    ours, states = Rounded.exact(x), {name: Rounded.exact(np.zeros(100)) for name in case.states}
-    for t in range(1, 6):
+    ours, states = Rounded.exact(x), {name: Rounded.exact(start) for name, start in case.running.items()}
+    kept = {name: np.full(100, case.start(name, hyper)) for name in case.states_of(hyper)}
+    states |= {name: Rounded.exact(start) for name, start in kept.items()}
+    for t in range(1, 10):
         g = rng.standard_normal(100)
         p.grad = torch.from_numpy(g)
         peer.step()
         ours, states = case.rule(Rounded.exact(ours.value), Rounded.exact(g), states, t=t, **hyper)
         # Both are float64: at most some tens of roundings of 2^-53 apart.
         np.testing.assert_allclose(ours.value, p.detach().numpy(), rtol=1e-14, atol=1e-15)
-        for name in case.states:
+        assert set(peer.state[p]) - {"step"} == set(states) == {*kept, *case.running}
+        for name in states:
             np.testing.assert_allclose(states[name].value, peer.state[p][name].numpy(), rtol=1e-14, atol=1e-15)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -27,7 +28,32 @@ class PlainLion(torch.optim.Optimizer):
                 m.lerp_(p.grad, 1 - beta2)
 
 
-PLAIN = {"Lion8bit": PlainLion}
+class PlainAdEMAMix(torch.optim.Optimizer):
+    """arXiv 2409.03137, algorithm 1, in float32 and nothing else, both schedules over `warmup` steps."""
+
+    def __init__(self, params: Any, t_alpha: int, t_beta3: int, **hyper: Any) -> None:
+        assert t_alpha == t_beta3
+        super().__init__(params, {"warmup": t_alpha, **hyper})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                state["t"] = t = state.get("t", 0) + 1
+                part = min(t / group["warmup"], 1.0)
+                inverse = (1 - part) / math.log(beta1) + part / math.log(beta3)
+                fast, slow, v = (state.setdefault(name, torch.zeros_like(p)) for name in ("fast", "slow", "v"))
+                fast.lerp_(p.grad, 1 - beta1)
+                slow.lerp_(p.grad, 1 - math.exp(1 / inverse))
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                momentum = fast / (1 - beta1**t) + part * group["alpha"] * slow
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(momentum, (v / (1 - beta2**t)).sqrt() + 1e-8, value=-lr)
+
+
+PLAIN: dict[str, Any] = {"Lion8bit": PlainLion, "AdEMAMix8bit": PlainAdEMAMix}
 
 
 def _train(make: Any, seed: int, device: torch.device) -> tuple[float, float]:

@@ -147,19 +147,33 @@ def state_bits(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, b
 
 
 def moments(optimizer: torch.optim.Optimizer, case: Case, p: torch.Tensor) -> dict[str, Rounded]:
-    """The moments as float32 decodes them, 8-bit or 32-bit, in memory order, and scalars beside them; what they start as
-    before the first step."""
-    (group,) = (group for group in optimizer.param_groups if any(p is each for each in group["params"]))
+    """The moments as float32 decodes them, 8-bit or 32-bit, in memory order; before the first step what they
+    start as."""
     state = optimizer.state.get(p, {})
-    if not state:
-        starts = {name: np.full(p.numel(), np.float32(case.start(name, group))) for name in case.states_of(group)}
-        return {name: Rounded.exact(value) for name, value in {**starts, **case.running}.items()}
-    return decode_state(case, state)
+    if state:
+        return decode_state(case, state)
+    group = group_of(optimizer, p)
+    starts = {name: np.float32(case.start(name, group)) for name in case.states_of(group)}
+    return {name: Rounded.exact(np.full(p.numel(), start)) for name, start in starts.items()}
+
+
+def group_of(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, Any]:
+    (group,) = (group for group in optimizer.param_groups if any(p is each for each in group["params"]))
+    return group
+
+
+def before_step(
+    optimizer: torch.optim.Optimizer, case: Case, p: torch.Tensor
+) -> tuple[Array, Array, dict[str, Rounded]]:
+    """What a step starts from, for assert_step: the parameter, its gradient, its moments and scalars."""
+    state = optimizer.state.get(p, {})
+    scalars = {name: Rounded.exact(float(state.get(name, start))) for name, start in case.running.items()}
+    return values(p), values(p.grad), {**moments(optimizer, case, p), **scalars}  # type: ignore[arg-type]
 
 
 def decode_state(case: Case, state: Mapping[str, torch.Tensor]) -> dict[str, Rounded]:
     """The same of a state."""
-    out = {name: Rounded.exact(state[name].item()) for name in case.running}
+    out: dict[str, Rounded] = {}
     for name, signed in case.states.items():
         if case.codes(name) in state:
             absmax = state[case.absmax(name)].cpu().numpy()
@@ -187,8 +201,8 @@ def hostile(n: int, dtype: torch.dtype, seed: int, *, small: float = -12, large:
 def random_state(
     case: Case, n: int, bits_of_state: int, t: int, seed: int, hyper: Mapping[str, Any] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Any state that `t` steps with row 0 of the hyper-parameters, or others, may have left for `n` elements; absmax over
-    ten decades, some blocks all zero."""
+    """Any state that `t` steps may have left for `n` elements, with row 0 of the hyper-parameters unless told; absmax
+    over ten decades, some blocks all zero."""
     hyper = case.hypers[0] if hyper is None else hyper
     rng = np.random.default_rng(seed)
     state = {"step": torch.tensor(float(t)), **{name: torch.tensor(0.7**t) for name in case.running}}
@@ -225,11 +239,10 @@ def assert_step(
     hyper: Mapping[str, Any],
     t: int,
 ) -> None:
-    """One step took `before` = (parameter, gradient, moments) where float32 arithmetic may take it, and no farther."""
-    (group,) = (group for group in optimizer.param_groups if any(p is each for each in group["params"]))
+    """One step took what `before_step` gave where float32 arithmetic may take it, and no farther."""
     state = optimizer.state[p]
     assert float(state["step"]) == t
-    assert_stepped(case, p, state, before, hyper, t, dithered=group["rounding"] == "dithered")
+    assert_stepped(case, p, state, before, hyper, t, dithered=group_of(optimizer, p)["rounding"] == "dithered")
 
 
 def assert_stepped(
