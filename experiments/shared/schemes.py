@@ -56,7 +56,7 @@ def round_trip_of_state(moments: Moments) -> Moments:
     from optim8 import codec, rules
 
     found = {}
-    for place, moment in enumerate(rules.rule("adamw").moments):
+    for place, moment in enumerate(rules.every()["adamw"].moments):
         values = moments[moment.name]
         kept = (codec.square_root(values) if moment.root else values).reshape(-1)
         numbers = torch.arange(codec.blocks(kept.numel()))

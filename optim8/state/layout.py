@@ -27,7 +27,7 @@ Role = Literal["step", "values", "scales"]
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a state: its key, what it is for and like. `fill`: what stands for 0, or what a scalar starts as."""
+    """One tensor of a state: its key, role and kind. `fill`: what stands for 0, or what a scalar starts as."""
 
     key: str
     role: Role

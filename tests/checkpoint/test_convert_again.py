@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from optim8.state.layout import moments_of
 from support.convert_harness import make_params, ours, steps, twins
 from support.harness import codes_of, snapshot
 
@@ -26,9 +27,9 @@ def all_extremes(optimizer: Any, params: list[torch.nn.Parameter]) -> None:
     for p in params:
         if optimizer.precision(p) == "32bit":
             continue
-        for moment in optimizer.moments:
-            entry, absmax = optimizer.state[p], optimizer.state[p][moment.absmax]
-            codes = entry[moment.codes]
+        entry = optimizer.state[p]
+        for moment in moments_of(optimizer.moments, entry):
+            absmax, codes = entry[moment.absmax], entry[moment.codes]
             new = torch.randint(256, (absmax.numel(), 256), generator=generator, dtype=torch.int16)
             reach = torch.arange(absmax.numel(), dtype=torch.int16)[:, None] % 127 + 1
             new = (new - 127).clamp(-reach, reach) + 127 if moment.signed else new.clamp(max=2 * reach)

@@ -92,7 +92,7 @@ def test_a_walk_beside_itself(long_run: ModuleType) -> None:
     from slow_state.cases import FALL
     from slow_state.subjects import Walk, compare, options, reference
 
-    rule = rules.rule("adamw")
+    rule = rules.every()["adamw"]
     one, other = (Walk(reference(rule), 16, **options(rule, FALL)) for _ in range(2))
     for gradient in long_run.gradients(FALL, 16, 12, 2, seed=0):
         one.step(gradient)
@@ -156,7 +156,7 @@ def test_a_longer_case_has_later_checkpoints(long_run: ModuleType, monkeypatch: 
     monkeypatch.setattr(long_run, "gradients", gradients)
     arguments = long_run.parse_arguments(["--quick", "--no-peers", "--steps", "12"])
     bar = SimpleNamespace(update=lambda: None)
-    row = long_run.follow(rules.rule("adamw"), LONG_FALL, arguments, {}, bar)[0]
+    row = long_run.follow(rules.every()["adamw"], LONG_FALL, arguments, {}, bar)[0]
     assert taken == [(36, 2)]
     assert row["times"] == 3
     # Constant gradients: every step is 1, up to the code. Between checkpoints there are so many.
@@ -182,7 +182,7 @@ def test_forms_are_those_of_the_optimizer(long_run: ModuleType) -> None:
     from slow_state.cases import SMALL
     from slow_state.subjects import Walk, options
 
-    rule, case = rules.rule("adamw"), SMALL[2]
+    rule, case = rules.every()["adamw"], SMALL[2]
     walk = Walk(optim8.AdamW8bit, 16, **options(rule, case))
     moments = forms.fresh(16)
     for step, gradient in enumerate(long_run.gradients(case, 16, 12, 2, seed=0), 1):
@@ -249,7 +249,7 @@ def test_state_is_decoded(long_run: ModuleType, library: str) -> None:
     from slow_state.cases import STEADY
     from slow_state.subjects import Walk, options, reference, subjects
 
-    rule = rules.rule("adam")
+    rule = rules.every()["adam"]
     makes = subjects(rule, peers=True)
     if library not in makes:
         pytest.skip(f"{library} is not installed")
@@ -274,7 +274,7 @@ def test_a_peer_that_fails_is_told(long_run: ModuleType, monkeypatch: pytest.Mon
         return {"optim8 dithered": optim8.AdamW8bit, "torchao": lambda params, **_: Failing(params, lr=1.0)}
 
     monkeypatch.setattr(long_run, "subjects", subjects)
-    monkeypatch.setattr(long_run, "plan", lambda bits: [(rules.rule("adamw"), long_run.CASES[0])])
+    monkeypatch.setattr(long_run, "plan", lambda bits: [(rules.every()["adamw"], long_run.CASES[0])])
     result = long_run.measure(long_run.parse_arguments(["--quick", "--steps", "12"]))
     assert result["not_measured"]["torchao AdamW8bit"] == "RuntimeError: no kernel for this"
     assert [row["subject"] for row in result["rows"]] == ["optim8 dithered"]

@@ -146,7 +146,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "max_unorm": ({"max_unorm": 1.0}, ValueError, "max_unorm must be 0.0, got 1.0"),
     "skip_zeros": ({"skip_zeros": True}, ValueError, "skip_zeros must be False, got True"),
     "in args": ({"args": argparse.Namespace(max_unorm=1.0)}, ValueError, "max_unorm must be 0.0"),
-    "amsgrad": ({"amsgrad": True}, ValueError, "amsgrad=True is not supported"),
     "an unknown one": ({"momentum": 0.9}, TypeError, "'momentum' is no argument"),
     "betas of words": ({"betas": "high"}, ValueError, "betas must be a pair"),
     "one beta": ({"betas": "(0.9)"}, ValueError, "betas must be a pair"),

@@ -15,7 +15,7 @@ from optim8.rules import Moment
 from optim8.state import tiles
 
 BLOCK = reference.BLOCK
-EXP_AVG, EXP_AVG_SQ = rules.rule("adamw").moments
+EXP_AVG, EXP_AVG_SQ = rules.every()["adamw"].moments
 SIGNED = pytest.mark.parametrize("moment", [EXP_AVG, EXP_AVG_SQ], ids=["signed", "unsigned"])
 
 

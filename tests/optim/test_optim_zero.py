@@ -104,7 +104,6 @@ def refused(other: Any, name: str, message: str, optim_bits: int = 8, **options:
 def test_what_cannot_be_converted_is_refused_by_each_step() -> None:
     decay = r"Adam8bit: a parameter group: \['decoupled_weight_decay'\] is True and weight_decay is 0\.1"
     refused(torch.optim.AdamW, "Adam8bit", decay, weight_decay=0.1)
-    refused(torch.optim.AdamW, "AdamW8bit", "amsgrad|AMSGrad", amsgrad=True)
     refused(torch.optim.NAdam, "AdamW8bit", r"\['mu_product'\] is no state|NAdam", 32)
     same_rule = r"is no state of this optimizer .* by an optimizer with the same rule"
     refused(torch.optim.SGD, "AdamW8bit", rf"\['momentum_buffer'\] {same_rule}", momentum=0.9)

@@ -33,7 +33,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dampening": {"dampening": 0.5},
     "nesterov": {"nesterov": True, "dampening": 0.0},
     "several": {"lr": 0.1, "betas": (0.1, 0.2), "weight_decay": 0.0, "optim_bits": 32},
-    "several, of one momentum": {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "optim_bits": 32},
+    "several, of one momentum": {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "optim_bits": 32},
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optim8 import optim
+from optim8 import optim, rules
 from optim8.memory.models.model import Model, Parameter, dtype_of, read
 from optim8.memory.planning import layout
 from optim8.memory.planning.layout import Bytes
@@ -226,7 +226,7 @@ def _state(
     requests, small = layout.state_requests(ours, groups, {id(p.whole): p.local for p in held}, frozen)
     label = f"optim8 {type(ours).__name__}" + (" paged" if pager is not None and not ours.always_paged else "")
     nbytes = layout.state_bytes(requests, pager, device, free)
-    return _State(label, len(ours.moments), nbytes, small)
+    return _State(label, len(rules.variant(ours.rule, ours.defaults).moments), nbytes, small)
 
 
 def _tier(kind: str, device: str) -> str:

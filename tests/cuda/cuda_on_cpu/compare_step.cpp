@@ -27,7 +27,7 @@ struct Tensor {
         Buffer<P> param;
         std::vector<Buffer<uint8_t>> codes, low;
         std::vector<Buffer<float>> absmax, wide;
-        Buffer<float> step{1};
+        Buffer<float> step{1}, running{1};
         Row row{};
     };
     Buffer<G> grad;
@@ -37,10 +37,12 @@ struct Tensor {
         : grad(size, offset),
           actual{Buffer<P>(size, offset), {}, {}, {}, {}},
           expected{Buffer<P>(size, offset), {}, {}, {}, {}} {
-        const bool coded = form.precision != Precision::Bits32, has_low = form.precision == Precision::Bits16;
+        const bool coded = form.precision != Precision::Bits32;
         fill(grad, kind);
         fill(actual.param, Kind::Plain);
         for (int s = 0; s < info_of(rule).states; ++s) {
+            const bool is_wide = coded && info_of(rule).state[s].wide && !form.direct;
+            const bool has_low = form.precision == Precision::Bits16 || is_wide;
             actual.codes.emplace_back(coded ? size : 0, offset);
             actual.low.emplace_back(has_low ? size : 0, offset);
             actual.absmax.emplace_back(coded ? blocks_of(size, step_block) : 0);
@@ -75,7 +77,7 @@ struct Tensor {
             row.first_block = static_cast<uint32_t>(1000 * size + offset);
             for (size_t s = 0; s < side->codes.size(); ++s) {
                 row.state[s] = coded ? static_cast<void*>(side->codes[s].data()) : side->wide[s].data();
-                row.low[s] = has_low ? side->low[s].data() : nullptr;
+                row.low[s] = side->low[s].size() > 0 ? side->low[s].data() : nullptr;
                 row.absmax[s] = side->absmax[s].data();
             }
         }
@@ -83,6 +85,7 @@ struct Tensor {
     void compare(const std::string& what) const {
         expect_same(what + " param", actual.param, expected.param);
         expect_same(what + " step", actual.step, expected.step);
+        expect_same(what + " running", actual.running, expected.running);
         for (size_t s = 0; s < actual.codes.size(); ++s) {
             const std::string state = what + " state " + std::to_string(s);
             expect_same(state + " codes", actual.codes[s], expected.codes[s]);
@@ -101,8 +104,10 @@ StepOptions options_of(RuleId rule, int i) {
         const HyperInfo& hyper = info.hyper[h];
         double& value = options.value[h];
         const std::string name = hyper.name;
-        if (hyper.is_flag)
+        if (hyper.kind == HyperKind::Flag)
             value = i % 2;
+        else if (hyper.kind == HyperKind::Optional)
+            value = i % 3 ? 10.0 * i : 0.0;
         else if (name == "lr")
             value = 3e-3 * (1 + i % 3);
         else if (name == "eps")
@@ -138,19 +143,26 @@ void compare_tensors(RuleId rule, std::vector<Tensor<P, G>>& tensors, Scalar sca
     for (size_t i = 0; i < tensors.size(); ++i) {
         auto& [grad, actual, expected] = tensors[i];
         StepOptions& options = all[i % all.size()];
-        actual.step[0] = expected.step[0] = static_cast<float>(i % 5);
+        const RuleInfo& info = info_of(rule);
+        const bool counts = info.states > 0;
+        actual.step[0] = expected.step[0] = counts ? static_cast<float>(i % 5) : 0.0f;
+        actual.running[0] = expected.running[0] = info.running_start - 0.01f * static_cast<float>(i % 3);
         if (scalar == Scalar::Host) {
-            scalars[i] = info_of(rule).derive(options, 1 + i % 5);
+            float running = expected.running[0];
+            scalars[i] = info.derive(options, 1 + i % 5, running);
             actual.row.scalars = expected.row.scalars = &scalars[i];
         } else {
             options.device_lr = i % 2 ? lr.data() : nullptr;
-            actual.row.device_step = actual.step.data();
+            actual.row.device_step = counts ? actual.step.data() : nullptr;
+            actual.row.device_running = info.running == nullptr ? nullptr : actual.running.data();
             actual.row.options = &options;
             StepOptions whole = options;
             if (i % 2) lr_of(rule, whole) = lr[0];
             whole.gradient_scale = 1.0 / scale[0];
-            if (scalar == Scalar::Device) expected.step[0] += 1;
-            scalars[i] = info_of(rule).derive(whole, expected.step[0]);
+            if (scalar == Scalar::Device && counts) expected.step[0] += 1;
+            float skipped = expected.running[0];
+            float& running = scalar == Scalar::Device && info.running != nullptr ? expected.running[0] : skipped;
+            scalars[i] = info.derive(whole, counts ? expected.step[0] : 1, running);
             expected.row.scalars = &scalars[i];
         }
         rows.push_back(actual.row);
