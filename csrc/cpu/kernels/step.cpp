@@ -3,6 +3,8 @@
 // A block is worked in two passes over scratch that stays in L1: `advance` decodes the old state, updates, and finds
 // the block's maxima; `seal` encodes the new state. A block is sealed group by group while the next one advances, so
 // that the loads of one pass fill the time of the other's arithmetic, and the latency of reducing the maxima is hidden.
+//
+// The code of a rule knows float32 parameters and gradients only; others are converted in scratch, group by group.
 #include "core/row.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/vectors.h"
@@ -25,12 +27,51 @@ struct Block {
     uint32_t dither;  // u of the first element
 };
 
+// The values of a parameter or gradient, of any storage.
+struct Values {
+    unsigned char* data;
+    Storage storage;
+
+    unsigned char* at(int64_t i) const { return data + i * bytes_of(storage); }
+    Values from(int64_t i) const { return {at(i), storage}; }
+};
+Values param_of(const Row& row) { return {static_cast<unsigned char*>(row.param), row.param_storage}; }
+Values grad_of(const Row& row) {
+    return {static_cast<unsigned char*>(const_cast<void*>(row.grad)), row.grad_storage};  // which nobody writes to
+}
+
+// A group of values as float32: where it lies, or converted.
+struct Group {
+    alignas(64) float scratch[code_group];
+
+    OPTIM8_HD float* widen(const Values& values, int64_t i) {
+        if (values.storage == Storage::Float32) return reinterpret_cast<float*>(values.at(i));
+        if (values.storage == Storage::BFloat16)
+            convert(reinterpret_cast<const bfloat16*>(values.at(i)), scratch);
+        else
+            convert(reinterpret_cast<const float16*>(values.at(i)), scratch);
+        return scratch;
+    }
+    // Back from where `widen` has put it.
+    OPTIM8_HD void narrow(const Values& values, int64_t i) const {
+        if (values.storage == Storage::BFloat16)
+            convert(scratch, reinterpret_cast<bfloat16*>(values.at(i)));
+        else if (values.storage == Storage::Float16)
+            convert(scratch, reinterpret_cast<float16*>(values.at(i)));
+    }
+
+  private:
+    template <class From, class To>
+    OPTIM8_HD static void convert(const From* from, To* to) {
+        for (int i = 0; i < code_group; i += width) store(to + i, load(from + i));
+    }
+};
+
 // Zero-padded copies of a short last block, so that the passes know whole blocks only. Padding takes part in
 // nothing: its moments stay 0.
-template <class Rule, class P, class G>
+template <class Rule>
 struct Tail {
-    P param[step_block];
-    G grad[step_block];
+    alignas(64) unsigned char param[4 * step_block], grad[4 * step_block];
     uint8_t codes[state_count<Rule>][step_block], low[state_count<Rule>][step_block];
 };
 
@@ -125,21 +166,23 @@ OPTIM8_HD void keep_states(Block<Rule>& block, Pass<Rule>& pass, const Vectors (
     }
 }
 
-template <class Coding, class Rule, class P, class G>
-OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, P* param, const G* grad, const StepScalars<Rule>& scalars,
-                       int at) {
+// `param`, `grad`: of the group.
+template <class Coding, class Rule>
+OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, float* param, const float* grad,
+                       const StepScalars<Rule>& scalars, int at) {
     F state[state_count<Rule>][group_vectors];
     decode_states<Coding, 0, Rule>(block, pass.absmax, at, state);
     for (int j = 0; j < group_vectors; j += together) {
         const int i = at + j * width;
-        Vectors p = Vectors::of([&](int k) { return load(param + i + k * width); });
+        const int in_group = j * width;
+        Vectors p = Vectors::of([&](int k) { return load(param + in_group + k * width); });
         if constexpr (Rule::states_need_param)
             for (int k = 0; k < together; ++k) store(block.old_param + i + k * width, p.v[k]);
-        const Vectors g = Vectors::of([&](int k) { return load(grad + i + k * width); });
+        const Vectors g = Vectors::of([&](int k) { return load(grad + in_group + k * width); });
         Vectors now[state_count<Rule>];
         for (int s = 0; s < state_count<Rule>; ++s) now[s] = Vectors::of([&](int k) { return state[s][j + k]; });
         Rule::update(p, g * Vectors(scalars.gradient_factor), now, scalars.of_rule);
-        for (int k = 0; k < together; ++k) store(param + i + k * width, p.v[k]);
+        for (int k = 0; k < together; ++k) store(param + in_group + k * width, p.v[k]);
         keep_states<Coding, 0>(block, pass, now, i);
     }
 }
@@ -198,23 +241,24 @@ OPTIM8_HD void seal(const Block<Rule>& block, int at) {
 // depending on where code and arrays lie, and it then waits for every line. With narrower vectors its own instructions
 // are what it waits for, and these would be more of them. Memory behind the end is not touched.
 constexpr bool prefetches = width >= 16;
-template <class T>
-OPTIM8_HD void prefetch_group(const T* at) {
+OPTIM8_HD void prefetch_group(const unsigned char* at, int64_t bytes_of_value) {
     constexpr int blocks_ahead = 4, line = 64;
-    const auto* bytes = reinterpret_cast<const char*>(at) + blocks_ahead * step_block * sizeof(T);
-    for (size_t b = 0; prefetches && b < code_group * sizeof(T); b += line) __builtin_prefetch(bytes + b);
+    at += blocks_ahead * step_block * bytes_of_value;
+    for (int64_t b = 0; prefetches && b < code_group * bytes_of_value; b += line) __builtin_prefetch(at + b);
 }
 
 // Advances a block, and seals the one before it where there is one.
-template <class Coding, class Rule, class P, class G>
-OPTIM8_HD void work(Block<Rule>& block, P* param, const G* grad, const StepScalars<Rule>& scalars,
+template <class Coding, class Rule>
+OPTIM8_HD void work(Block<Rule>& block, const Values& param, const Values& grad, const StepScalars<Rule>& scalars,
                     const Block<Rule>* before) {
     Pass<Rule> pass(block);
+    Group of_param, of_grad;
     for (int at = 0; at < step_block; at += code_group) {
-        prefetch_group(param + at);
-        prefetch_group(grad + at);
-        for (int s = 0; s < state_count<Rule>; ++s) prefetch_group(block.codes[s] + at);
-        advance<Coding>(block, pass, param, grad, scalars, at);
+        prefetch_group(param.at(at), bytes_of(param.storage));
+        prefetch_group(grad.at(at), bytes_of(grad.storage));
+        for (int s = 0; s < state_count<Rule>; ++s) prefetch_group(block.codes[s] + at, 1);
+        advance<Coding>(block, pass, of_param.widen(param, at), of_grad.widen(grad, at), scalars, at);
+        of_param.narrow(param, at);
         if (before != nullptr) seal<Coding>(*before, at);
     }
     normalize<Coding>(block, pass, scalars);
@@ -224,11 +268,10 @@ OPTIM8_HD void seal_all(const Block<Rule>& block) {
     for (int at = 0; at < step_block; at += code_group) seal<Coding>(block, at);
 }
 
-template <class Rule, class Coding, class P, class G>
+template <class Rule, class Coding>
 void step_codes(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
-    P* param = static_cast<P*>(row.param);
-    const G* grad = static_cast<const G*>(row.grad);
+    const Values param = param_of(row), grad = grad_of(row);
     const int64_t whole = std::min(end, row.size / step_block);
     Block<Rule> blocks[2];
 
@@ -241,8 +284,8 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
         if (Coding::rounding == Rounding::Dithered)
             block.dither = dither_start(row.first_block + static_cast<uint32_t>(b), scalars.dither_time);
     };
-    const auto params = [&](int64_t b) { return param + b * step_block; };
-    const auto grads = [&](int64_t b) { return grad + b * step_block; };
+    const auto params = [&](int64_t b) { return param.from(b * step_block); };
+    const auto grads = [&](int64_t b) { return grad.from(b * step_block); };
     if (begin < whole) {
         point(blocks[begin & 1], begin);
         work<Coding, Rule>(blocks[begin & 1], params(begin), grads(begin), scalars, nullptr);
@@ -256,9 +299,10 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
     if (end > whole) {
         const int64_t at = whole * step_block;
         const size_t n = static_cast<size_t>(row.size - at);
-        Tail<Rule, P, G> tail{};
-        std::memcpy(tail.param, param + at, n * sizeof(P));
-        std::memcpy(tail.grad, grad + at, n * sizeof(G));
+        const size_t param_bytes = n * static_cast<size_t>(bytes_of(param.storage));
+        Tail<Rule> tail{};
+        std::memcpy(tail.param, param.at(at), param_bytes);
+        std::memcpy(tail.grad, grad.at(at), n * static_cast<size_t>(bytes_of(grad.storage)));
         Block<Rule>& block = blocks[0];
         point(block, whole);
         for (int s = 0; s < state_count<Rule>; ++s) {
@@ -272,9 +316,9 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
                 block.low[s] = tail.low[s];
             }
         }
-        work<Coding, Rule, P, G>(block, tail.param, tail.grad, scalars, nullptr);
+        work<Coding, Rule>(block, {tail.param, param.storage}, {tail.grad, grad.storage}, scalars, nullptr);
         seal_all<Coding>(block);
-        std::memcpy(param + at, tail.param, n * sizeof(P));
+        std::memcpy(param.at(at), tail.param, param_bytes);
         for (int s = 0; s < state_count<Rule>; ++s) {
             std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
             if (row.low[s] != nullptr) std::memcpy(row.low[s] + at, tail.low[s], n);
@@ -282,63 +326,57 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
     }
 }
 
-template <class Rule, class P, class G>
+template <class Rule>
 void step_32bit(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
     const F factor(scalars.gradient_factor);
-    P* param = static_cast<P*>(row.param);
-    const G* grad = static_cast<const G*>(row.grad);
-    float* state[state_count<Rule>];
-    for (int s = 0; s < state_count<Rule>; ++s) state[s] = static_cast<float*>(row.state[s]);
+    const Values param = param_of(row), grad = grad_of(row);
+    float* state[state_count<Rule>]{};
+    for (int s = 0; s < kept_count<Rule>; ++s) state[s] = static_cast<float*>(row.state[s]);
+    Group of_param, of_grad;
 
-    const auto advance_lanes = [&](P* p_at, const G* g_at, float* const(&state_at)[state_count<Rule>]) {
-        F p = load(p_at);
-        F now[state_count<Rule>];
-        for (int s = 0; s < state_count<Rule>; ++s) now[s] = Rule::stateless ? F(0.0f) : load(state_at[s]);
-        Rule::update(p, load(g_at) * factor, now, scalars.of_rule);
-        store(p_at, p);
-        for (int s = 0; s < kept_count<Rule>; ++s) store(state_at[s], now[s]);
+    // A group of values, and of each state.
+    const auto advance_group = [&](float* p, const float* g, float* const(&states)[state_count<Rule>]) {
+        for (int i = 0; i < code_group; i += width) {
+            F now_p = load(p + i), now[state_count<Rule>];
+            for (int s = 0; s < state_count<Rule>; ++s) now[s] = Rule::stateless ? F(0.0f) : load(states[s] + i);
+            Rule::update(now_p, load(g + i) * factor, now, scalars.of_rule);
+            store(p + i, now_p);
+            for (int s = 0; s < kept_count<Rule>; ++s) store(states[s] + i, now[s]);
+        }
     };
     const int64_t last = std::min(end * step_block, row.size);
     int64_t i = begin * step_block;
-    for (; i + width <= last; i += width) {
+    for (; i + code_group <= last; i += code_group) {
         float* at[state_count<Rule>]{};
         for (int s = 0; s < kept_count<Rule>; ++s) at[s] = state[s] + i;
-        advance_lanes(param + i, grad + i, at);
+        advance_group(of_param.widen(param, i), of_grad.widen(grad, i), at);
+        of_param.narrow(param, i);
     }
     if (i < last) {
-        const size_t n = static_cast<size_t>(last - i);
-        P p[width] = {};
-        G g[width] = {};
-        float rest[state_count<Rule>][width] = {};
+        const size_t n = static_cast<size_t>(last - i), param_bytes = n * static_cast<size_t>(bytes_of(param.storage));
+        alignas(64) unsigned char p[4 * code_group] = {}, g[4 * code_group] = {};
+        alignas(64) float rest[state_count<Rule>][code_group] = {};
         float* at[state_count<Rule>]{};
-        std::memcpy(p, param + i, n * sizeof(P));
-        std::memcpy(g, grad + i, n * sizeof(G));
+        std::memcpy(p, param.at(i), param_bytes);
+        std::memcpy(g, grad.at(i), n * static_cast<size_t>(bytes_of(grad.storage)));
         for (int s = 0; s < kept_count<Rule>; ++s) {
             std::memcpy(rest[s], state[s] + i, n * sizeof(float));
             at[s] = rest[s];
         }
-        advance_lanes(p, g, at);
-        std::memcpy(param + i, p, n * sizeof(P));
+        const Values padded_param{p, param.storage}, padded_grad{g, grad.storage};
+        advance_group(of_param.widen(padded_param, 0), of_grad.widen(padded_grad, 0), at);
+        of_param.narrow(padded_param, 0);
+        std::memcpy(param.at(i), p, param_bytes);
         for (int s = 0; s < kept_count<Rule>; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));
     }
 }
 
-template <class Rule, class P, class G>
-void step_precision(const Row& row, int64_t begin, int64_t end) {
-    if (Rule::stateless || row.precision == Precision::Bits32) return step_32bit<Rule, P, G>(row, begin, end);
-    if constexpr (!Rule::stateless)
-        with_coding<Rule>(row, [&](auto coding) { step_codes<Rule, decltype(coding), P, G>(row, begin, end); });
-}
-
-// Gradients are of the parameter's type or float32; the binding has checked it.
 template <class Rule>
 void step_rule(const Row& row, int64_t begin, int64_t end) {
-    const bool wide = row.grad_storage == Storage::Float32;
-    with_storage(row.param_storage, [&](auto stored) {
-        using P = typename decltype(stored)::type;
-        wide ? step_precision<Rule, P, float>(row, begin, end) : step_precision<Rule, P, P>(row, begin, end);
-    });
+    if (Rule::stateless || row.precision == Precision::Bits32) return step_32bit<Rule>(row, begin, end);
+    if constexpr (!Rule::stateless)
+        with_coding<Rule>(row, [&](auto coding) { step_codes<Rule, decltype(coding)>(row, begin, end); });
 }
 
 }  // namespace
