@@ -100,9 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         struct, param, grad = found.groups()
         rule = rules[struct]
         states = len(rule.moments)
+        if not states:  # what memory limits anyway
+            continue
         path = main_path(kernel, states)
         taken = cycles(path)
-        moved = 2 * BYTES[param] + BYTES[grad] + states * (2 + 2 * 4 / BLOCK)
+        low_bytes = sum(moment.wide for moment in rule.moments)
+        moved = 2 * BYTES[param] + BYTES[grad] + states * (2 + 2 * 4 / BLOCK) + 2 * low_bytes
         busy = dict(taken)
         taken["memory"] = BLOCK * moved / COPY_BANDWIDTH * MULTIPROCESSORS * CLOCK
         limit = max(taken, key=lambda name: taken[name])

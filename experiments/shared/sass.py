@@ -22,7 +22,7 @@ _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 def rules_by_type() -> dict[str, Rule]:
     """The rules by the names of their structs, which stand in the names of kernels."""
     lines = re.findall(r"X\((\w+), (\w+)\)", (ROOT / "csrc/core/rules/all.h").read_text())
-    return {struct: rules.rule(name) for name, struct in lines}
+    return {struct: rules.every()[name] for name, struct in lines}
 
 
 def tool_folder() -> Path | None:
