@@ -90,6 +90,7 @@ class Case:
     running: Mapping[str, float] = field(default_factory=dict)  # scalar of each parameter -> what it starts as
     least: Mapping[str, str] = field(default_factory=dict)  # state -> the option that it is at least after a step
     moves_without_eps: bool = True  # eps = 0 is of use
+    rate: float = 1.0  # a learning rate times this goes about as far as Adam's
     slow: Mapping[str, Any] = field(default_factory=lambda: SLOW_BETAS)  # the first state changes by a thousandth
 
     def __str__(self) -> str:
@@ -225,6 +226,7 @@ CASES = {
             decay_in_gradient=True,
             roots=frozenset({"square_avg", "acc_delta"}),
             moves_without_eps=False,
+            rate=300.0,
             slow={"rho": 0.999},
         ),
         Case(

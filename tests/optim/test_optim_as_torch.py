@@ -68,7 +68,7 @@ def test_it_goes_the_right_way(case: Case, optim_bits: int, layout: str, schedul
     for maximize, tensor_lr in ((False, False), (True, True)):
         line = Line(device, layout)
         before = line.loss().item()
-        lr = torch.tensor(0.01) if tensor_lr else 0.01
+        lr = torch.tensor(0.01 * case.rate) if tensor_lr else 0.01 * case.rate
         optimizer = case.make(line.params, {"lr": lr}, optim_bits=optim_bits, maximize=maximize)
         schedulers = DOWN[schedule](optimizer)
         after = line.train(optimizer, 12, lambda them=schedulers: [each.step() for each in them])
@@ -112,21 +112,21 @@ def test_zero_gradients_from_the_start_change_nothing(case: Case, optim_bits: in
 @ALL
 def test_options_of_a_group_are_of_that_group(case: Case, optim_bits: int, device: torch.device) -> None:
     """The group with weight decay ends smaller; the one with lr=0 does not move; what a group lacks is the default."""
-    start = torch.full((24, 30), 2.0, device=device)
+    start, lr = torch.full((24, 30), 2.0, device=device), 1e-2 * case.rate
     decayed, plain, still = (parameter(start.clone()) for _ in range(3))
     groups = [
         {"params": decayed, "weight_decay": 0.9},
         {"params": [plain]},
         {"params": iter([still]), "lr": 0.0},
     ]
-    optimizer = case.make(groups, {"lr": 1e-2, "weight_decay": 0.0}, optim_bits=optim_bits)
+    optimizer = case.make(groups, {"lr": lr, "weight_decay": 0.0}, optim_bits=optim_bits)
     for t in range(8):
         for p in (decayed, plain, still):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(device)
         optimizer.step()
     assert decayed.mean() < plain.mean() - 0.01
     assert torch.equal(still, start)
-    assert [(g["weight_decay"], g["lr"]) for g in optimizer.param_groups] == [(0.9, 1e-2), (0.0, 1e-2), (0.0, 0.0)]
+    assert [(g["weight_decay"], g["lr"]) for g in optimizer.param_groups] == [(0.9, lr), (0.0, lr), (0.0, 0.0)]
     assert set(optimizer.defaults) <= set(optimizer.param_groups[1])
 
 

@@ -109,7 +109,7 @@ def test_a_parameter_whose_strides_change(case: Case, optim_bits: int, device: t
     p = parameter(data.clone().view(shape), first.view(shape))
     optimizer = case.make([p], optim_bits=optim_bits)
     optimizer.step()
-    old_p, old = values(p), moments(optimizer, case, p)
+    old_p, _, old = before_step(optimizer, case, p)
     p.grad = None
     p.data = p.data.contiguous(memory_format=torch.channels_last)
     p.grad = second.view(shape).contiguous(memory_format=torch.channels_last)
