@@ -118,6 +118,8 @@ def layout_of(moments: Moments, param: torch.Tensor, bits: int) -> Layout:
 
 def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:
     """The bits of a state: 32 without scales, 16 where low bytes are not only those of wide moments."""
+    if isinstance(moments, Moments):
+        moments = moments_of(moments, entry)  # one may be wide in some variants only
     in_codes = [moment for moment in moments if moment.absmax in entry]
     if not in_codes:
         return 32
