@@ -13,6 +13,7 @@ Example:
 from importlib.metadata import PackageNotFoundError, version
 
 from optim8 import convert, functional, memory, nn, optim, paging
+from optim8.convert import from_torch
 from optim8.health import monitor
 from optim8.optim import (
     Adadelta8bit,
@@ -69,6 +70,7 @@ __all__ = [
     "RMSprop8bit",
     "SGD8bit",
     "convert",
+    "from_torch",
     "functional",
     "memory",
     "monitor",

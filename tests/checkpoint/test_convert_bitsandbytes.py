@@ -281,7 +281,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a table of NaN": (lambda d: _quant(d).update(qmap1=torch.full((256,), float("nan"))), r"\['qmap1'\] must be fin"),
     "a signed table of squares": (lambda d: _quant(d).update(qmap2=_quant(d)["qmap1"]), r"\['exp_avg_sq'\].*negative"),
     "a clipping history": (lambda d: _quant(d).update(gnorm_vec=torch.ones(100)), r"'gnorm_vec'.*percentile_clipping"),
-    "LAMB's norm": (lambda d: _quant(d).update(unorm_vec=torch.ones(1)), r"'unorm_vec'.*max_unorm"),
+    "LAMB's norm": (lambda d: _quant(d, 2).update(unorm_vec=torch.ones(1)), r"state\[2\]\['unorm_vec'\].*max_unorm"),
     "tensor-wise scales": (lambda d: _quant(d).update(max1=torch.ones(1)), r"'max1'.*block_wise=False"),
     "another key": (lambda d: _quant(d).update(state3=torch.ones(1)), r"\['state3'\] is no state"),
     "a key twice": (lambda d: d["state"][0].update(state1=_quant(d)["state1"]), r"\['state1'\] stands twice"),

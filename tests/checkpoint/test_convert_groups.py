@@ -67,8 +67,8 @@ ADAM: dict[str, tuple[dict[str, Any], str | None]] = {
     "no bias correction": ({"bias_correction": False}, r"\['bias_correction'\] is False"),
     "no correction, of transformers": ({"correct_bias": False}, r"\['correct_bias'\] is False"),
     "AMSBound": ({"ams_bound": True}, r"\['ams_bound'\] is True"),
-    "NAdam": ({"momentum_decay": 0.004}, r"\['momentum_decay'\] is 0\.004: the dict is of NAdam"),
-    "AdEMAMix": ({"alpha": 5.0}, r"\['alpha'\] is 5\.0: the dict is of AdEMAMix"),
+    "NAdam": ({"momentum_decay": 0.004}, r"\['momentum_decay'\] is 0\.004, an option of NAdam"),
+    "AdEMAMix": ({"alpha": 5.0}, r"\['alpha'\] is 5\.0, an option of RMSprop, ademamix"),
     "an option of the same library": ({"caution": False, "trust_ratio": True}, r"\['trust_ratio'\] is no option"),
     "timm's AdamW": (
         {"caution": False, "corrected_weight_decay": False, "max_lr_snapshot": 1e-3, "clipping_threshold": None},
@@ -143,7 +143,7 @@ def test_what_a_group_says_later_is_refused_by_the_step() -> None:
     for more, message in (
         ({"decoupled_weight_decay": True}, r"\['decoupled_weight_decay'\] is True and weight_decay is 0\.1"),
         ({"t_alpha": None}, r"\['weight_decay'\] is decoupled in bitsandbytes"),
-        ({"alpha": 5.0}, r"\['alpha'\] is 5\.0: the dict is of AdEMAMix"),
+        ({"alpha": 5.0}, r"\['alpha'\] is 5\.0, an option of RMSprop, ademamix"),
     ):
         optimizer.param_groups[0].update(more)
         with pytest.raises(ValueError, match=rf"Adam8bit: a parameter group: {message}"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +26,7 @@ class Format:
     read_entry: (where, moments, parameter, state) -> the state as sources; nothing is copied yet.
     options: rule -> the options that every group of such a dict has; a dict without them is another optimizer's.
     has: rule -> whether the library has an optimizer with this rule.
+    namesakes: rule -> what its optimizer of that name does, where it is another rule.
     """
 
     library: str
@@ -35,6 +36,7 @@ class Format:
     read_entry: Callable[[str, Moments, torch.Tensor, dict[str, Any]], Entry]
     options: Callable[[str], Sequence[str]] = lambda rule: ()
     has: Callable[[str], bool] = lambda rule: True
+    namesakes: Mapping[str, str] = field(default_factory=dict)
 
 
 def fail(where: str, key: str, what: str, advice: str = "") -> NoReturn:
@@ -45,10 +47,11 @@ def fail(where: str, key: str, what: str, advice: str = "") -> NoReturn:
 def check_rule(owner: str, known: Format, rule: str) -> None:
     """Raise ValueError for a rule that a library does not share, so that no moment is taken for another."""
     if not known.has(rule):
-        shared = [name for name in rules.every() if known.has(name)]
+        shared = [name for name in dict.fromkeys(each.family for each in rules.every().values()) if known.has(name)]
+        because = f" {known.namesakes[rule]}" if rule in known.namesakes else ""
         raise ValueError(
-            f"{owner}: {rule} cannot be converted for {known.library}; {', '.join(shared)} can. State dicts of optim8 "
-            "load for every rule."
+            f"{owner}: {rule} cannot be converted for {known.library}; {', '.join(shared)} can.{because} State dicts "
+            "of optim8 load for every rule."
         )
 
 

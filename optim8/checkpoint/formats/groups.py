@@ -15,6 +15,7 @@ option that its optimizer always writes is of another optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from optim8 import rules
@@ -43,7 +44,6 @@ _NEUTRAL: dict[str, Any] = {
     "t_beta3": None,
     "momentum_decay": None,  # of NAdam, which never has None
 }
-_OWNERS = {"momentum_decay": "NAdam", "alpha": "AdEMAMix", "t_alpha": "AdEMAMix", "t_beta3": "AdEMAMix"}
 _DECAYS = ("decoupled_weight_decay", "weight_decouple")
 
 _RUN = ("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable")
@@ -54,15 +54,29 @@ _NOTES = (
 _PLAIN = {"params", *_RUN, *_NOTES, *EXTRA_DEFAULTS, *_NEUTRAL}
 
 
+@cache
+def _neutral(rule: str) -> dict[str, Any]:
+    """The options of other optimizers that this rule does not have itself."""
+    own = rules.rule(rule)
+    return {name: value for name, value in _NEUTRAL.items() if not own.has(name)}
+
+
+def owners(option: str) -> str:
+    """The rules that have an option, for messages: "RMSprop, ademamix"."""
+    having = [known for known in rules.every().values() if known.has(option)]
+    return ", ".join(dict.fromkeys(known.torch_name or known.family for known in having))
+
+
 def check(where: str, rule: str, group: Mapping[str, Any]) -> None:
     """Raise ValueError that names an option which changes the update and cannot be honoured."""
-    if _NEUTRAL.keys().isdisjoint(group):  # as in every group that was made here; each step looks
+    neutral = _neutral(rule)
+    if neutral.keys().isdisjoint(group):  # as in every group that was made here; each step looks
         return
-    present = group.keys() & _NEUTRAL.keys()
+    present = group.keys() & neutral.keys()
     for name in sorted(present.difference(_DECAYS)):
-        if group[name] != _NEUTRAL[name]:
-            owner = _OWNERS.get(name)
-            what = f": the dict is of {owner}" if owner else f", which changes the update: {name} is not supported"
+        if group[name] != neutral[name]:
+            owner = owners(name)
+            what = f", an option of {owner}" if owner else f", which changes the update: {name} is not supported"
             common.fail(where, f"[{name!r}]", f"is {group[name]!r}{what}", _ADVICE)
     _check_decay(where, rule, group)
     if present & _FURTHER.keys():
@@ -75,42 +89,62 @@ def check(where: str, rule: str, group: Mapping[str, Any]) -> None:
 _ADVICE = "Load a dict of an optimizer with the same rule."
 
 
+def check_owner(where: str, rule: str, group: Mapping[str, Any], options: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError where a group has all options of another optimizer, of which this one lacks some.
+
+    A group of this optimizer may have such options too, as notes: SAM writes `rho` into every group. It is of the one
+    of which it has more.
+
+    Args:
+        options: those that each optimizer writes, by rule; this one among them.
+    """
+    own = options[rule]
+    complete = len(own) if group.keys() >= set(own) else 0
+    for other, theirs in options.items():
+        strange = [name for name in theirs if name not in own]
+        if strange and group.keys() >= set(theirs) and complete <= len(theirs):
+            name = rules.rule(rule).torch_name or rule
+            what = f"is no option of {name}: the dict is of {rules.rule(other).torch_name or other}"
+            common.fail(where, f"[{strange[0]!r}]", what, _ADVICE)
+
+
+def adds_decay(rule: str, group: Mapping[str, Any]) -> bool:
+    """Whether weight decay is added to the gradient, and not taken off the parameter."""
+    if rules.rule(rule).has(_DECAYS[0]):
+        return not group.get(_DECAYS[0])
+    return rule in _PENALTY
+
+
 def _check_decay(where: str, rule: str, group: Mapping[str, Any]) -> None:
     """Raise ValueError where a weight decay that is not 0 would mean something else here."""
     decay = float(group.get("weight_decay") or 0.0)
-    decoupled = rule not in _PENALTY
-    for name in _DECAYS:
+    for name in sorted(_neutral(rule).keys() & _DECAYS):
         value = group.get(name)
         if value is None or not decay or (rule == "lion" and name == "decoupled_weight_decay"):
-            continue
-        if rule in _OTHER_DECAY and bool(value) != decoupled:
-            _refuse(where, rule, name, f"is {bool(value)}", decay)
+            continue  # lion-pytorch means something else by it
+        if bool(value) == adds_decay(rule, group):
+            _refuse(where, rule, name, f"is {bool(value)}", decay, group)
     if rule == "adam" and decay and "t_alpha" in group:
-        _refuse(where, rule, "weight_decay", "is decoupled in bitsandbytes", decay)
+        _refuse(where, rule, "weight_decay", "is decoupled in bitsandbytes", decay, group)
 
 
-_PENALTY = ("adam", "sgd")  # rules that add weight decay to the gradient
-_OTHER_DECAY = {
-    "adam": "Load it into AdamW8bit, or",
-    "adamw": "Load it into Adam8bit, or",
-    "lion": "You can",
-    "sgd": "You can",
-}
+_PENALTY = ("adam", "sgd", "rmsprop", "adagrad", "adadelta", "adamax", "lars")
+_OTHER_DECAY = {"adam": "Load it into AdamW8bit, or", "adamw": "Load it into Adam8bit, or"}
 
 
-def _refuse(where: str, rule: str, name: str, what: str, decay: float) -> None:
-    ours = "an L2 penalty" if rule in _PENALTY else "decoupled"
+def _refuse(where: str, rule: str, name: str, what: str, decay: float, group: Mapping[str, Any]) -> None:
+    ours = "an L2 penalty" if adds_decay(rule, group) else "decoupled"
     common.fail(
         where,
         f"[{name!r}]",
         f"{what} and weight_decay is {decay:g}, which is {ours} here",
-        f"{_OTHER_DECAY[rule]} set weight_decay to 0 in the dict.",
+        f"{_OTHER_DECAY.get(rule, 'You can')} set weight_decay to 0 in the dict.",
     )
 
 
-def known_only(group: Mapping[str, Any]) -> dict[str, Any]:
+def known_only(rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
     """A group that has passed `check`, less the options that only other optimizers have."""
-    dropped = {*_NEUTRAL, *(("step",) if group.keys() & _FURTHER.keys() else ())}
+    dropped = {*_neutral(rule), *(("step",) if group.keys() & _FURTHER.keys() else ())}
     return {name: value for name, value in group.items() if name not in dropped}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optim8 import codec, rules
-from optim8.checkpoint.formats import common
+from optim8.checkpoint.formats import common, groups
 from optim8.rules import Moments
 from optim8.state.layout import bits_of, dense, moments_in, moments_of, under_present_names
 from optim8.state.moments import Codes, Entry, Tiled, check_low, check_scales
@@ -18,12 +18,18 @@ from optim8.state.moments import Codes, Entry, Tiled, check_low, check_scales
 _DIM_ORDER = "dim_order"
 
 
-def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
+def _claims(saved: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
     quantized = any(str(key).endswith("_absmax") for entry in entries for key in entry)
-    return quantized or any("optim_bits" in group for group in groups)
+    return quantized or any("optim_bits" in group for group in saved)
+
+
+def _options(rule: str) -> tuple[str, ...]:
+    return tuple(hyper.name for hyper in rules.rule(rule).hypers)
 
 
 def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
+    known = dict.fromkeys((rule, *(other.family for other in rules.every().values())))
+    groups.check_owner(where, rule, group, {name: _options(name) for name in known})
     return group
 
 
@@ -116,4 +122,4 @@ def is_own(moments: Moments, entry: dict[str, Any], bits: int) -> bool:
     return in_float32 and bits == 32 and others.isdisjoint(entry)
 
 
-FORMAT = common.Format("optim8", True, _claims, _read_group, _read_entry)
+FORMAT = common.Format("optim8", True, _claims, _read_group, _read_entry, _options)

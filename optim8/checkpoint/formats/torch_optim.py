@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +15,20 @@ from optim8.state import report
 from optim8.state.moments import Entry, values
 
 # Options that say how torch runs a step. This optimizer decides that for itself, so it keeps its own values.
-_WAYS_TO_RUN = ("foreach", "fused", "capturable", "differentiable")
+WAYS_TO_RUN = ("foreach", "fused", "capturable", "differentiable")
 
 # Whose groups say in the namesake how weight decay works, which the rule says here.
 _DECOUPLED = {"adam": False, "adamw": True}
-_UNWRITTEN = {"sgd": ("capturable",)}  # options that the namesake does not have
-# What the count of steps is where the library counts none, by the state: Lion's rule needs no count, and that of
-# torch's SGD only tells the first step, which makes the state.
+# What the count of steps is where the library counts none, by the state: Lion's rule needs no count, nor does Muon's,
+# and that of torch's SGD only tells the first step, which makes the state.
 _UNCOUNTED = {"exp_avg": 0.0, "momentum_buffer": 1.0}
+
+# Options of Muon that are no numbers, and those for groups that it does not have in torch.optim.
+_BESIDE = {"muon": ("ns_coefficients", "ns_steps", "adjust_lr_fn")}
+_OURS = {"muon": ("use_muon", "betas")}
+# What not every library writes whose Muon is torch's: those of muon-optimizer have neither nesterov nor eps, those of
+# pytorch_optimizer no ns_coefficients. Where they are missing the optimizer keeps its own.
+_MAY_LACK = {"muon": ("momentum", "nesterov", "eps", *_BESIDE["muon"])}
 
 
 def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
@@ -29,20 +36,26 @@ def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]])
     return not entries or any(not names.isdisjoint(entry) for entry in entries)
 
 
+def written(rule: str) -> tuple[str, ...]:
+    """The options of the update that the namesake writes."""
+    hypers = (hyper.name for hyper in rules.rule(rule).hypers if hyper.name not in _OURS.get(rule, ()))
+    return (*hypers, *_BESIDE.get(rule, ()))
+
+
 def read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
-    """A group's options; those that this rule cannot honour are refused."""
-    if group.get("amsgrad") and not rules.rule(rule).has("amsgrad"):
-        common.fail(where, "['amsgrad']", "must be False, got True", "The dict is of Adam or AdamW.")
-    if rule == "lion" and "eps" in group:
-        common.fail(where, "['eps']", "is no option of Lion", "The dict is of another optimizer, such as Adam.")
+    """A group's options; those that this rule cannot honour are refused, and so are those of another optimizer."""
+    families = (other.family for other in rules.every().values() if other.torch_name)
+    # Adam and AdamW write it since version 2.7.
+    decoupled = tuple({"decoupled_weight_decay"} & group.keys())
+    known = {name: (*written(name), *(decoupled if name in _DECOUPLED else ())) for name in (rule, *families)}
+    groups.check_owner(where, rule, group, known)
     groups.check(where, rule, group)
-    dropped = (*_WAYS_TO_RUN, *(() if rules.rule(rule).has("amsgrad") else ("amsgrad",)))
-    return {name: value for name, value in groups.known_only(group).items() if name not in dropped}
+    return {name: value for name, value in groups.known_only(rule, group).items() if name not in WAYS_TO_RUN}
 
 
 def options(rule: str) -> tuple[str, ...]:
     """What the namesake has written in every version; amsgrad tells Adam and AdamW from RAdam and NAdam."""
-    return tuple(hyper.name for hyper in rules.rule(rule).hypers)
+    return tuple(name for name in written(rule) if name not in _MAY_LACK.get(rule, ()))
 
 
 def _has(rule: str) -> bool:
@@ -57,8 +70,8 @@ def _read_entry(where: str, moments: Moments, param: torch.Tensor, entry: dict[s
     read.update({name: common.number(where, entry, name) for name in scalars})
     for moment in moments:
         read[moment.name] = common.tensor(where, entry, moment.name, common.FLOATS, param.shape)
-    if len(moments) > 1 and read[moments[1].name].dtype == torch.float16:
-        first, second = (read[moment.name] for moment in moments)
+    if len(moments) > 1 and moments[0].signed and moments[1].root and read[moments[1].name].dtype == torch.float16:
+        first, second = (read[moment.name] for moment in moments[:2])
         report.note(f"{where}[{moments[1].name!r}]", lambda: (second == 0) & (first != 0), _LOST)
     return read
 
@@ -74,13 +87,38 @@ FORMAT = common.Format("torch.optim or lion-pytorch", False, _claims, read_group
 
 def write_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
     """A group as the other library writes it; `group` has no options that exist only here."""
-    if rule in _DECOUPLED:
-        return {**group, "decoupled_weight_decay": _DECOUPLED[rule]}
-    if rule != "lion":
-        return {name: value for name, value in group.items() if name not in _UNWRITTEN.get(rule, ())}
-    if group["maximize"]:
-        common.fail(where, "['maximize']", "must be False, got True", "lion-pytorch's Lion only descends.")
-    return {name: value for name, value in group.items() if name not in (*_WAYS_TO_RUN, "maximize")}
+    if rule == "lion":
+        who, theirs = "lion-pytorch's Lion", set(written(rule))
+    else:
+        who, theirs = f"torch.optim.{rules.rule(rule).torch_name}", _arguments(where, rule)
+    if group["maximize"] and "maximize" not in theirs:
+        common.fail(where, "['maximize']", "must be False, got True", f"{who} only descends.")
+    if group.get("use_muon") is False:
+        advice = "torch.optim has AdamW for such groups: make them an AdamW8bit, and convert each."
+        common.fail(where, "['use_muon']", f"must be True, got False: {who} has no such groups", advice)
+    dropped = {*WAYS_TO_RUN, "maximize", *_OURS.get(rule, ())} - theirs
+    kept = {name: value for name, value in group.items() if name not in dropped}
+    return {**kept, "decoupled_weight_decay": _DECOUPLED[rule]} if rule in _DECOUPLED else kept
+
+
+def _arguments(where: str, rule: str) -> set[str]:
+    """Those of the namesake in this version of torch."""
+    name = str(rules.rule(rule).torch_name)
+    cls = getattr(torch.optim, name, None)
+    if cls is None:
+        common.fail(where, "rule", f"is {rule}, and torch {torch.__version__} has no torch.optim.{name}")
+    return set(inspect.signature(cls).parameters)
+
+
+def initial_entry(moments: Moments, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Any] | None:
+    """What the namesake has for a parameter before its first step; None: nothing, as most have."""
+    if not any(moment.initial for moment in moments):
+        return None
+    new: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
+    for moment in moments:
+        value = float(group[moment.initial]) if moment.initial else 0.0
+        new[moment.name] = torch.full_like(param, value, dtype=torch.float32, requires_grad=False)
+    return new
 
 
 def write_entry(moments: Moments, entry: Entry) -> dict[str, Any]:
