@@ -28,6 +28,7 @@ import roofline
 import slow_state.report
 import slow_state.spread
 import small_gradients
+import suite
 from lm import parity_report
 from lm.report import describe, draw_loss, results_table
 from shared.common import RESULTS, ROOT, origin, plural, table
@@ -142,8 +143,9 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "small_gradients": small_gradients.render,
 }
 
-# Other tables of these results, or of several: the results' names, and by what.
+# Other tables of these results, of several, or of none: the results' names, and by what.
 COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "optimizers": ((), suite.render),
     "long_run-16bit": (("long_run-16bit",), slow_state.report.render16),
     "steps": (("bench_step", "bench_step-avx2", "bench_step-peers"), comparison.steps),
     "spread": (("long_run",), slow_state.spread.render),
