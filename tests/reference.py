@@ -386,3 +386,39 @@ def ademamix(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, M
     direction = _quotient(momentum, v.sqrt() / (1 - beta2**t) ** 0.5 + h["eps"])
     p = p * (1 - lr * h["weight_decay"]) if h["weight_decay"] else p
     return p - direction * lr, {"exp_avg": fast, "exp_avg_slow": slow, "exp_avg_sq": v}
+
+
+def newton_schulz(x: Rounded, coefficients: tuple[float, float, float], steps: int, eps: float) -> Rounded:
+    """kellerjordan.github.io/posts/muon, with all matrices in bfloat16: X / |X|, and the iterations."""
+    row = Rounded(x.value.reshape(1, -1), x.error.reshape(1, -1))
+    norm = (row @ row.T).sqrt().stored("bfloat16").at_least(eps).stored("bfloat16")
+    x = (x / norm).stored("bfloat16")
+    for _ in range(steps):
+        x = newton_schulz_iteration(x, coefficients)
+    return x
+
+
+def newton_schulz_iteration(x: Rounded, coefficients: tuple[float, float, float]) -> Rounded:
+    """a X + b X X' X + c (X X')^2 X, of the wider of X and X'. The products in a sum may be rounded too."""
+    a, b, c = coefficients
+    if x.value.shape[0] > x.value.shape[1]:
+        return newton_schulz_iteration(x.T, coefficients).T
+    gram = (x @ x.T).stored("bfloat16")
+    factor = (gram * b + ((gram @ gram) * c).stored("bfloat16")).stored("bfloat16")
+    return (x * a + (factor @ x).stored("bfloat16")).stored("bfloat16")
+
+
+def muon(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
+    """kellerjordan.github.io/posts/muon, with torch.optim.Muon's momentum, decay and learning rates; of one matrix."""
+    lr, momentum, (rows, columns) = float(h["lr"]), h["momentum"], p.value.shape
+    if h.get("maximize", False):
+        g = -g
+    m = old["momentum_buffer"] * momentum + g * (1 - momentum)
+    direction = m * momentum + g * (1 - momentum) if h["nesterov"] else m
+    update = newton_schulz(direction.stored("bfloat16"), h["ns_coefficients"], h["ns_steps"], h["eps"])
+    factor = {
+        "original": max(1.0, rows / columns) ** 0.5,
+        "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+        "spectral_unclamped": (rows / columns) ** 0.5,
+    }[h["adjust_lr_fn"] or "original"]
+    return p * (1 - lr * h["weight_decay"]) - update * (lr * factor), {"momentum_buffer": m}

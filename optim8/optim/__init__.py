@@ -41,6 +41,8 @@ from optim8.optim.aliases import (
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.lion import Lion8bit, PagedLion8bit
 from optim8.optim.manager import GlobalOptimManager
+from optim8.optim.muon import Muon8bit, PagedMuon8bit
+from optim8.optim.muon_groups import muon_groups
 from optim8.optim.nadam import NAdam8bit, PagedNAdam8bit
 from optim8.optim.override import override
 from optim8.optim.radam import PagedRAdam8bit, RAdam8bit
@@ -68,6 +70,7 @@ __all__ = [
     "Lion",
     "Lion8bit",
     "Lion32bit",
+    "Muon8bit",
     "NAdam8bit",
     "PagedAdEMAMix",
     "PagedAdEMAMix8bit",
@@ -86,6 +89,7 @@ __all__ = [
     "PagedLion",
     "PagedLion8bit",
     "PagedLion32bit",
+    "PagedMuon8bit",
     "PagedNAdam8bit",
     "PagedRAdam8bit",
     "PagedRMSprop",
@@ -100,6 +104,7 @@ __all__ = [
     "RMSprop32bit",
     "SGD8bit",
     "SGD32bit",
+    "muon_groups",
     "override",
 ]
 

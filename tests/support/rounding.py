@@ -89,6 +89,18 @@ class Rounded:
         spread = np.where((self.value == 0) & (self.error == 0), 0.0, spread)
         return Rounded.once(value, spread)
 
+    def __matmul__(self, other: Rounded) -> Rounded:
+        """A product of matrices, summed in any order: each of n terms passes through n roundings at most, and what is
+        below the normal numbers may be lost (Higham, section 3.5)."""
+        n, a, b = self.value.shape[-1], np.abs(self.value), np.abs(other.value)
+        spread = a @ other.error + self.error @ b + self.error @ other.error
+        reach = a @ b + spread
+        return Rounded(self.value @ other.value, spread + n * (UNIT / (1 - n * UNIT) * reach + FLT_MIN))
+
+    @property
+    def T(self) -> Rounded:
+        return Rounded(self.value.T, self.error.T)
+
     def sqrt(self) -> Rounded:
         value = np.sqrt(self.value)
         above = np.sqrt(self.value + self.error) - value

@@ -1,0 +1,170 @@
+"""The step of parameters that are matrices: their native step leaves a direction, which is orthogonalized as a whole.
+
+It runs bucket by bucket, over parameters of equal shape: native code makes the new state and writes the directions into
+scratch memory, torch's matrix products orthogonalize them, and then the parameters move. So there is scratch for one
+bucket at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optim8.state.shards import is_dtensor, local
+from optim8.step import orthogonal, ranks
+from optim8.step.parts import Part
+from optim8.step.scaling import Scaling
+
+# Bytes of the directions of a bucket, but for one that has a single parameter. Enough for kernels to have work, and
+# little beside the parameters of a model that needs 8-bit state.
+BUCKET_BYTES = 2**26
+
+# Makes the new states of the parameters at these indices of a part, and writes their directions into the tensors. The
+# gradients, and where a shard begins, are given by the place among these tensors.
+Emit = Callable[[list[torch.Tensor], list[int], dict[int, torch.Tensor], dict[int, int]], None]
+
+
+def check_shape(who: str, param: torch.Tensor) -> None:
+    """Raise ValueError where a parameter is not a matrix, nor a stack of matrices."""
+    if param.ndim not in (2, 3):
+        raise ValueError(
+            f"{who} must be a matrix (2-D), or a stack of matrices (3-D, one for each expert), got "
+            f"{tuple(param.shape)}. Put it into a group with use_muon=False, as optim8.muon_groups(model) does."
+        )
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters of a part with the same shape and strides, which lie over the same ranks.
+
+    indices: in the part.
+    params: the optimizer's own, which may be DTensors.
+    shards: what a step works on in their place: local, without gaps.
+    """
+
+    indices: list[int]
+    params: list[torch.Tensor]
+    shards: list[torch.Tensor]
+
+
+def buckets(part: Part, whole: Sequence[torch.Tensor], most: int = BUCKET_BYTES) -> Iterator[Bucket]:
+    """The parameters of a part that have a gradient, in buckets whose directions take up at most so many bytes, or of
+    one parameter. Every rank of a mesh makes the same buckets.
+
+    Args:
+        part: with local shards.
+        whole: the optimizer's own parameters, in the order of the part.
+    """
+    alike: dict[Any, list[int]] = {}
+    for index, (param, shard) in enumerate(zip(whole, part.params, strict=True)):
+        if part.grads.get(index, shard.grad) is not None:
+            over = (param.device_mesh, tuple(param.placements)) if is_dtensor(param) else None  # type: ignore[attr-defined]
+            key = tuple(param.shape), over, shard.device, *((shard.stride(),) if over is None else ())
+            alike.setdefault(key, []).append(index)
+    for indices in alike.values():
+        count = max(1, most // max(1, whole[indices[0]].numel() * torch.bfloat16.itemsize))
+        for first in range(0, len(indices), count):
+            chosen = indices[first : first + count]
+            yield Bucket(chosen, [whole[i] for i in chosen], [part.params[i] for i in chosen])
+
+
+def step(part: Part, whole: Sequence[torch.Tensor], options: dict[str, Any], scaling: Scaling, emit: Emit) -> None:
+    """Step the parameters of a part that have a gradient.
+
+    Args:
+        part: with local shards; all its parameters were checked and have state.
+        whole: the optimizer's own parameters, in the order of the part.
+        options: of the part.
+        scaling: where it has found an infinity on a device, nothing moves.
+        emit: makes the new states, and writes directions into stand-ins.
+    """
+    for bucket in buckets(part, whole):
+        flat, directions = _scratch(bucket, scaling)
+        grads = {}
+        for at, index in enumerate(bucket.indices):
+            grad = part.grads.get(index, part.params[index].grad)
+            assert grad is not None
+            # A step takes gradients of the dtype of what it steps, which is bfloat16 here, or float32.
+            grads[at] = grad.float() if grad.dtype == torch.float16 else grad
+        firsts = {at: part.firsts[index] for at, index in enumerate(bucket.indices) if index in part.firsts}
+        emit(directions, bucket.indices, grads, firsts)
+        del grads
+        if bucket.params[0].numel() == 0:
+            continue
+        # The old parameters are read and written here, in place of native code.
+        targets = [local(param) if is_dtensor(param) else param.detach() for param in bucket.params]
+        updates = _updates(bucket, flat, directions, options)
+        del flat, directions
+        move(targets, updates, options, tuple(bucket.params[0].shape), scaling.found_inf)
+
+
+def _scratch(bucket: Bucket, scaling: Scaling) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Memory for the directions of a bucket, in one piece, and of each parameter its part, which lies as the shard."""
+    size = bucket.shards[0].numel()
+    # A step that finds out on the device that nothing may move leaves the memory as it is.
+    make = torch.empty if scaling.found_inf is None else torch.zeros
+    flat = make(len(bucket.shards) * size, dtype=torch.bfloat16, device=bucket.shards[0].device)
+    return flat, [flat.as_strided(each.shape, each.stride(), at * size) for at, each in enumerate(bucket.shards)]
+
+
+def _updates(
+    bucket: Bucket, flat: torch.Tensor, directions: Sequence[torch.Tensor], options: dict[str, Any]
+) -> list[torch.Tensor]:
+    """The orthogonalized directions, of each parameter its local shard."""
+    param, count = bucket.params[0], len(bucket.params)
+    rows, columns = param.shape[-2:]
+    if not is_dtensor(param):
+        stack = flat.as_strided((count, *param.shape), (param.numel(), *bucket.shards[0].stride()))
+        return list(_orthogonalized(stack.reshape(-1, rows, columns), options).view(count, *param.shape))
+    wholes = [ranks.gather(each, of) for each, of in zip(directions, bucket.params, strict=True)]
+    stack = torch.stack(wholes)
+    updates = ranks.spread(stack.view(-1, rows, columns), param, lambda share: _orthogonalized(share, options))
+    return [ranks.cut(each, of) for each, of in zip(updates.view_as(stack), bucket.params, strict=True)]
+
+
+def _orthogonalized(stack: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """A stack of matrices, orthogonalized some at a time, since an iteration needs several times their memory."""
+    count = max(1, BUCKET_BYTES // max(1, stack[:1].nbytes))
+    made = torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
+    for first in range(0, stack.size(0), count):
+        made[first : first + count] = orthogonal.orthogonalize(
+            stack[first : first + count], options["ns_coefficients"], options["ns_steps"], float(options["eps"])
+        )
+    return made
+
+
+def move(
+    targets: Sequence[torch.Tensor],
+    updates: Sequence[torch.Tensor],
+    options: dict[str, Any],
+    shape: Sequence[int],
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """p = (1 - lr * weight_decay) p - lr * factor * update, in float32, rounded once to the parameter's dtype.
+
+    Args:
+        targets: the parameters, or their local shards; of one dtype or several.
+        updates: for each its update, of the same shape.
+        options: lr, weight_decay, adjust_lr_fn.
+        shape: of the whole parameters.
+        found_inf: float32 of one element; where it is not 0, nothing moves.
+    """
+    lr, decay = options["lr"], options["weight_decay"]
+    if not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu"):
+        lr = float(lr)
+    if found_inf is not None and found_inf.device.type != "cpu":
+        lr = torch.where(found_inf.to(targets[0].device) == 0, lr, 0.0)
+    length = lr * orthogonal.lr_factor(options["adjust_lr_fn"], shape)
+    wide = [target.float() for target in targets]  # itself where it is float32
+    if float(decay) != 0:
+        torch._foreach_mul_(wide, 1 - lr * float(decay))
+    if isinstance(length, torch.Tensor):
+        torch._foreach_sub_(wide, [update * length for update in updates])
+    else:
+        torch._foreach_add_(wide, list(updates), alpha=-length)
+    for target, values in zip(targets, wide, strict=True):
+        if values is not target:
+            target.copy_(values)
