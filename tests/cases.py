@@ -22,6 +22,8 @@ LION_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 0.05, "betas": (0.95, 0.9995), "weight_decay": 0.0, "maximize": True},
     {"lr": 2e-4, "betas": (0.0, 0.5), "weight_decay": 0.1, "maximize": True},
 )
+# Of the groups that are not Muon's: its matrices have tests of their own, tests/optim/test_muon.py.
+MUON_HYPERS = tuple({**row, "use_muon": False} for row in ADAM_HYPERS)
 SGD_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 3e-3, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.03, "nesterov": False},
     {"lr": 0.05, "momentum": 0.95, "dampening": 0.0, "weight_decay": 0.0, "nesterov": True, "maximize": True},
@@ -174,6 +176,15 @@ CASES = {
             LION_HYPERS,
             {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
             {"lr": 2e-3, "betas": (0.92, 0.98), "weight_decay": 0.1},
+        ),
+        Case(
+            "Muon8bit",
+            reference.adamw,
+            {"exp_avg": True, "exp_avg_sq": False},
+            MUON_HYPERS,
+            {},
+            {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.05, "use_muon": False},
+            roots=ROOTS,
         ),
         Case(
             "SGD8bit",

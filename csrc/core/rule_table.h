@@ -20,6 +20,7 @@ struct RuleInfo {
     const char* family;                        // its own name where it has no variants
     const char* running;                       // or null
     float running_start;
+    bool gives_direction;
     RuleId id;
     int states, hypers;  // states that are kept
     State state[max_states];
@@ -40,6 +41,7 @@ constexpr RuleInfo info_of(const char* name, RuleId id) {
     info.family = Rule::family != nullptr ? Rule::family : name;
     info.running = Rule::running;
     info.running_start = Rule::running_start;
+    info.gives_direction = Rule::gives_direction;
     info.id = id;
     info.states = kept_count<Rule>;
     info.hypers = hyper_count<Rule>;

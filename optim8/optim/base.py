@@ -22,7 +22,7 @@ from optim8.paging import Store
 from optim8.paging.pager import pager_of
 from optim8.rules import Moments
 from optim8.state.states import States
-from optim8.step import arguments, hypers, overrides, scaling
+from optim8.step import arguments, hypers, matrices, overrides, scaling
 from optim8.step.memory import Memory
 from optim8.step.stepper import Stepper
 
@@ -118,6 +118,8 @@ class BlockwiseOptimizer(StateAccess):
         try:
             hypers.normalize_group(owner, rules.rule(self.rule), group)
             hypers.check_params(owner, count, group)
+            if rules.variant(self.rule, group).gives_direction:
+                matrices.check_group(owner, count, group)
             self.memory.check_reach(group["params"])
         except (TypeError, ValueError):
             del self.param_groups[count]

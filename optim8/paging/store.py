@@ -171,12 +171,17 @@ class Store(Memory):
         rows = table.on_cpu()
         if rows is not None:
             on_disk = [segment for segment in self.segments if segment.tier == DISK and segment.memory.numel()]
-            if self.kept is not None:
-                self.kept.begin(STEPPING)
             self._stream.step(rows, on_disk, self._bytes_in(HOST))
             rows.count()
-            if self.kept is not None:
-                self.kept.end_step(self.groups, local)
+
+    @contextmanager
+    def stepping(self, who: str) -> Iterator[None]:
+        if self.kept is not None:
+            self._check_process(who)
+            self.kept.begin(STEPPING)
+        yield
+        if self.kept is not None:
+            self.kept.end_step(self.groups, local)
 
     def _check_process(self, who: str) -> None:
         if os.getpid() != self._process:

@@ -12,6 +12,7 @@ import torch
 
 from optim8 import _native, rules
 from optim8.rules import Hyper, Rule
+from optim8.step import orthogonal
 
 MIN_8BIT_SIZE = 4096
 
@@ -137,6 +138,8 @@ def _normalize_options(owner: str, rule: Rule, group: dict[str, Any]) -> None:
         ):
             continue
         group[hyper.name] = _plain(owner, hyper, value)
+    if "ns_coefficients" in group:
+        orthogonal.normalize_options(owner, group)
     if group.get("differentiable"):
         raise ValueError(
             f"{owner}: differentiable=True is not supported: quantized state has no gradient. "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from optim8.state.shards import is_dtensor, local
-from optim8.step import orthogonal, ranks
+from optim8.step import hypers, orthogonal, ranks
 from optim8.step.parts import Part
 from optim8.step.scaling import Scaling
 
@@ -27,13 +27,23 @@ BUCKET_BYTES = 2**26
 Emit = Callable[[list[torch.Tensor], list[int], dict[int, torch.Tensor], dict[int, int]], None]
 
 
-def check_shape(who: str, param: torch.Tensor) -> None:
-    """Raise ValueError where a parameter is not a matrix, nor a stack of matrices."""
-    if param.ndim not in (2, 3):
-        raise ValueError(
-            f"{who} must be a matrix (2-D), or a stack of matrices (3-D, one for each expert), got "
-            f"{tuple(param.shape)}. Put it into a group with use_muon=False, as optim8.muon_groups(model) does."
-        )
+def check_group(owner: str, group_index: int, group: dict[str, Any]) -> None:
+    """Raise ValueError where a parameter of a group is neither a matrix nor a stack of matrices."""
+    for index, param in enumerate(group["params"]):
+        if param.ndim not in (2, 3):
+            raise ValueError(
+                f"{owner}: {hypers.name_of(group, index)} of group {group_index} must be a matrix (2-D) or a stack of "
+                f"matrices (3-D, one for each expert), got {tuple(param.shape)}. Put it into a group with "
+                "use_muon=False, as optim8.muon_groups(model) does."
+            )
+
+
+def check_shapes(owner: str, part: Part, whole: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError where a parameter that a part is about to step is no such tensor: its group may have become one
+    for matrices since it was added."""
+    stepped = [param for i, param in enumerate(whole) if part.grads.get(i, part.params[i].grad) is not None]
+    if any(param.ndim not in (2, 3) for param in stepped):
+        check_group(owner, part.group, {"params": list(whole), "param_names": part.names})
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,8 @@ class Bucket:
     shards: list[torch.Tensor]
 
 
-def buckets(part: Part, whole: Sequence[torch.Tensor], most: int = BUCKET_BYTES) -> Iterator[Bucket]:
-    """The parameters of a part that have a gradient, in buckets whose directions take up at most so many bytes, or of
-    one parameter. Every rank of a mesh makes the same buckets.
+def buckets(part: Part, whole: Sequence[torch.Tensor]) -> Iterator[Bucket]:
+    """The parameters of a part that have a gradient, in buckets. Every rank of a mesh makes the same ones.
 
     Args:
         part: with local shards.
@@ -65,24 +74,25 @@ def buckets(part: Part, whole: Sequence[torch.Tensor], most: int = BUCKET_BYTES)
             key = tuple(param.shape), over, shard.device, *((shard.stride(),) if over is None else ())
             alike.setdefault(key, []).append(index)
     for indices in alike.values():
-        count = max(1, most // max(1, whole[indices[0]].numel() * torch.bfloat16.itemsize))
+        count = max(1, BUCKET_BYTES // max(1, whole[indices[0]].numel() * torch.bfloat16.itemsize))
         for first in range(0, len(indices), count):
             chosen = indices[first : first + count]
             yield Bucket(chosen, [whole[i] for i in chosen], [part.params[i] for i in chosen])
 
 
-def step(part: Part, whole: Sequence[torch.Tensor], options: dict[str, Any], scaling: Scaling, emit: Emit) -> None:
+def step(part: Part, whole: Sequence[torch.Tensor], scaling: Scaling, emit: Emit) -> None:
     """Step the parameters of a part that have a gradient.
 
     Args:
         part: with local shards; all its parameters were checked and have state.
         whole: the optimizer's own parameters, in the order of the part.
-        options: of the part.
         scaling: where it has found an infinity on a device, nothing moves.
         emit: makes the new states, and writes directions into stand-ins.
     """
+    # On the CPU one has looked already (Scaling.skips).
+    found = None if scaling.found_inf is None or scaling.found_inf.device.type == "cpu" else scaling.found_inf
     for bucket in buckets(part, whole):
-        flat, directions = _scratch(bucket, scaling)
+        flat, directions = _scratch(bucket, found is not None)
         grads = {}
         for at, index in enumerate(bucket.indices):
             grad = part.grads.get(index, part.params[index].grad)
@@ -96,16 +106,16 @@ def step(part: Part, whole: Sequence[torch.Tensor], options: dict[str, Any], sca
             continue
         # The old parameters are read and written here, in place of native code.
         targets = [local(param) if is_dtensor(param) else param.detach() for param in bucket.params]
-        updates = _updates(bucket, flat, directions, options)
+        updates = _updates(bucket, flat, directions, part.given)
         del flat, directions
-        move(targets, updates, options, tuple(bucket.params[0].shape), scaling.found_inf)
+        move(targets, updates, part.given, tuple(bucket.params[0].shape), found)
 
 
-def _scratch(bucket: Bucket, scaling: Scaling) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _scratch(bucket: Bucket, may_stay: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Memory for the directions of a bucket, in one piece, and of each parameter its part, which lies as the shard."""
     size = bucket.shards[0].numel()
     # A step that finds out on the device that nothing may move leaves the memory as it is.
-    make = torch.empty if scaling.found_inf is None else torch.zeros
+    make = torch.zeros if may_stay else torch.empty
     flat = make(len(bucket.shards) * size, dtype=torch.bfloat16, device=bucket.shards[0].device)
     return flat, [flat.as_strided(each.shape, each.stride(), at * size) for at, each in enumerate(bucket.shards)]
 
@@ -126,14 +136,12 @@ def _updates(
 
 
 def _orthogonalized(stack: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """A stack of matrices, orthogonalized some at a time, since an iteration needs several times their memory."""
+    """Orthogonalize a stack of matrices in place, some at a time: an iteration needs several times their memory."""
     count = max(1, BUCKET_BYTES // max(1, stack[:1].nbytes))
-    made = torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
-    for first in range(0, stack.size(0), count):
-        made[first : first + count] = orthogonal.orthogonalize(
-            stack[first : first + count], options["ns_coefficients"], options["ns_steps"], float(options["eps"])
-        )
-    return made
+    for some in torch.split(stack, count):
+        coefficients, steps, eps = options["ns_coefficients"], options["ns_steps"], float(options["eps"])
+        some.copy_(orthogonal.orthogonalize(some, coefficients, steps, eps))
+    return stack
 
 
 def move(
@@ -155,7 +163,7 @@ def move(
     lr, decay = options["lr"], options["weight_decay"]
     if not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu"):
         lr = float(lr)
-    if found_inf is not None and found_inf.device.type != "cpu":
+    if found_inf is not None:
         lr = torch.where(found_inf.to(targets[0].device) == 0, lr, 0.0)
     length = lr * orthogonal.lr_factor(options["adjust_lr_fn"], shape)
     wide = [target.float() for target in targets]  # itself where it is float32

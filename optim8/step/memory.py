@@ -28,6 +28,15 @@ class Memory(Resident):
         """Step all rows of a native StepTable (step.run.run_step)."""
         run.run_step(table, who, grad_scale, found_inf)
 
+    @contextmanager
+    def stepping(self, who: str) -> Iterator[None]:
+        """Around the calls of run_step in one step of an optimizer that has something to step.
+
+        Raises:
+            RuntimeError: the state cannot be stepped.
+        """
+        yield
+
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's values lie in memory that this object gave."""
         return False

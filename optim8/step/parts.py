@@ -22,6 +22,7 @@ class Part:
     names: of the group's parameters, or None.
     grads: by index, gradients that are taken instead of a tensor's own.
     firsts: by index, where a local shard begins in its parameter, in values.
+    given: the options as a group has them.
     """
 
     group: int
@@ -30,6 +31,7 @@ class Part:
     names: list[str] | None = None
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
     firsts: dict[int, int] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
 
 
 class LocalStep:
@@ -65,6 +67,10 @@ class LocalStep:
             else {own: self._state[p] for own, p in zip(part.params, whole.params, strict=True) if p in self._state}
             for part, whole in zip(self.parts, self._whole, strict=True)
         ]
+
+    def wholes(self, number: int) -> Sequence[torch.Tensor]:
+        """The optimizer's own parameters of a part."""
+        return self._whole[number].params
 
     def whole(self, number: int, index: int) -> torch.Tensor:
         """The optimizer's own parameter at an index of a part."""

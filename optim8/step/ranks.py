@@ -18,8 +18,8 @@ def _device(param: Any) -> torch.device:
 
 def gather(shard: torch.Tensor, param: Any) -> torch.Tensor:
     """The whole of a tensor whose shards lie over the ranks as those of `param` do, on every rank of its mesh."""
-    # As bytes of no number: not every backend sends bfloat16.
-    sent = shard.to(_device(param)).contiguous().view(torch.int16)
+    # Nothing is computed with it, and every backend sends float16; of gloo not each version sends bfloat16.
+    sent = shard.to(_device(param)).contiguous().view(torch.float16)
     whole: torch.Tensor = wrap(sent, param.shape, contiguous_stride(param.shape), param).full_tensor()  # type: ignore[attr-defined]
     return whole.view(shard.dtype)
 
@@ -54,5 +54,5 @@ def spread(stack: torch.Tensor, param: Any, work: Callable[[torch.Tensor], torch
     share = stack[first : first + count]
     mine[: share.size(0)] = work(share)
     made = stack.new_empty(ways[dim] * count, *stack.shape[1:])
-    all_gather_into_tensor(made.view(torch.int16), mine.view(torch.int16), group=mesh.get_group(dim))
+    all_gather_into_tensor(made.view(torch.float16), mine.view(torch.float16), group=mesh.get_group(dim))
     return made[: stack.size(0)]

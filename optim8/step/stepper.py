@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from optim8.state.layout import bits_of, dense, dense_grad, moments_of
 from optim8.state.moments import Codes, source_of
 from optim8.state.moments import values as values_of
 from optim8.state.shards import local
-from optim8.step import arrays, hypers, run, supply
+from optim8.step import arrays, hypers, matrices, run, supply
 from optim8.step.parts import LocalStep, Part
 from optim8.step.scaling import UNSCALED, Scaling
 from optim8.step.supply import Stateful
@@ -40,11 +40,17 @@ class Stepper:
             ValueError: a parameter, gradient or state cannot be stepped; names the parameter. Nothing was changed.
         """
         with self.gathered(optimizer, params, scaling) as local_step:
-            optimizer.memory.prepare(optimizer.param_groups, optimizer.state)
-            try:
-                optimizer.memory.run_step(self._table, type(optimizer).__name__, scaling.scale, scaling.found_inf)
-            finally:
-                local_step.copy_back()
+            owner, memory, any_rows = type(optimizer).__name__, optimizer.memory, len(self._table) > 0
+            with_matrices = self._without_matrices(optimizer, local_step)
+            memory.prepare(optimizer.param_groups, optimizer.state)
+            with memory.stepping(owner) if any_rows else nullcontext():
+                try:
+                    memory.run_step(self._table, owner, scaling.scale, scaling.found_inf)
+                finally:
+                    local_step.copy_back()
+                for number in with_matrices:
+                    part, wholes = local_step.parts[number], local_step.wholes(number)
+                    matrices.step(part, wholes, scaling, self._emit(optimizer, local_step, number, scaling))
             local_step.mark_stepped()
 
     @contextmanager
@@ -123,21 +129,57 @@ class Stepper:
                 hypers.normalize_group(owner, rule, group)
                 split = resolved.parts[at]
             for changes, of_part in split:
-                options = _options(owner, rule, {**group, **changes} if changes else group, scaling)
+                given = {**group, **changes} if changes else group
+                options = _options(owner, rule, given, scaling)
                 members = of_part if chosen is None else _only(of_part, chosen)
-                parts.append(Part(at, members, options, group.get("param_names")))
+                parts.append(Part(at, members, options, group.get("param_names"), given=given))
         return parts
 
-    def _gather(self, optimizer: Stateful, local_step: LocalStep) -> list[Any]:
-        """Fill the table, and return for each part what is still missing."""
-        self._table.clear()
-        if optimizer.memory.pinned_spans:
-            self._table.allow_host(optimizer.memory.pinned_spans)
+    def _gather(self, optimizer: Stateful, local_step: LocalStep, without: Collection[int] = ()) -> list[Any]:
+        """Fill the table, and return for each part what is still missing; `without`: parts that are left out."""
+        self._clear(optimizer)
         owner = type(optimizer).__name__
         return [
             self._table.add(part.params, state, part.options, owner, part.group, part.grads, part.names, part.firsts)
-            for part, state in zip(local_step.parts, local_step.states, strict=True)
+            for number, (part, state) in enumerate(zip(local_step.parts, local_step.states, strict=True))
+            if number not in without
         ]
+
+    def _clear(self, optimizer: Stateful) -> None:
+        self._table.clear()
+        if optimizer.memory.pinned_spans:
+            self._table.allow_host(optimizer.memory.pinned_spans)
+
+    def _without_matrices(self, optimizer: Stateful, local_step: LocalStep) -> list[int]:
+        """Take the parts out of the table whose native step gives directions, now that they are checked: it must not
+        write these into the parameters. Returns the numbers of these parts.
+
+        Raises:
+            ValueError: one has a parameter that is no matrix; nothing was changed.
+        """
+        found = [
+            number for number, part in enumerate(local_step.parts) if rules.every()[part.options.rule].gives_direction
+        ]
+        for number in found:
+            matrices.check_shapes(type(optimizer).__name__, local_step.parts[number], local_step.wholes(number))
+        if found:
+            self._gather(optimizer, local_step, found)
+        return found
+
+    def _emit(self, optimizer: Stateful, local_step: LocalStep, number: int, scaling: Scaling) -> matrices.Emit:
+        """The native step of parameters of a part, over tensors that stand in for them."""
+        part, state, owner = local_step.parts[number], local_step.states[number], type(optimizer).__name__
+
+        def emit(
+            directions: list[torch.Tensor], indices: list[int], grads: dict[int, torch.Tensor], firsts: dict[int, int]
+        ) -> None:
+            self._clear(optimizer)
+            entries = {each: state[part.params[index]] for each, index in zip(directions, indices, strict=True)}
+            self._table.add(directions, entries, part.options, owner, part.group, grads, None, firsts)
+            optimizer.memory.run_step(self._table, owner, scaling.scale, scaling.found_inf)
+            self._table.clear()
+
+        return emit
 
     def _check_distinct(self, optimizer: Stateful, local_step: LocalStep) -> None:
         """Raise ValueError where two parameters are the same memory: threads would step it twice at once."""

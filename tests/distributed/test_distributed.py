@@ -11,7 +11,7 @@ import distributed_worker
 import pytest
 import torch
 
-# (a scenario of distributed_training.py, _checkpoints.py or _loading.py, number of processes), in order.
+# (a scenario of distributed_training.py, _matrices.py, _checkpoints.py or _loading.py, number of processes), in order.
 STAGES = [
     ("ddp", 2),
     ("ddp", 3),
@@ -25,6 +25,14 @@ STAGES = [
     ("clipping", 3),
     ("zero_redundancy", 2),
     ("fsdp1", 2),
+    ("muon_fsdp2", 2),
+    ("muon_fsdp2", 3),
+    ("muon_share", 2),
+    ("muon_share", 3),
+    ("muon_layouts", 2),
+    ("muon_two_dimensions", 2),
+    ("muon_cpu_offload", 2),
+    ("muon_state_dict", 2),
     ("tensor_parallel_checkpoint", 2),
     ("torch_optim_to_shards", 2),
     ("refusals", 2),

