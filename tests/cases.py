@@ -22,8 +22,6 @@ LION_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 0.05, "betas": (0.95, 0.9995), "weight_decay": 0.0, "maximize": True},
     {"lr": 2e-4, "betas": (0.0, 0.5), "weight_decay": 0.1, "maximize": True},
 )
-# Of the groups that are not Muon's: its matrices have tests of their own, tests/optim/test_muon.py.
-MUON_HYPERS = tuple({**row, "use_muon": False} for row in ADAM_HYPERS)
 SGD_HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 3e-3, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.03, "nesterov": False},
     {"lr": 0.05, "momentum": 0.95, "dampening": 0.0, "weight_decay": 0.0, "nesterov": True, "maximize": True},
@@ -94,6 +92,7 @@ class Case:
     moves_without_eps: bool = True  # eps = 0 is of use
     rate: float = 1.0  # a learning rate times this goes about as far as Adam's
     slow: Mapping[str, Any] = field(default_factory=lambda: SLOW_BETAS)  # the first state changes by a thousandth
+    always: Mapping[str, Any] = field(default_factory=dict)  # options without which it is not the rule of this row
 
     def __str__(self) -> str:
         return self.name
@@ -138,8 +137,12 @@ class Case:
 
     def make(self, params: Any, hyper: Mapping[str, Any] | None = None, **more: Any) -> Any:
         """An optimizer with row 0 of the hyper-parameters unless told; 8-bit whatever the size unless told."""
-        options = {**(self.hypers[0] if hyper is None else hyper), "min_8bit_size": 0, **more}
+        options = {**self.always, **(self.hypers[0] if hyper is None else hyper), "min_8bit_size": 0, **more}
         return self.cls(params, **options)
+
+    def with_defaults(self, params: Any, **options: Any) -> Any:
+        """An optimizer with its own defaults."""
+        return self.cls(params, **{**self.always, **options})
 
     def without_decay(self, row: int = 0, **more: Any) -> dict[str, Any]:
         return {**self.hypers[row], "weight_decay": 0.0, **more}
@@ -177,14 +180,16 @@ CASES = {
             {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
             {"lr": 2e-3, "betas": (0.92, 0.98), "weight_decay": 0.1},
         ),
+        # Its groups without matrices; tests/optim/test_muon.py is about the others.
         Case(
             "Muon8bit",
             reference.adamw,
             {"exp_avg": True, "exp_avg_sq": False},
-            MUON_HYPERS,
+            ADAM_HYPERS,
             {},
-            {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.05, "use_muon": False},
+            {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05},
             roots=ROOTS,
+            always={"use_muon": False},
         ),
         Case(
             "SGD8bit",

@@ -214,8 +214,8 @@ def zero_redundancy(place: Place) -> None:
         models[1].load_state_dict(models[0].state_dict())
         parallel = torch.nn.parallel.DistributedDataParallel(models[0])
         together = [list(p) for p in zip(*(model.parameters() for model in models), strict=True)]
-        optimizer = ZeroRedundancyOptimizer(parallel.parameters(), case.cls, **case.hypers[0])
-        own = case.cls(models[1].parameters(), **case.hypers[0])
+        optimizer = ZeroRedundancyOptimizer(parallel.parameters(), case.cls, **case.always, **case.hypers[0])
+        own = case.with_defaults(models[1].parameters(), **case.hypers[0])
         for t in (1, 2, 3):
             optimizer.zero_grad()
             parallel(torch.full((3, 70), 0.1 * t, device=place.device)).square().mean().backward()
@@ -228,10 +228,10 @@ def zero_redundancy(place: Place) -> None:
                 optimizer.consolidate_state_dict(0)
                 message = [optimizer.state_dict() if place.rank == 0 else None]
                 dist.broadcast_object_list(message)
-                loaded = case.cls(models[2].parameters(), **case.hypers[0])
+                loaded = case.with_defaults(models[2].parameters(), **case.hypers[0])
                 loaded.load_state_dict(message[0])
                 assert all(state_bits(loaded, r) == state_bits(own, q) for _, q, r in together)
-                optimizer = ZeroRedundancyOptimizer(parallel.parameters(), case.cls, **case.hypers[0])
+                optimizer = ZeroRedundancyOptimizer(parallel.parameters(), case.cls, **case.always, **case.hypers[0])
                 optimizer.load_state_dict(message[0])
 
 

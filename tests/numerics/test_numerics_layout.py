@@ -110,7 +110,7 @@ def test_what_is_8bit_is_stated_and_can_be_asked_for(case: Case, device: torch.d
     ]
     for options, least in rows:
         params = [parameter(torch.ones(n, device=device)) for n in sizes]
-        optimizer = case.cls(params, **case.hypers[0], **options)
+        optimizer = case.with_defaults(params, **case.hypers[0], **options)
         expected = ["8bit" if n >= least else "32bit" for n in sizes]
         assert [optimizer.precision(p) for p in params] == expected, "before the first step"
         for p in params:

@@ -165,13 +165,13 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
 def test_parameters_that_torch_refuses(case: Case, what: str) -> None:
     params, error, words = REFUSED[what]
     with pytest.raises(error, match=words):
-        case.cls(params(*_named()))
+        case.with_defaults(params(*_named()))
 
 
 @ALL
 def test_groups_that_torch_refuses_are_not_added(case: Case) -> None:
     p, q = _named()
-    optimizer = case.cls([("weight", p)])
+    optimizer = case.with_defaults([("weight", p)])
     for group, error in (
         ({"params": [q]}, ValueError),  # has no name
         ({"params": {("bias", q)}}, TypeError),

@@ -86,7 +86,7 @@ def test_groups_are_independent(case: Case, optim_bits: int, device: torch.devic
     optimizer = case.make(groups[:3], optim_bits=optim_bits)
     alone = [parameter(d.clone()) for d in datas]
     own = [
-        case.cls([p], **{"min_8bit_size": 0, "optim_bits": optim_bits, **o})
+        case.with_defaults([p], **{"min_8bit_size": 0, "optim_bits": optim_bits, **o})
         for p, o in zip(alone, options, strict=True)
     ]
     for t in range(4):

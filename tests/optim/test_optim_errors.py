@@ -48,7 +48,7 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
 
 
 def _takes(case: Case, name: str) -> bool:
-    return name in case.cls([parameter(torch.ones(1))]).param_groups[0]
+    return name in case.with_defaults([parameter(torch.ones(1))]).param_groups[0]
 
 
 @pytest.mark.parametrize("in_a_group", [False, True], ids=["argument", "group"])
@@ -57,13 +57,15 @@ def _takes(case: Case, name: str) -> bool:
 def test_bad_options(case: Case, name: str, value: Any, in_a_group: bool) -> None:
     if not _takes(case, name):
         with pytest.raises((TypeError, ValueError), match=name):
-            case.cls([parameter(torch.ones(3))], **{name: value})
+            case.with_defaults([parameter(torch.ones(3))], **{name: value})
         return
     optimizer = case.make([parameter(torch.ones(3))])
+    if optimizer.defaults[name] is value:
+        return  # such as nesterov without a momentum, of an optimizer that has one
     p = parameter(torch.ones(3))
     group = {"params": [p], name: value}
     with pytest.raises((ValueError, TypeError), match=name) as error:
-        optimizer.add_param_group(group) if in_a_group else case.cls([p], **{name: value})
+        optimizer.add_param_group(group) if in_a_group else case.with_defaults([p], **{name: value})
     assert len(optimizer.param_groups) == 1, "the group that was refused is not there"
     if name == "differentiable":
         assert isinstance(error.value, ValueError)
@@ -80,15 +82,15 @@ def test_edges_of_what_is_allowed(case: Case) -> None:
         {"min_8bit_size": 0},
         {"optim_bits": 32},
     ):
-        case.cls([p], **options).step()
+        case.with_defaults([p], **options).step()
     with pytest.raises(ValueError, match="empty"):
-        case.cls([])
+        case.with_defaults([])
     with pytest.raises(TypeError):
-        case.cls(torch.ones(3))
+        case.with_defaults(torch.ones(3))
     with pytest.raises(ValueError, match="leaf"):
-        case.cls([parameter(torch.ones(3)) * 2])
+        case.with_defaults([parameter(torch.ones(3)) * 2])
     with pytest.raises(ValueError, match="more than one"):
-        case.cls([{"params": [p]}, {"params": [p]}])
+        case.with_defaults([{"params": [p]}, {"params": [p]}])
 
 
 def _sparse(p: torch.nn.Parameter) -> None:

@@ -110,7 +110,7 @@ def test_misspelled_arguments(case: Case, given: str, close: str) -> None:
     lacks = close in of_rules and not rules.rule(case.cls.rule).has(close)
     end = "" if lacks else rf" Did you mean '{close}'\?"
     with pytest.raises(TypeError, match=rf"{case.name}: '{given}' is no argument of this optimizer\.{end}$"):
-        case.cls([parameter(torch.ones(3))], **{given: 1})
+        case.with_defaults([parameter(torch.ones(3))], **{given: 1})
 
 
 def test_arguments_that_are_like_no_other() -> None:

@@ -28,10 +28,6 @@ class PlainLion(torch.optim.Optimizer):
                 m.lerp_(p.grad, 1 - beta2)
 
 
-def adamw_beside_muon(params: Any, use_muon: bool, **hyper: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, **hyper)
-
-
 class PlainAdEMAMix(torch.optim.Optimizer):
     """arXiv 2409.03137, algorithm 1, in float32 and nothing else, both schedules over `warmup` steps."""
 
@@ -57,7 +53,7 @@ class PlainAdEMAMix(torch.optim.Optimizer):
                 p.addcdiv_(momentum, (v / (1 - beta2**t)).sqrt() + 1e-8, value=-lr)
 
 
-PLAIN: dict[str, Any] = {"Lion8bit": PlainLion, "AdEMAMix8bit": PlainAdEMAMix, "Muon8bit": adamw_beside_muon}
+PLAIN: dict[str, Any] = {"Lion8bit": PlainLion, "AdEMAMix8bit": PlainAdEMAMix, "Muon8bit": torch.optim.AdamW}
 
 
 def _train(make: Any, seed: int, device: torch.device) -> tuple[float, float]:
