@@ -136,10 +136,12 @@ def _updates(
 
 
 def _orthogonalized(stack: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """Orthogonalize a stack of matrices in place, some at a time: an iteration needs several times their memory."""
-    count = max(1, BUCKET_BYTES // max(1, stack[:1].nbytes))
-    for some in torch.split(stack, count):
-        coefficients, steps, eps = options["ns_coefficients"], options["ns_steps"], float(options["eps"])
+    """A stack of matrices, orthogonalized. One larger than a bucket some at a time and in place: an iteration needs
+    several times their memory."""
+    coefficients, steps, eps = options["ns_coefficients"], options["ns_steps"], float(options["eps"])
+    if stack.nbytes <= BUCKET_BYTES:
+        return orthogonal.orthogonalize(stack, coefficients, steps, eps)
+    for some in torch.split(stack, max(1, BUCKET_BYTES // max(1, stack[:1].nbytes))):
         some.copy_(orthogonal.orthogonalize(some, coefficients, steps, eps))
     return stack
 
@@ -154,7 +156,7 @@ def move(
     """p = (1 - lr * weight_decay) p - lr * factor * update, in float32, rounded once to the parameter's dtype.
 
     Args:
-        targets: the parameters, or their local shards; of one dtype or several.
+        targets: the parameters, or their local shards.
         updates: for each its update, of the same shape.
         options: lr, weight_decay, adjust_lr_fn.
         shape: of the whole parameters.
@@ -166,13 +168,13 @@ def move(
     if found_inf is not None:
         lr = torch.where(found_inf.to(targets[0].device) == 0, lr, 0.0)
     length = lr * orthogonal.lr_factor(options["adjust_lr_fn"], shape)
-    wide = [target.float() for target in targets]  # itself where it is float32
-    if float(decay) != 0:
-        torch._foreach_mul_(wide, 1 - lr * float(decay))
-    if isinstance(length, torch.Tensor):
-        torch._foreach_sub_(wide, [update * length for update in updates])
-    else:
-        torch._foreach_add_(wide, list(updates), alpha=-length)
-    for target, values in zip(targets, wide, strict=True):
-        if values is not target:
-            target.copy_(values)
+    for target, update in zip(targets, updates, strict=True):
+        wide = target.float()  # itself where it is float32
+        if float(decay) != 0:
+            wide.mul_(1 - lr * float(decay))
+        if isinstance(length, torch.Tensor):
+            wide.sub_(update * length)
+        else:
+            wide.add_(update, alpha=-length)
+        if wide is not target:
+            target.copy_(wide)
