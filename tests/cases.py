@@ -55,7 +55,8 @@ RADAM_HYPERS: tuple[dict[str, Any], ...] = (
 ADEMAMIX_HYPERS: tuple[dict[str, Any], ...] = (
     {**ADAM_HYPERS[0], "betas": (0.8, 0.95, 0.99), "alpha": 3.0, "t_alpha": 40, "t_beta3": 60},
     {**ADAM_HYPERS[1], "betas": (0.95, 0.9995, 0.99995), "alpha": 8.0, "t_alpha": 1000, "t_beta3": 2},
-    {**ADAM_HYPERS[2], "betas": (0.0, 0.5, 0.9), "alpha": 0.5, "t_alpha": None, "t_beta3": 3},
+    # Not 0: a slow moment over a v of 0, which no steps leave, would overflow.
+    {**ADAM_HYPERS[2], "betas": (0.0, 0.5, 0.9), "alpha": 0.5, "t_alpha": None, "t_beta3": 3, "eps": 1e-30},
 )
 ADEMAMIX_DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,

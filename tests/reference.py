@@ -154,7 +154,8 @@ def wrong_codes(
     x = np.where(top > 0, new.value, 0.0)
     safe = np.where(top > 0, top, 1.0)
     y = x / safe
-    d = new.error / safe + np.abs(y) * (top_error / safe + 2 * UNIT) + code_slack(y)
+    of_scale = np.where(y == 0, 0, top_error / safe + 2 * UNIT)  # 0 is 0 in any scale, and one of no bound
+    d = new.error / safe + np.abs(y) * of_scale + code_slack(y)
     table = dynamic_map(signed).astype(np.float64)
     best = np.abs(table[nearest(dynamic_map(signed), y)] - y)
     good = np.abs(table[codes] - y) <= best + 2 * d
@@ -205,7 +206,7 @@ def wrong_dithered_codes(
     top, top_error = (per_element(block_max(each), size) for each in (new.value, new.error))
     safe = np.where(top > 0, top, 1.0)
     y = np.abs(new.value) / safe * largest_value(signed)
-    d = new.error / safe + y * (top_error / safe + 4 * UNIT)
+    d = new.error / safe + y * np.where(y == 0, 0, top_error / safe + 4 * UNIT)  # 0 is 0 in any scale
     low, high = (_position(np.clip(y + sign * d, 0, largest_value(signed)), signed, low_bytes) for sign in (-1, 1))
     parts = 1 if low_bytes is None else 256
     u = u if low_bytes is None else np.floor(u * 256) / 256
@@ -344,9 +345,10 @@ def nadam(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Mome
     m = old["exp_avg"] * beta1 + g * (1 - beta1)
     v = old["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
     one = Rounded.exact(1.0)
-    of_gradient, of_momentum = one * (1 - now) / (one - product), one * following / (one - product * following)
+    of_gradient = one * (lr * (1 - now)) / (one - product)
+    of_momentum = one * (lr * following) / (one - product * following)
     direction = _quotient(g * of_gradient + m * of_momentum, v.sqrt() / (1 - beta2**t) ** 0.5 + h["eps"])
-    return p - direction * lr, {"exp_avg": m, "exp_avg_sq": v, "mu_product": product}
+    return p - direction, {"exp_avg": m, "exp_avg_sq": v, "mu_product": product}
 
 
 def radam(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:

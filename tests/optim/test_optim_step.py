@@ -104,7 +104,9 @@ def _doubled(hyper: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = hyper[name]
     if isinstance(value, bool):
         return {**hyper, name: not value}
-    return {**hyper, name: tuple(0.9 * b + 0.05 for b in value) if isinstance(value, tuple) else 2 * value + 1e-3}
+    if isinstance(value, tuple):
+        return {**hyper, name: tuple(0.9 * b + 0.05 for b in value)}
+    return {**hyper, name: 0.9 * value + 0.05 if 0.5 < value < 1 else 2 * value + 1e-3}  # rates stay below 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_50_steps_are_torchs(case: Case, row: int | str, device: torch.device) -
     """The reference, carried on with its bounds, is near both. torch does the same operations with more roundings (a
     multiplication and an addition for a fused one, a division for a reciprocal): at most twice as many."""
     assert case.torch_class is not None
-    p, q = (parameter(torch.linspace(-2, 2, 300, device=device)) for _ in range(2))
+    p, q = (parameter(torch.linspace(-0.02, 0.02, 300, device=device)) for _ in range(2))
     hyper = {**case.training} if isinstance(row, str) else {**case.hypers[row]}
     ours = case.make([p], hyper, optim_bits=32)
     theirs = case.torch_class([q], **hyper, foreach=False)  # torch 2.13's fused SGD and Adagrad are wrong on CPU
@@ -37,7 +37,8 @@ def test_50_steps_are_torchs(case: Case, row: int | str, device: torch.device) -
         bound = exact.error
         assert (np.abs(values(p) - exact.value) <= bound).all(), t
         assert (np.abs(values(q) - exact.value) <= 2 * bound).all(), t
-    assert (bound <= 1e-2 * np.abs(exact.value - np.linspace(-2, 2, 300))).mean() > 0.9, "a bound that tells something"
+    moved = np.abs(exact.value - np.linspace(-0.02, 0.02, 300))
+    assert (bound <= 1e-3 * moved).mean() > 0.5, "a bound that tells something"
     for name in states:
         for optimizer, of, times in ((ours, p, 1), (theirs, q, 2)):
             found = values(optimizer.state[of][name])
