@@ -65,11 +65,10 @@ def options(rule: Rule, case: Case) -> dict[str, Any]:
 def decoded(state: dict[str, Any], moment: Moment, number: int) -> Tensor:
     """The values of a rule's moment, its `number`th, in the state of one parameter, whosever optimizer it is."""
     from optim8 import functional
-    from optim8.state.conversion import as_sources
-    from optim8.state.moments import values
+    from optim8.state.moments import source_of, values
 
     if moment.codes in state:
-        return values(moment, as_sources([moment], state)[moment.name], torch.device("cpu"))
+        return values(moment, source_of(moment, state), torch.device("cpu"))
     if f"qmap{number}" in state:  # bitsandbytes
         codes, absmax, code = (state[f"{name}{number}"] for name in ("state", "absmax", "qmap"))
         return functional.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=BLOCK)

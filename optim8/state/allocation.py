@@ -9,7 +9,7 @@ import torch
 
 from optim8 import _native
 from optim8.rules import Moments
-from optim8.state.layout import STEP, Layout, Part
+from optim8.state.layout import Layout, Part, count_keys
 
 _ALIGN = 64  # bytes; a cache line, and the width of the widest vector
 
@@ -161,7 +161,7 @@ def move_steps(entries: Sequence[tuple[torch.Tensor, dict[str, Any]]], moments: 
     """Move the counts of steps of (parameter, state), and the scalars of their rule, beside the parameters, in one copy
     to each device."""
     by_device: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
-    keys = (STEP, *(scalar.name for scalar in moments.scalars))
+    keys = count_keys(moments)
     for param, entry in entries:
         by_device.setdefault(param.device, []).extend((entry, key) for key in keys)
     for device, places in by_device.items():

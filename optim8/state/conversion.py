@@ -11,7 +11,7 @@ import torch
 
 from optim8.rules import Moments
 from optim8.state.allocation import Allocator, allocate
-from optim8.state.layout import STEP, Layout, layout_of, others
+from optim8.state.layout import Layout, count_keys, layout_of, others
 from optim8.state.mapped import fill as fill_tensor
 from optim8.state.moments import Entry, fill, source_of
 
@@ -34,7 +34,7 @@ class Target:
 
 def as_sources(moments: Moments, entry: Mapping[str, Any]) -> Entry:
     """The state of an optimizer here as sources, unchecked."""
-    read: Entry = {STEP: entry[STEP], **{scalar.name: entry[scalar.name] for scalar in moments.scalars}}
+    read: Entry = {key: entry[key] for key in count_keys(moments)}
     for moment in moments:
         read[moment.name] = source_of(moment, entry)
     return read
@@ -42,7 +42,7 @@ def as_sources(moments: Moments, entry: Mapping[str, Any]) -> Entry:
 
 def fill_state(moments: Moments, source: Entry, entry: dict[str, Any], name: str) -> None:
     """Bring the sources of a state into an allocated one; `name`: for a report."""
-    for key in (STEP, *(scalar.name for scalar in moments.scalars)):
+    for key in count_keys(moments):
         entry[key].fill_(float(source[key]))
     for moment in moments:
         fill(moment, source[moment.name], entry, name)

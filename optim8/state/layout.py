@@ -140,15 +140,19 @@ def moments_in(moments: Moments, entry: Mapping[str, Any]) -> Moments:
     return there.only([moment.direct if moment.direct.absmax in entry else moment for moment in there])
 
 
+def count_keys(moments: Moments) -> tuple[str, ...]:
+    """The keys of the numbers that a state has beside its moments."""
+    return STEP, *(scalar.name for scalar in moments.scalars)
+
+
 def keys_of(moments: Moments, bits: int) -> list[str]:
     """The keys of a state in 8, 16 or 32 bits."""
-    scalars = [scalar.name for scalar in moments.scalars]
-    return [STEP, *scalars, *(key for moment in moments for key in moment.keys_in(bits))]
+    return [*count_keys(moments), *(key for moment in moments for key in moment.keys_in(bits))]
 
 
 def others(moments: Moments, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept with a parameter's state and is not the optimizer's, such as the slow weights of Lookahead."""
-    own = {STEP, *(scalar.name for scalar in moments.scalars), *(key for moment in moments for key in moment.keys)}
+    own = {*count_keys(moments), *(key for moment in moments for key in moment.keys)}
     return {key: value for key, value in entry.items() if key not in own}
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from optim8.state.layout import moments_of
 from support.convert_harness import make_params, ours, steps, twins
 from support.harness import codes_of, snapshot
 
 import optim8
 from optim8 import codec
+from optim8.state.layout import moments_of
 
 PAIRS = {"Adam8bit": torch.optim.Adam, "AdamW8bit": torch.optim.AdamW}
 OPTIMIZERS = [*PAIRS, "Lion8bit"]

@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import EVERY, Case
-from optim8.state.layout import moments_of
 from support.convert_harness import REQUANTIZED
 from support.harness import bits
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
 import optim8
+from optim8.state.layout import moments_of
 
 DATA = Path(__file__).parents[1] / "data"
 # 0.1.0, and a later commit whose codes have keys of their own.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import optim8
 import pytest
 import torch
-from optim8.paging import Pager
 from support.harness import bits, hostile, parameter, through_a_file
+
+import optim8
+from optim8.paging import Pager
 
 SIZES = (5000, 300, 1, 0)
 
@@ -40,7 +41,8 @@ def test_sgd_without_momentum_keeps_nothing(weight_decay: float) -> None:
     steps(params, optimizer, 0, 10)
     steps(twins, theirs, 0, 10)
     same(params, twins, 40)
-    assert optimizer.state_dict()["state"] == {} and not any(optimizer.state.values())
+    assert optimizer.state_dict()["state"] == {}
+    assert not any(optimizer.state.values())
     assert sum(place.bytes for place in optimizer.placement()) == 0
 
 
@@ -75,7 +77,8 @@ def test_a_dict_of_torch_without_momentum_loads() -> None:
     steps(twins, theirs, 0, 1)
     params, optimizer = make(optim8.SGD8bit, lr=0.2)
     optimizer.load_state_dict(theirs.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 0.1 and not any(optimizer.state.values())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert not any(optimizer.state.values())
     steps(params, optimizer, 1, 2)
 
 

@@ -23,7 +23,7 @@ from optim8.paging.directory.records import Records
 from optim8.paging.files import Segment, in_file, map_file
 from optim8.paging.pager import Pager
 from optim8.state.allocation import Arena
-from optim8.state.layout import STEP
+from optim8.state.layout import count_keys
 
 _LAYOUT = {"optimizer": str, "rule": str, "run": str, "count": int, "segments": list, "params": dict}
 Groups = Sequence[dict[str, Any]]
@@ -47,7 +47,6 @@ class StateDirectory:
 
     def __init__(self, owner: str, rule: str, pager: Pager, params: Sequence[torch.Tensor]) -> None:
         self.owner, self.rule, self.pager, self.directory = owner, rule, pager, Path(str(pager.directory))
-        self._counts = {STEP, *(scalar.name for scalar in rules.rule(rule).moments.scalars)}
         self.records = Records(owner, self.directory)
         is_new = not (self.directory / "layout.json").exists()
         self.journal = Journal(self.records, is_new)
@@ -176,7 +175,7 @@ class StateDirectory:
         for name, at in self.pending.get(place, {}).items():
             with self.records.parsing("layout.json", f"Restore it. {self.advice}"):
                 was, tensor = index.tensor(at, files)
-            of_values = name not in self._counts and not name.endswith("_absmax")
+            of_values = name not in count_keys(rules.rule(self.rule).moments) and not name.endswith("_absmax")
             if of_values and tuple(shape) != was:
                 raise ValueError(
                     f"{self.owner}: {self.directory} holds state of shape {was} for parameter {place}, "
