@@ -264,7 +264,7 @@ def _quant(d: dict[str, Any], i: int = 0) -> dict[str, Any]:
 
 
 BROKEN: dict[str, tuple[Break, str]] = {
-    "AdEMAMix": (lambda d: d["param_groups"][0].update(alpha=5.0), r"param_groups\[0\]\['alpha'\].*AdEMAMix"),
+    "AdEMAMix": (lambda d: d["param_groups"][0].update(alpha=5.0), r"param_groups\[0\]\['alpha'\].*ademamix"),
     "AdEMAMix's betas": (lambda d: d["param_groups"][0].update(betas=(0.9, 0.9, 0.9)), r"\['betas'\] must be two"),
     "no second state": (lambda d: _quant(d).pop("state2"), r"state\[0\]\['state2'\].*got nothing"),
     "codes of another shape": (lambda d: _quant(d).update(state1=_quant(d)["state1"][1:]), r"state\[0\]\['state1'\]"),

@@ -290,6 +290,20 @@ def test_its_lamb_and_lars_are_adam_and_sgd(kind: str) -> None:
     ours(here, twins(small)).load_state_dict(without)
 
 
+@pytest.mark.parametrize("name, really", [("LAMB8bit", "Adam with"), ("LARS8bit", "SGD with")])
+def test_ours_of_these_names_are_others(name: str, really: str) -> None:
+    if not hasattr(optim8, name):
+        pytest.skip("not here yet")
+    params = make_params(channels_last=False)
+    theirs = getattr(bnb.optim, name)(params, **CAPPED[name.removesuffix("8bit")][1])
+    steps(params, theirs, 0, 1)
+    optimizer = ours(name, twins(params))
+    with pytest.raises(ValueError, match=f"cannot be converted for bitsandbytes; .* can. bitsandbytes' .* is {really}"):
+        optimizer.load_state_dict(theirs.state_dict())
+    with pytest.raises(ValueError, match=f"is {really}"):
+        optim8.convert.to_bitsandbytes(optimizer)
+
+
 P = torch.nn.Parameter(torch.ones(3))
 
 

@@ -67,7 +67,7 @@ ADAM: dict[str, tuple[dict[str, Any], str | None]] = {
     "no bias correction": ({"bias_correction": False}, r"\['bias_correction'\] is False"),
     "no correction, of transformers": ({"correct_bias": False}, r"\['correct_bias'\] is False"),
     "AMSBound": ({"ams_bound": True}, r"\['ams_bound'\] is True"),
-    "NAdam": ({"momentum_decay": 0.004}, r"\['momentum_decay'\] is 0\.004, an option of NAdam"),
+    "NAdam": ({"momentum_decay": 0.004}, r"\['momentum_decay'\] is no option of AdamW: .* NAdam"),
     "AdEMAMix": ({"alpha": 5.0}, r"\['alpha'\] is 5\.0, an option of RMSprop, ademamix"),
     "an option of the same library": ({"caution": False, "trust_ratio": True}, r"\['trust_ratio'\] is no option"),
     "timm's AdamW": (

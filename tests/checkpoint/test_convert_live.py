@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
-from support.convert_harness import WITH_TORCH, assert_holds, assert_same_step, of_torch, params_of, steps, twins
+from support.convert_harness import WITH_TORCH, assert_holds, assert_same_step, make_params, of_torch, steps, twins
 from support.harness import snapshot
 from torch.optim import lr_scheduler
 
@@ -29,7 +29,7 @@ def in_groups(case: Case, params: list[torch.nn.Parameter], **more: Any) -> torc
 @pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("case", WITH_TORCH, ids=str)
 def test_it_goes_on_with_all_that_it_had(case: Case, optim_bits: int) -> None:
-    theirs_params = params_of(case)
+    theirs_params = make_params()
     theirs = in_groups(case, theirs_params)
     steps(theirs_params, theirs, 0, 3)
     for group in theirs.param_groups:
@@ -90,7 +90,7 @@ def test_schedulers_go_on(name: str, scheduler: str, how: str, lr: Any) -> None:
     case, make = CASES[name], SCHEDULERS[scheduler]
     runs: list[tuple[Any, Any, Any]] = []
     for _ in range(2):
-        params = params_of(case)
+        params = make_params()
         optimizer = of_torch(case, params, {**case.hypers[0], "lr": lr.clone() if isinstance(lr, torch.Tensor) else lr})
         runs.append((params, optimizer, make(optimizer)))
     with warnings.catch_warnings():
@@ -147,7 +147,7 @@ def test_how_it_runs_comes_along_unless_told(fused: bool) -> None:
 
 
 def test_it_can_be_paged() -> None:
-    params = params_of(CASES["AdamW8bit"])
+    params = make_params()
     theirs = torch.optim.AdamW(params)
     steps(params, theirs, 0, 2)
     optimizer = optim8.from_torch(theirs, paged=True)

@@ -16,9 +16,9 @@ from support.convert_harness import (
     WITH_TORCH,
     assert_holds,
     assert_same_step,
+    make_params,
     of_torch,
     ours,
-    params_of,
     steps,
     twins,
 )
@@ -42,7 +42,7 @@ def kept(hyper: Mapping[str, Any]) -> dict[str, Any]:
 @each_row
 def test_their_dict_loads_here(case: Case, row: int, optim_bits: int) -> None:
     hyper = case.hypers[row]
-    theirs_params = params_of(case)
+    theirs_params = make_params()
     theirs = of_torch(case, theirs_params, hyper)
     steps(theirs_params, theirs, 0, 3)
     params = twins(theirs_params)
@@ -69,10 +69,10 @@ def test_their_dict_loads_here(case: Case, row: int, optim_bits: int) -> None:
 @each_row
 def test_our_dict_loads_there_and_steps(case: Case, row: int, optim_bits: int) -> None:
     hyper = dict(case.hypers[row])
-    fresh = of_torch(case, params_of(case), hyper)
+    fresh = of_torch(case, make_params(), hyper)
     if "maximize" not in fresh.param_groups[0]:
         hyper.pop("maximize", None)
-    params = params_of(case)
+    params = make_params()
     optimizer = ours(case.name, params, **hyper, optim_bits=optim_bits)
     steps(params, optimizer, 0, 3)
     before = snapshot(optimizer, params)
@@ -102,7 +102,7 @@ def test_our_dict_loads_there_and_steps(case: Case, row: int, optim_bits: int) -
 def test_a_dict_without_steps(case: Case) -> None:
     """The options come along, and the first steps are the same in both directions; the sums of Adagrad are there."""
     hyper = {name: value for name, value in case.hypers[0].items() if name != "maximize"}
-    theirs_params = params_of(case)
+    theirs_params = make_params()
     theirs = of_torch(case, theirs_params, hyper)
     params, others, anew = (twins(theirs_params) for _ in range(3))
     optimizer = ours(case.name, params, optim_bits=32)
@@ -210,7 +210,7 @@ def test_a_note_named_as_an_option_of_another_optimizer_is_a_note() -> None:
 @pytest.mark.parametrize("initial", [0.0, 0.25])
 def test_the_sums_of_adagrad_before_the_first_step(initial: float) -> None:
     """torch makes them with the optimizer, and its load_state_dict needs them."""
-    params = params_of(CASES["Adagrad8bit"])
+    params = make_params()
     theirs = torch.optim.Adagrad(twins(params), initial_accumulator_value=initial)
     optimizer = optim8.Adagrad8bit(params, initial_accumulator_value=initial)
     written = optim8.convert.to_torch(optimizer)["state"]
@@ -247,7 +247,7 @@ def test_the_scalar_of_nadam_must_be_there(value: Any) -> None:
 @pytest.mark.parametrize("case", WITH_TORCH, ids=str)
 def test_the_options_are_those_that_torch_writes(case: Case) -> None:
     """What tells the dicts of optimizers apart: a class of torch that gets a further option must be looked at."""
-    written = of_torch(case, params_of(case), {}).param_groups[0].keys()
+    written = of_torch(case, make_params(), {}).param_groups[0].keys()
     run = {"maximize", "params", *torch_optim.WAYS_TO_RUN}
     added = {"decoupled_weight_decay"} if case.name in ("Adam8bit", "AdamW8bit") else set()
     assert written - run - added == set(torch_optim.written(case.cls.rule))
@@ -261,7 +261,7 @@ def test_where_weight_decay_goes_is_known(case: Case) -> None:
 
 def test_both_ends_name_every_rule() -> None:
     """A message about a rule that cannot be converted lists those that can, each once."""
-    names = {rules.rule(case.cls.rule).family for case in WITH_TORCH} | {"lion"}
+    names = {rule.family for rule in rules.every().values() if rule.torch_name} | {"lion"}
     with pytest.raises(ValueError, match="cannot be converted for torch") as error:
         optim8.convert.to_torch(optim8.AdEMAMix8bit([torch.nn.Parameter(torch.ones(3))]))
     listed = re.search(r"lion-pytorch; ([\w, ]+) can", str(error.value))

@@ -180,7 +180,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
     ),
     "of RMSprop": (
         lambda d: d.update(state={i: {"step": torch.ones(()), "square_avg": torch.ones(1)} for i in d["state"]}),
-        r"state\[0\]\['square_avg'\] is no state of optim8, torch",
+        r"state\[0\]\['square_avg'\] is no state of this optimizer",
+    ),
+    "of Rprop": (
+        lambda d: d.update(state={i: {"step": torch.ones(()), "prev": torch.ones(1)} for i in d["state"]}),
+        r"state\[0\]\['prev'\] is no state of optim8, torch",
     ),
 }
 

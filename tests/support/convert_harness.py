@@ -127,12 +127,5 @@ def of_torch(case: Case, params: Any, hyper: Mapping[str, Any], **more: Any) -> 
     return cls(params, **{name: value for name, value in options.items() if name in known})  # type: ignore[no-any-return]
 
 
-def params_of(case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> Params:
-    """Parameters that the namesake takes: torch's Muon takes only matrices."""
-    params = make_params(dtype, **options)
-    is_muon = case.torch_class is not None and case.torch_class.__name__ == "Muon"
-    return [p for p in params if p.ndim == 2] if is_muon else params
-
-
 def case_of(name: str) -> Case:
     return CASES[name]

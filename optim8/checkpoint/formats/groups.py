@@ -33,6 +33,10 @@ _FURTHER: dict[str, Any] = {
     "caution": False,
     "corrected_weight_decay": False,
     "clipping_threshold": None,
+    "use_adjusted_lr": False,  # of Muon in pytorch_optimizer, and so are those that begin with ns_
+    "ns_method": "newton_schulz",
+    "ns_coeffs": [(3.4445, -4.775, 2.0315)],
+    "ns_reset_steps": (2,),
     "correct_bias": True,
     "bias_correction": True,
 }
@@ -44,6 +48,8 @@ _NEUTRAL: dict[str, Any] = {
     "t_beta3": None,
     "momentum_decay": None,  # of NAdam, which never has None
 }
+# Options that are no numbers, of Muon.
+BESIDE = {"muon": ("ns_coefficients", "ns_steps", "adjust_lr_fn")}
 _DECAYS = ("decoupled_weight_decay", "weight_decouple")
 
 _RUN = ("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable")
@@ -81,7 +87,8 @@ def check(where: str, rule: str, group: Mapping[str, Any]) -> None:
     _check_decay(where, rule, group)
     if present & _FURTHER.keys():
         for name in group:
-            if name not in _PLAIN and not any(known.has(name) for known in rules.every().values()):
+            is_of_rule = name in BESIDE.get(rule, ()) or any(known.has(name) for known in rules.every().values())
+            if name not in _PLAIN and not is_of_rule:
                 advice = "If it is a note of your own, delete it from the dict."
                 common.fail(where, f"[{name!r}]", "is no option of this optimizer or of another that is known", advice)
 

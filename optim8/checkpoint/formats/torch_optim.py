@@ -23,12 +23,11 @@ _DECOUPLED = {"adam": False, "adamw": True}
 # and that of torch's SGD only tells the first step, which makes the state.
 _UNCOUNTED = {"exp_avg": 0.0, "momentum_buffer": 1.0}
 
-# Options of Muon that are no numbers, and those for groups that it does not have in torch.optim.
-_BESIDE = {"muon": ("ns_coefficients", "ns_steps", "adjust_lr_fn")}
+# Options of Muon for groups that it does not have in torch.optim.
 _OURS = {"muon": ("use_muon", "betas")}
 # What not every library writes whose Muon is torch's: those of muon-optimizer have neither nesterov nor eps, those of
 # pytorch_optimizer no ns_coefficients. Where they are missing the optimizer keeps its own.
-_MAY_LACK = {"muon": ("momentum", "nesterov", "eps", *_BESIDE["muon"])}
+_MAY_LACK = {"muon": ("momentum", "nesterov", "eps", *groups.BESIDE["muon"])}
 
 
 def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
@@ -39,7 +38,7 @@ def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]])
 def written(rule: str) -> tuple[str, ...]:
     """The options of the update that the namesake writes."""
     hypers = (hyper.name for hyper in rules.rule(rule).hypers if hyper.name not in _OURS.get(rule, ()))
-    return (*hypers, *_BESIDE.get(rule, ()))
+    return (*hypers, *groups.BESIDE.get(rule, ()))
 
 
 def read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +47,7 @@ def read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
     # Adam and AdamW write it since version 2.7.
     decoupled = tuple({"decoupled_weight_decay"} & group.keys())
     known = {name: (*written(name), *(decoupled if name in _DECOUPLED else ())) for name in (rule, *families)}
+    known[rule] = (*known[rule], *_OURS.get(rule, ()))  # muon-optimizer also has groups for its AdamW
     groups.check_owner(where, rule, group, known)
     groups.check(where, rule, group)
     return {name: value for name, value in groups.known_only(rule, group).items() if name not in WAYS_TO_RUN}
