@@ -296,6 +296,7 @@ def test_a_rule_that_others_do_not_share_is_not_converted(monkeypatch: pytest.Mo
     }
     monkeypatch.setattr(rules, "every", lambda: known)
     monkeypatch.setattr(_native.cpu(), "conflict", lambda rule, group: None)  # the compiled table has no such rule
+    monkeypatch.setattr(rules, "variant", lambda family, options: known[family])
 
     class Novel(optim8.AdamW8bit):
         rule = "novel"
