@@ -154,6 +154,7 @@ class Rule:
     torch_name: the optimizer of torch.optim with the same rule; None: there is none.
     functional_name: what optimizer_update_* of the functional API call it; None: they do not have it.
     gives_direction: whether its native step leaves a direction in the place of the parameter, for step.matrices.
+    has_norms: whether a step depends on norms of the whole tensor.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Rule:
     moments: Moments
     hypers: tuple[Hyper, ...]
     gives_direction: bool = False
+    has_norms: bool = False
 
     def has(self, hyper: str) -> bool:
         return any(known.name == hyper for known in self.hypers)
@@ -190,10 +192,10 @@ def every() -> dict[str, Rule]:
         ImportError: the compiled module is missing; says what to do.
     """
     known = {}
-    for name, family, torch_name, functional_name, states, hypers, running, start, directs in _native.cpu().rules():
+    for name, family, torch_name, functional_name, states, hypers, running, start, *is_so in _native.cpu().rules():
         scalars = () if running is None else (Scalar(sys.intern(running), start),)
         moments = Moments(tuple(starmap(Moment, states)), scalars)
-        known[name] = Rule(name, family, torch_name, functional_name, moments, _hypers(hypers), directs)
+        known[name] = Rule(name, family, torch_name, functional_name, moments, _hypers(hypers), *is_so)
     return known
 
 

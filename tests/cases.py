@@ -68,6 +68,27 @@ ADEMAMIX_DEFAULTS: dict[str, Any] = {
     "weight_decay": 1e-2,
     "maximize": False,
 }
+LARS_HYPERS: tuple[dict[str, Any], ...] = (
+    {**SGD_HYPERS[0], "trust_coefficient": 0.02},
+    {**SGD_HYPERS[1], "trust_coefficient": 0.5},
+    {**SGD_HYPERS[2], "trust_coefficient": 1.0},
+)
+LAMB_DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "maximize": False,
+}
+LARS_DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "weight_decay": 0.0,
+    "nesterov": False,
+    "trust_coefficient": 1e-3,
+    "maximize": False,
+}
 SLOW_BETAS: dict[str, Any] = {"betas": (0.999, 0.999)}
 
 
@@ -92,6 +113,7 @@ class Case:
     least: Mapping[str, str] = field(default_factory=dict)  # state -> the option that it is at least after a step
     moves_without_eps: bool = True  # eps = 0 is of use
     rate: float = 1.0  # a learning rate times this goes about as far as Adam's
+    has_norms: bool = False  # an element's step depends on norms of its tensor
     slow: Mapping[str, Any] = field(default_factory=lambda: SLOW_BETAS)  # the first state changes by a thousandth
     always: Mapping[str, Any] = field(default_factory=dict)  # options without which it is not the rule of this row
 
@@ -291,6 +313,28 @@ CASES = {
             roots=ROOTS,
             wide={"exp_avg_slow": ""},
             slow={"betas": (0.999, 0.999, 0.999)},
+        ),
+        Case(
+            "LAMB8bit",
+            reference.lamb,
+            {"exp_avg": True, "exp_avg_sq": False},
+            ADAM_HYPERS,
+            LAMB_DEFAULTS,
+            {"lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.05},
+            roots=ROOTS,
+            has_norms=True,
+        ),
+        Case(
+            "LARS8bit",
+            reference.lars,
+            {"momentum_buffer": True},
+            LARS_HYPERS,
+            LARS_DEFAULTS,
+            {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True, "trust_coefficient": 0.1},
+            decay_in_gradient=True,
+            only_with={"momentum_buffer": "momentum"},
+            slow={"momentum": 0.999, "dampening": 0.999, "nesterov": False},
+            has_norms=True,
         ),
     )
 }

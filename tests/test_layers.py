@@ -35,8 +35,8 @@ PYTHON_LAYERS = [
 INNER_LAYERS = {
     "state": ["layout", "mapped", "report", "states", "allocation", "moments", "conversion", "tiles", "shards"],
     "step": [
-        *("orthogonal", "hypers", "arguments", "overrides", "pending", "run", "scaling", "parts", "arrays", "memory"),
-        *("supply", "ranks", "matrices", "stepper"),
+        *("orthogonal", "hypers", "arguments", "overrides", "pending", "norms", "run", "scaling", "parts", "arrays"),
+        *("memory", "supply", "ranks", "matrices", "stepper"),
     ],
     "paging": ["files", "pager", "placement", "directory", "tiers", "streaming", "store"],
     "checkpoint": [

@@ -295,6 +295,7 @@ Lacks StepTable::add(py::list params, py::dict state, const StepOptions& options
             row.device_running = counts.running;
         }
         rows.rows.push_back(row);
+        rows.places.push_back(static_cast<int64_t>(memory_.size()));
         params_.append(py::handle(param));
         memory_.push_back(p.size == 0 ? nullptr : p.data);
         grads_.push_back(std::move(held));

@@ -1,6 +1,9 @@
 // What a table of rows keeps from one step to the next, and what it tells of its rows.
 #include "bind/step_table.h"
 
+#include "core/codec.h"
+#include "core/norms.h"
+
 #include <algorithm>
 
 namespace optim8 {
@@ -36,11 +39,36 @@ void DeviceRows::count() {
     for (size_t r = 0; r < steps.size(); ++r) *steps[r] = next_steps[r];
 }
 
+bool DeviceRows::has_norms() const {
+    return std::any_of(rows.begin(), rows.end(),
+                       [](const Row& row) { return rule_table[static_cast<size_t>(row.rule)].has_norms; });
+}
+
+int64_t DeviceRows::blocks() const {
+    int64_t all = 0;
+    for (const Row& row : rows) all += blocks_of(row.size, step_block);
+    return all;
+}
+
+void DeviceRows::take_sums(double* sums) {
+    for (size_t r = 0; r < rows.size(); ++r) rows[r].sums = sums + norms * r;
+}
+
+void DeviceRows::begin_measuring(double* sums) {
+    take_sums(sums);
+    of_blocks.resize(static_cast<size_t>(norms * blocks()));
+    double* at = of_blocks.data();
+    for (Row& row : rows) {
+        row.of_blocks = at;
+        at += norms * blocks_of(row.size, step_block);
+    }
+}
+
 DeviceRows& StepTable::rows_on(const View& param, bool count_on_device) {
     for (DeviceRows& known : devices_)
         if (known.on_cpu == param.on_cpu() && known.device == param.device && known.count_on_device == count_on_device)
             return known;
-    devices_.push_back(DeviceRows{param.on_cpu(), param.device, count_on_device, {}, {}, {}});
+    devices_.push_back(DeviceRows{param.on_cpu(), param.device, count_on_device, {}, {}, {}, {}, {}});
     return devices_.back();
 }
 
@@ -63,6 +91,8 @@ std::vector<DeviceRows*> StepTable::elsewhere() {
 void StepTable::clear() {
     for (DeviceRows& known : devices_) {
         known.rows.clear();
+        known.places.clear();
+        known.of_blocks = {};
         known.steps.clear();
         known.next_steps.clear();
     }

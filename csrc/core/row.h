@@ -22,6 +22,8 @@ struct Row {
     float* device_step;          // the count of steps in device memory; null where it is on the host, or not kept
     float* device_running;       // the scalar `running` of the rule, beside that
     const StepOptions* options;  // what scalars are derived from
+    double* sums;                // of a rule with norms: of both the sum of squares (core/norms.h), else null
+    double* of_blocks;           // the same of each block, while they are measured
     RuleId rule;
     Storage param_storage, grad_storage;
     Precision precision;

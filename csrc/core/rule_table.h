@@ -21,6 +21,7 @@ struct RuleInfo {
     const char* running;                       // or null
     float running_start;
     bool gives_direction;
+    bool has_norms;
     RuleId id;
     int states, hypers;  // states that are kept
     State state[max_states];
@@ -42,6 +43,7 @@ constexpr RuleInfo info_of(const char* name, RuleId id) {
     info.running = Rule::running;
     info.running_start = Rule::running_start;
     info.gives_direction = Rule::gives_direction;
+    info.has_norms = Rule::has_norms;
     info.id = id;
     info.states = kept_count<Rule>;
     info.hypers = hyper_count<Rule>;

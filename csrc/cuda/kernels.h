@@ -12,12 +12,20 @@ namespace optim8 {
 struct StepInputs {
     const float* grad_scale;  // gradients are divided by it; null: 1
     const float* found_inf;   // not 0: the step is skipped, its counts too; null: never
-    AnyScalars* scalars;  // room for those of each row where rows count their steps on the device; null: on the host
+    // Room for those of each row where rows count their steps on the device, or have norms; else null.
+    AnyScalars* scalars;
+    bool counted = false;         // the steps are counted already
+    double* sums = nullptr;       // of rules with norms: two sums of squares for each row (core/norms.h)
+    double* of_blocks = nullptr;  // room for the same of each block, while they are measured
 };
 
 // One launch for some hundred rows of one rule and one pair of types; where steps are counted on the device, a small
-// one before it. `rows` is host memory. Either every row has a device_step or none.
+// one before it, and one where rules have norms. `rows` is host memory. Every row has scalars, or none.
 void cuda_step(const Row* rows, int64_t count, const StepInputs& inputs, cudaStream_t stream);
+// Counts the step of rows that count on the device, and derives their scalars; cuda_step does so too unless told.
+void cuda_count(const Row* rows, int64_t count, const StepInputs& inputs, cudaStream_t stream);
+// Measures rows of rules with norms into inputs.sums. Steps that are counted on the device are counted before.
+void cuda_measure(const Row* rows, int64_t count, const StepInputs& inputs, cudaStream_t stream);
 
 // job.kind Any: `code_info` gets the midpoints of job.code and whether it is a dynamic map (code_info_size floats), so
 // that such a map is encoded by its formula, as on the CPU, without the host ever looking at it.

@@ -8,9 +8,16 @@
 
 OPTIM8_BEGIN
 
+template <bool has_norms>
+struct RowNorms {};
+template <>
+struct RowNorms<true> {
+    double* of_blocks;  // as in Row
+};
+
 // A row as the kernels of one rule take it: the fewer states, the more rows a launch has.
 template <class Rule>
-struct StepRow {
+struct StepRow : RowNorms<Rule::has_norms> {
     void* param;
     const void* grad;
     void* state[state_count<Rule>];

@@ -80,6 +80,10 @@ RECIPES = {
     "radam8bit": Recipe("optim8 RAdam8bit", _optim8("RAdam8bit", decoupled_weight_decay=True), 1e-3, 0.1),
     "ademamix": Recipe("optim8 AdEMAMix 32-bit", _optim8("AdEMAMix8bit", optim_bits=32), 1e-3, 0.1),
     "ademamix8bit": Recipe("optim8 AdEMAMix8bit", _optim8("AdEMAMix8bit"), 1e-3, 0.1),
+    "lamb": Recipe("optim8 LAMB 32-bit", _optim8("LAMB8bit", optim_bits=32), 1e-2, 0.1),
+    "lamb8bit": Recipe("optim8 LAMB8bit", _optim8("LAMB8bit"), 1e-2, 0.1),
+    "lars": Recipe("optim8 LARS 32-bit", _optim8("LARS8bit", optim_bits=32, trust_coefficient=0.01), 1.0, 1e-4),
+    "lars8bit": Recipe("optim8 LARS8bit", _optim8("LARS8bit", trust_coefficient=0.01), 1.0, 1e-4),
 }
 
 # The same update with 32-bit state, against which an 8-bit optimizer is checked.
@@ -97,6 +101,8 @@ COUNTERPART = {
     "nadam8bit": "nadam",
     "radam8bit": "radam",
     "ademamix8bit": "ademamix",
+    "lamb8bit": "lamb",
+    "lars8bit": "lars",
 }
 
 MIN_8BIT_SIZE = 4096  # optim8's default, and bitsandbytes'

@@ -9,6 +9,8 @@ from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
 from optim8.optim.adamax import Adamax8bit, PagedAdamax8bit
 from optim8.optim.ademamix import AdEMAMix8bit, PagedAdEMAMix8bit
 from optim8.optim.aliases import (
+    LAMB,
+    LARS,
     SGD,
     Adagrad,
     Adagrad32bit,
@@ -18,6 +20,8 @@ from optim8.optim.aliases import (
     AdamW32bit,
     AdEMAMix,
     AdEMAMix32bit,
+    LAMB32bit,
+    LARS32bit,
     Lion,
     Lion32bit,
     PagedAdagrad,
@@ -28,6 +32,10 @@ from optim8.optim.aliases import (
     PagedAdamW32bit,
     PagedAdEMAMix,
     PagedAdEMAMix32bit,
+    PagedLAMB,
+    PagedLAMB32bit,
+    PagedLARS,
+    PagedLARS32bit,
     PagedLion,
     PagedLion32bit,
     PagedRMSprop,
@@ -39,6 +47,8 @@ from optim8.optim.aliases import (
     SGD32bit,
 )
 from optim8.optim.base import BlockwiseOptimizer
+from optim8.optim.lamb import LAMB8bit, PagedLAMB8bit
+from optim8.optim.lars import LARS8bit, PagedLARS8bit
 from optim8.optim.lion import Lion8bit, PagedLion8bit
 from optim8.optim.manager import GlobalOptimManager
 from optim8.optim.muon import Muon8bit, PagedMuon8bit
@@ -50,6 +60,8 @@ from optim8.optim.rmsprop import PagedRMSprop8bit, RMSprop8bit
 from optim8.optim.sgd import PagedSGD8bit, SGD8bit
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "SGD",
     "AdEMAMix",
     "AdEMAMix8bit",
@@ -67,6 +79,10 @@ __all__ = [
     "Adamax8bit",
     "BlockwiseOptimizer",
     "GlobalOptimManager",
+    "LAMB8bit",
+    "LAMB32bit",
+    "LARS8bit",
+    "LARS32bit",
     "Lion",
     "Lion8bit",
     "Lion32bit",
@@ -86,6 +102,12 @@ __all__ = [
     "PagedAdamW8bit",
     "PagedAdamW32bit",
     "PagedAdamax8bit",
+    "PagedLAMB",
+    "PagedLAMB8bit",
+    "PagedLAMB32bit",
+    "PagedLARS",
+    "PagedLARS8bit",
+    "PagedLARS32bit",
     "PagedLion",
     "PagedLion8bit",
     "PagedLion32bit",

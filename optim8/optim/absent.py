@@ -7,14 +7,9 @@ from typing import Any
 
 import torch
 
-_SIZES = ("", "8bit", "32bit")
-_BITSANDBYTES = "or go on with bitsandbytes' for it"
-
 # For each: the stem of the names, their prefixes and suffixes, and what to use instead.
 _ABSENT: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
-    ("LAMB", ("",), _SIZES, f"optim8.AdamW8bit, {_BITSANDBYTES}"),
-    ("LARS", ("",), _SIZES, f"torch.optim.SGD with momentum (32-bit state), {_BITSANDBYTES}"),
-    ("LARS", ("Pytorch",), ("",), f"torch.optim.SGD with momentum (32-bit state), {_BITSANDBYTES}"),
+    ("LARS", ("Pytorch",), ("",), "optim8.LARS8bit with optim_bits=32"),
 )
 
 

@@ -1,8 +1,9 @@
 """The names of bitsandbytes.optim, for code that was written for it: `import optim8 as bnb`.
 
-`Adam`, `AdamW`, `Lion`, `SGD`, `RMSprop`, `Adagrad` and `AdEMAMix` keep state in 32 bits unless `optim_bits=8`; names
-that end in `32bit` always do. Names that begin with `Paged` keep state in a file (optim8.paging). An argument means
-what it means in torch.optim: Adam's weight decay is an L2 penalty here. docs/migrate.md lists what differs.
+`Adam`, `AdamW`, `Lion`, `SGD`, `RMSprop`, `Adagrad`, `AdEMAMix`, `LAMB` and `LARS` keep state in 32 bits unless
+`optim_bits=8`; names that end in `32bit` always do. Names that begin with `Paged` keep state in a file
+(optim8.paging). An argument means what it means in torch.optim: Adam's weight decay is an L2 penalty here.
+docs/migrate.md lists what differs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from optim8.optim.adagrad import Adagrad8bit, PagedAdagrad8bit
 from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
 from optim8.optim.ademamix import AdEMAMix8bit, PagedAdEMAMix8bit
 from optim8.optim.base import BlockwiseOptimizer
+from optim8.optim.lamb import LAMB8bit, PagedLAMB8bit
+from optim8.optim.lars import LARS8bit, PagedLARS8bit
 from optim8.optim.lion import Lion8bit, PagedLion8bit
 from optim8.optim.rmsprop import PagedRMSprop8bit, RMSprop8bit
 from optim8.optim.sgd import PagedSGD8bit, SGD8bit
@@ -77,3 +80,7 @@ Adagrad, Adagrad32bit = _names(Adagrad8bit)
 PagedAdagrad, PagedAdagrad32bit = _names(PagedAdagrad8bit)
 AdEMAMix, AdEMAMix32bit = _names(AdEMAMix8bit)
 PagedAdEMAMix, PagedAdEMAMix32bit = _names(PagedAdEMAMix8bit)
+LAMB, LAMB32bit = _names(LAMB8bit)
+PagedLAMB, PagedLAMB32bit = _names(PagedLAMB8bit)
+LARS, LARS32bit = _names(LARS8bit)
+PagedLARS, PagedLARS32bit = _names(PagedLARS8bit)

@@ -22,8 +22,9 @@ from optim8.paging.tiers import plan
 from optim8.state.allocation import DEVICE, DISK, HOST, TIERS, Arena
 from optim8.state.mapped import tensors_of
 from optim8.state.shards import local
-from optim8.step import pending, run
+from optim8.step import norms, pending, run
 from optim8.step.memory import Groups, Memory
+from optim8.step.scaling import UNSCALED, Scaling
 
 
 class Store(Memory):
@@ -150,9 +151,7 @@ class Store(Memory):
         if self.kept is not None:
             self.kept.stale = True
 
-    def run_step(
-        self, table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
-    ) -> None:
+    def run_step(self, table: Any, who: str, scaling: Scaling = UNSCALED, reduce: norms.Reduce | None = None) -> None:
         """What step.run.run_step does, with the same bits, streaming what is paged.
 
         Raises:
@@ -161,7 +160,7 @@ class Store(Memory):
             OSError: the disk failed in the middle of the step.
         """
         self._check_process(who)
-        launch = run.steps_elsewhere(table, who, grad_scale, found_inf)
+        launch = run.steps_elsewhere(table, who, scaling.scale, scaling.found_inf, reduce)
         run.mark_stepped(table)
         try:
             launch()
@@ -171,7 +170,7 @@ class Store(Memory):
         rows = table.on_cpu()
         if rows is not None:
             on_disk = [segment for segment in self.segments if segment.tier == DISK and segment.memory.numel()]
-            self._stream.step(rows, on_disk, self._bytes_in(HOST))
+            self._stream.step(rows, on_disk, self._bytes_in(HOST), reduce)
             rows.count()
 
     @contextmanager

@@ -11,6 +11,7 @@ from optim8 import _native
 from optim8.paging.files import Segment
 from optim8.paging.pager import Pager
 from optim8.paging.tiers import AHEAD, streaming_room
+from optim8.step.norms import Reduce, measured
 
 # The ways of a step over files: it works in the mapping, copies state through the page cache to memory of its own and
 # back, or copies past the page cache.
@@ -43,12 +44,13 @@ class Stream:
         self._wait, self._next_wait = 0, _FIRST_WAIT
         self._failed = ""
 
-    def step(self, rows: Any, files: Sequence[Segment], host_taken: int) -> None:
+    def step(self, rows: Any, files: Sequence[Segment], host_taken: int, reduce: Reduce | None = None) -> None:
         """Step rows of parameters on the CPU. The step is not counted.
 
         Args:
             rows: their state may be in `files`. No file is empty.
             host_taken: bytes of state in memory of the host.
+            reduce: for a rule with norms, what adds up those of shards; None: there are none.
 
         Raises:
             OSError, MemoryError: the disk failed or memory ran out, and the step has ended in the middle.
@@ -59,15 +61,17 @@ class Stream:
         room = streaming_room(self.pager, host_taken)
         share = _native.cpu().share_in_memory([file.span for file in files])
         self.way = self._way(files, share)
+        mapped = {
+            "ahead": 0 if share == 1 else AHEAD * self.pager.bucket_bytes,
+            "release": self.pager.host_bytes is not None,
+        }
+        # Whatever the way of the step, what it depends on is read from the mapping: this changes nothing.
+        sums = measured(rows, reduce, partial(self._measure, rows, files, mapped)) if rows.has_norms else None
         step_in_copies = None if self.way == MAPPED else self._step_in_copies(rows, files, room, share)
         try:
             if step_in_copies is None or not step_in_copies():
                 self.way, self._memory = MAPPED, None
-                _native.cpu().Buckets(rows, [file.span for file in files], self.pager.bucket_bytes).run_mapped(
-                    _native.threads(),
-                    ahead=0 if share == 1 else AHEAD * self.pager.bucket_bytes,
-                    release=self.pager.host_bytes is not None,
-                )
+                self._buckets(rows, files).run_mapped(_native.threads(), **mapped)
         except (OSError, MemoryError) as error:
             self._failed = (
                 "Parameters and state are half old and half new and cannot be used. Make a new optimizer and load a "
@@ -79,8 +83,15 @@ class Stream:
             raise OSError(
                 number, f"{self.owner}: the disk failed when state was {what}: {os.strerror(number)}. {self._failed}"
             ) from error
+        del sums  # the step has taken them from there
         if self.pager.host_bytes is not None:
             _native.cpu().release_pages([file.span for file in files])  # pages that somebody has read
+
+    def _buckets(self, rows: Any, files: Sequence[Segment]) -> Any:
+        return _native.cpu().Buckets(rows, [file.span for file in files], self.pager.bucket_bytes)
+
+    def _measure(self, rows: Any, files: Sequence[Segment], mapped: dict[str, Any]) -> None:
+        self._buckets(rows, files).measure_mapped(_native.threads(), **mapped)
 
     def free_memory(self) -> None:
         """Free the memory that a step keeps for the next one."""

@@ -11,6 +11,8 @@ import torch
 
 from optim8.state.allocation import DEVICE, HOST, Resident
 from optim8.step import run
+from optim8.step.norms import Reduce
+from optim8.step.scaling import UNSCALED, Scaling
 
 Groups = list[dict[str, Any]]
 
@@ -22,11 +24,9 @@ class Memory(Resident):
     is_paged = False
     pinned_spans: Sequence[tuple[int, int]] = ()  # addresses of host memory that CUDA kernels may use
 
-    def run_step(
-        self, table: Any, who: str, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
-    ) -> None:
+    def run_step(self, table: Any, who: str, scaling: Scaling = UNSCALED, reduce: Reduce | None = None) -> None:
         """Step all rows of a native StepTable (step.run.run_step)."""
-        run.run_step(table, who, grad_scale, found_inf)
+        run.run_step(table, who, scaling.scale, scaling.found_inf, reduce)
 
     @contextmanager
     def stepping(self, who: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch
 
 from optim8.state.layout import dense_grad
 from optim8.state.shards import dtensor_class, first_of, is_dtensor, local
+from optim8.step.norms import Reduce, over_ranks
 
 
 @dataclass
@@ -105,6 +106,17 @@ class LocalStep:
         """Write the stepped dense copies back into the tensors with gaps."""
         for param, copy in self._copies:
             param.copy_(copy)
+
+    def reduce_over_ranks(self, params: Sequence[torch.Tensor]) -> Reduce | None:
+        """What adds up over ranks the norms of these tensors, which are of the parts; None: all of them are whole."""
+        if not self._sharded:
+            return None
+        whole = {
+            id(own): param
+            for part, of_whole in zip(self.parts, self._whole, strict=True)
+            for own, param in zip(part.params, of_whole.params, strict=True)
+        }
+        return over_ranks([whole[id(param)] for param in params])
 
     def mark_stepped(self) -> None:
         """Tell autograd that the DTensors have changed, as an in-place operation does."""

@@ -17,6 +17,7 @@ from optim8.state.moments import Codes, source_of
 from optim8.state.moments import values as values_of
 from optim8.state.shards import local
 from optim8.step import arrays, hypers, matrices, run, supply
+from optim8.step.norms import check_whole
 from optim8.step.parts import LocalStep, Part
 from optim8.step.scaling import UNSCALED, Scaling
 from optim8.step.supply import Stateful
@@ -39,13 +40,17 @@ class Stepper:
         Raises:
             ValueError: a parameter, gradient or state cannot be stepped; names the parameter. Nothing was changed.
         """
+        owner, has_norms = type(optimizer).__name__, rules.rule(optimizer.rule).has_norms
+        if has_norms:
+            check_whole(owner, (param for group in optimizer.param_groups for param in group["params"]))
         with self.gathered(optimizer, params, scaling) as local_step:
-            owner, memory, any_rows = type(optimizer).__name__, optimizer.memory, len(self._table) > 0
+            memory, any_rows = optimizer.memory, len(self._table) > 0
             with_matrices = self._without_matrices(optimizer, local_step)
+            reduce = local_step.reduce_over_ranks(self._table.params) if has_norms else None
             memory.prepare(optimizer.param_groups, optimizer.state)
             with memory.stepping(owner) if any_rows else nullcontext():
                 try:
-                    memory.run_step(self._table, owner, scaling.scale, scaling.found_inf)
+                    memory.run_step(self._table, owner, scaling, reduce)
                 finally:
                     local_step.copy_back()
                 for number in with_matrices:
@@ -89,15 +94,16 @@ class Stepper:
             scale: of a GradScaler, or None.
 
         Returns:
-            For each moment its float32 values, of one dimension, before and after.
+            For each moment its float32 values, of one dimension, before and after. Where moments depend on norms of the
+            parameter, those of the local shard count for it.
         """
         whole, grad, entry = dense(local(param)), param.grad, optimizer.state[param]
         if grad is None:
             raise ValueError(f"{type(optimizer).__name__}: a preview of a step needs a gradient.")
         grad = local(grad)
+        grad = grad if grad.stride() == whole.stride() else dense_grad(whole, grad)
         # float32 holds bfloat16 and float16 exactly, and moments do not depend on how the parameter is rounded.
-        values = _sample(whole, blocks).float()
-        gradient = _sample(grad if grad.stride() == whole.stride() else dense_grad(whole, grad), blocks).float()
+        values, gradient = _sample(whole, blocks).float(), _sample(grad, blocks).float()
         state: dict[str, torch.Tensor] = {"step": local(entry["step"]).clone()}
         state.update({scalar.name: local(entry[scalar.name]).clone() for scalar in optimizer.moments.scalars})
         moments = moments_of(optimizer.moments, entry)
@@ -113,8 +119,15 @@ class Stepper:
             state[moment.name] = values_of(moment, source, whole.device)
         rule = rules.rule(optimizer.rule)
         before = {moment.name: state[moment.name].clone() for moment in moments}
-        options = hypers.step_options(type(optimizer).__name__, rule, group, scale, None)
-        arrays.step_array("preview of a step", options, values, gradient, state, scale)
+        options, who = hypers.step_options(type(optimizer).__name__, rule, group, scale, None), "preview of a step"
+        sums = None
+        if rule.has_norms and blocks is not None:
+            own = {key: local(value) for key, value in entry.items() if isinstance(value, torch.Tensor)}
+            own.update(
+                (key, own[key].clone()) for key in state.keys() & own.keys() - {moment.name for moment in moments}
+            )
+            sums = arrays.measure_array(who, options, whole, grad, own, scale, optimizer.memory.pinned_spans)
+        arrays.step_array(who, options, values, gradient, state, scale, sums)
         return before, {moment.name: state[moment.name] for moment in moments}
 
     def _parts(self, optimizer: Stateful, params: Collection[torch.Tensor] | None, scaling: Scaling) -> list[Part]:

@@ -20,6 +20,8 @@ STAGES = [
     ("cpu_offload", 2),
     ("tensor_parallel", 2),
     ("fsdp2_and_tensor_parallel", 2),
+    ("norms_over_ranks", 2),
+    ("norms_over_ranks", 3),
     ("gradients", 2),
     ("gradient_scaler", 2),
     ("clipping", 3),

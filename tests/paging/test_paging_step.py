@@ -203,7 +203,7 @@ def test_rows_on_a_gpu_are_stepped_too(monkeypatch: pytest.MonkeyPatch, tmp_path
     calls: list[Any] = []
 
     class Rows:
-        device, count_on_device, address = 0, False, 4096
+        device, count_on_device, address, has_norms = 0, False, 4096, False
 
         def __len__(self) -> int:
             return 2

@@ -35,21 +35,30 @@ void open_all(const std::vector<Span>& spans, int threads) {
     });
 }
 
-// Steps the state where the files are mapped. `ahead`: bytes to have fetched before they are stepped; `release`: let go
-// of each bucket's pages behind the step.
-void step_mapped(const Buckets& buckets, int threads, int64_t ahead, bool release) {
+// work(rows) for the rows of each bucket, where the files are mapped. `ahead`: bytes to have fetched before they are
+// worked on; `release`: let go of each bucket's pages behind the work.
+template <class Work>
+void each_mapped(const Buckets& buckets, int threads, int64_t ahead, bool release, const Work& work) {
     size_t fetched = 0;
-    int64_t waiting = 0;  // bytes that were fetched and not yet stepped
+    int64_t waiting = 0;  // bytes that were fetched and not yet worked on
     for (const Bucket& bucket : buckets) {
         for (; fetched < buckets.size() && waiting < ahead; ++fetched) {
             for (const Span& span : buckets[fetched].spans) fetch_pages(span.first, span.second);
             waiting += buckets[fetched].bytes;
         }
         if (release) open_all(bucket.spans, threads);
-        step_rows(bucket.rows, threads);
+        work(bucket.rows);
         waiting -= bucket.bytes;
         if (release) release_all(bucket.spans);
     }
+}
+
+void step_mapped(const Buckets& buckets, int threads, int64_t ahead, bool release) {
+    each_mapped(buckets, threads, ahead, release, [&](const std::vector<Row>& rows) { step_rows(rows, threads); });
+}
+
+void measure_mapped(const Buckets& buckets, int threads, int64_t ahead, bool release) {
+    each_mapped(buckets, threads, ahead, release, [&](const std::vector<Row>& rows) { measure_rows(rows, threads); });
 }
 
 // The share of mapped files that is in the page cache, from 0 to 1, told from one page of each MiB: asking for all
@@ -107,6 +116,8 @@ void bind_paging(py::module_& m) {
              py::call_guard<py::gil_scoped_release>(),
              "Steps all rows on the CPU where their state is mapped, without counting the step. `ahead`: bytes to have "
              "the system fetch before they are stepped; `release`: let go of each bucket's pages behind the step.")
+        .def("measure_mapped", &measure_mapped, py::arg("threads"), py::arg("ahead"), py::arg("release"),
+             py::call_guard<py::gil_scoped_release>(), "Measures all rows so, and changes nothing.")
         .def("run_copied", &run_copied, py::arg("threads"), py::arg("ahead"), py::arg("files"), py::arg("memory"),
              py::arg("slots"),
              "The same in `memory`, where up to `slots` buckets at a time are read, stepped and written. False: that "

@@ -13,6 +13,11 @@ DeviceRows* StepTable::on_cpu() {
     return found == devices_.end() || found->rows.empty() ? nullptr : &*found;
 }
 
+void DeviceRows::end_measuring(int threads) {
+    sum_rows(rows, threads);
+    of_blocks = {};
+}
+
 void StepTable::run_cpu(int threads, const py::function& meanwhile) {
     static const std::vector<Row> none;
     DeviceRows* rows = on_cpu();
@@ -93,7 +98,7 @@ py::list rules() {
             hypers.append(py::make_tuple(h.name, h.part, h.initial, h.least, h.below, static_cast<int>(h.kind)));
         }
         all.append(py::make_tuple(rule.name, rule.family, rule.torch_name, rule.functional_name, states, hypers,
-                                  rule.running, rule.running_start, rule.gives_direction));
+                                  rule.running, rule.running_start, rule.gives_direction, rule.has_norms));
     }
     return all;
 }
@@ -107,7 +112,7 @@ void bind_step(py::module_& m) {
         "its code is signed, whether codes stand for its root, whether it is wide, the option that it starts as or "
         "None)], [(option, place in its tuple or -1, default, at least, below, 0 for a number, 1 for a flag, 2 for a "
         "number or None)], scalar of each parameter or None, what that starts as, whether "
-        "its step gives a direction).");
+        "its step gives a direction, whether it has norms).");
     m.def("variant", &variant, py::arg("family"), py::arg("group"),
           "The name of the variant of a rule that steps a group with these options.");
     m.def("conflict", &conflict, py::arg("rule"), py::arg("group"),
@@ -133,6 +138,21 @@ void bind_step(py::module_& m) {
         .def_property_readonly("address",
                                [](const DeviceRows& d) { return reinterpret_cast<uintptr_t>(d.rows.data()); })
         .def("count", &DeviceRows::count, "Counts the step on the host, where it is counted there.")
+        .def_readonly("places", &DeviceRows::places, "Where the rows are among all rows of the table.")
+        .def_property_readonly("has_norms", &DeviceRows::has_norms, "Whether the rule depends on norms of tensors.")
+        .def_property_readonly("blocks", &DeviceRows::blocks, "Of 256 values, of all rows.")
+        .def(
+            "take_sums", [](DeviceRows& d, uintptr_t sums) { d.take_sums(reinterpret_cast<double*>(sums)); },
+            py::arg("sums"), "Rows on the CPU: where the sums of their squares stand, as for begin_measuring.")
+        .def(
+            "begin_measuring",
+            [](DeviceRows& d, uintptr_t sums) { d.begin_measuring(reinterpret_cast<double*>(sums)); }, py::arg("sums"),
+            "Rows on the CPU: where the sums of their squares are to stand, the address of float64 [rows, 2].")
+        .def(
+            "measure", [](const DeviceRows& d, int threads) { measure_rows(d.rows, threads); }, py::arg("threads"),
+            py::call_guard<py::gil_scoped_release>(), "Measures all blocks.")
+        .def("end_measuring", &DeviceRows::end_measuring, py::arg("threads"),
+             "Adds up what was measured. The step that follows takes the sums from there, as they are then.")
         .def("__len__", [](const DeviceRows& d) { return d.rows.size(); });
     py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
         .def(py::init<>())

@@ -147,17 +147,35 @@ const float* optional_scalar(const Arguments& check, const char* argument, py::h
 }
 
 // `rows` is the address of `count` Rows that StepTable of optim8._cpu gathered, all on `device`.
-void step(uintptr_t rows, int64_t count, int device_index, py::handle scalars, py::handle grad_scale,
-          py::handle found_inf) {
-    const Arguments check{"optimizer step", device_type};
-    check.device = device_index;
+StepInputs inputs_of(const Arguments& check, int64_t count, py::handle scalars, py::handle grad_scale,
+                     py::handle found_inf, uintptr_t sums) {
     StepInputs inputs{};
+    inputs.sums = reinterpret_cast<double*>(sums);
     inputs.grad_scale = optional_scalar(check, "grad_scale", grad_scale);
     inputs.found_inf = optional_scalar(check, "found_inf", found_inf);
     if (!scalars.is_none())
         inputs.scalars = static_cast<AnyScalars*>(check.float32("scalars", scalars, count * scalars_size).data);
+    return inputs;
+}
+
+void step(uintptr_t rows, int64_t count, int device_index, py::handle scalars, py::handle grad_scale,
+          py::handle found_inf, uintptr_t sums, bool counted) {
+    const Arguments check{"optimizer step", device_type};
+    check.device = device_index;
+    StepInputs inputs = inputs_of(check, count, scalars, grad_scale, found_inf, sums);
+    inputs.counted = counted;
     const Device device(check.who, device_index);
     cuda_step(reinterpret_cast<const Row*>(rows), count, inputs, device.stream);
+}
+
+void measure(uintptr_t rows, int64_t count, int device_index, py::handle scalars, py::handle grad_scale,
+             py::handle found_inf, uintptr_t sums, uintptr_t of_blocks) {
+    const Arguments check{"optimizer step", device_type};
+    check.device = device_index;
+    StepInputs inputs = inputs_of(check, count, scalars, grad_scale, found_inf, sums);
+    inputs.of_blocks = reinterpret_cast<double*>(of_blocks);
+    const Device device(check.who, device_index);
+    cuda_measure(reinterpret_cast<const Row*>(rows), count, inputs, device.stream);
 }
 
 }  // namespace
@@ -192,6 +210,14 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("int8_mm_dequant", &int8_mm_dequant, arg("A"), arg("row_stats"), arg("col_stats"), arg("bias"), arg("out"),
           arg("threads"));
     m.def("int8_linear_matmul", &int8_linear_matmul, arg("A"), arg("B"), arg("out"), arg("threads"));
-    m.def("step", &step, arg("rows"), arg("count"), arg("device"), arg("scalars"), arg("grad_scale"), arg("found_inf"),
-          "One optimizer step over the rows that optim8._cpu gathered at this address.");
+    m.def(
+        "step", &step, arg("rows"), arg("count"), arg("device"), arg("scalars"), arg("grad_scale"), arg("found_inf"),
+        arg("sums") = 0, arg("counted") = false,
+        "One optimizer step over the rows that optim8._cpu gathered at this address. `sums`: of a rule with norms, the "
+        "address of what `measure` gave; `counted`: that has counted the step.");
+    m.def(
+        "measure", &measure, arg("rows"), arg("count"), arg("device"), arg("scalars"), arg("grad_scale"),
+        arg("found_inf"), arg("sums"), arg("of_blocks"),
+        "The sums of squares that a rule with norms depends on, at the address of float64 [count, 2]. `of_blocks`: the "
+        "address of float64 [blocks of all rows, 2]. Counts the step where the device does.");
 }

@@ -7,6 +7,8 @@
 #include "core/rules/adam.h"
 #include "core/rules/adamax.h"
 #include "core/rules/ademamix.h"
+#include "core/rules/lamb.h"
+#include "core/rules/lars.h"
 #include "core/rules/lion.h"
 #include "core/rules/muon.h"
 #include "core/rules/nadam.h"
@@ -33,7 +35,10 @@
     X(adamax, Adamax) \
     X(nadam, NAdam) \
     X(radam, RAdam) \
-    X(ademamix, AdEMAMix)
+    X(ademamix, AdEMAMix) \
+    X(lamb, LAMB) \
+    X(lars, LARS) \
+    X(lars_plain, PlainLARS)
 
 namespace optim8 {
 

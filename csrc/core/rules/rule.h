@@ -87,6 +87,10 @@ struct RuleDefaults {
     // The key of a scalar that each parameter has beside its count of steps, and what it starts as.
     static constexpr const char* running = nullptr;
     static constexpr float running_start = 1;
+    // Whether a step depends on two norms of the whole tensor. Then the rule has also
+    //   measure   (parameter, gradient, states, Scalars, F (&of)[2]): of an element the numbers whose norms they are
+    //   trust     (Scalars, norm, norm) -> Scalars: those of one tensor
+    static constexpr bool has_norms = false;
     // Says what is wrong with values that are each within their bounds, as "a needs b"; null: nothing.
     template <class Hypers>
     static const char* conflict(const Hypers&) {

@@ -41,6 +41,17 @@ struct SGDOptions : RuleDefaults {
         // Not with weight_decay 0: 0 times an infinite parameter would be NaN.
         return s.weight_decay != 0.0f ? fma(F(s.weight_decay), p, g) : g;
     }
+    // A step along a gradient, with momentum and without.
+    template <class F>
+    OPTIM8_HD static void move(F& p, F g, F& m, const Scalars& s) {
+        m = fma(F(s.momentum), m, F(s.fresh) * g);
+        const F direction = s.nesterov != 0.0f ? fma(F(s.momentum), m, g) : m;
+        p = fma(F(s.negative_lr), direction, p);
+    }
+    template <class F>
+    OPTIM8_HD static void move(F& p, F g, const Scalars& s) {
+        p = fma(F(s.negative_lr), g, p);
+    }
 };
 
 struct SGD : SGDOptions {
@@ -48,11 +59,7 @@ struct SGD : SGDOptions {
 
     template <class F, int n>
     OPTIM8_HD static void update(F& p, F g, F (&state)[n], const Scalars& s) {
-        F& m = state[0];
-        g = penalized(g, p, s);
-        m = fma(F(s.momentum), m, F(s.fresh) * g);
-        const F direction = s.nesterov != 0.0f ? fma(F(s.momentum), m, g) : m;
-        p = fma(F(s.negative_lr), direction, p);
+        move(p, penalized(g, p, s), state[0], s);
     }
 };
 
@@ -63,7 +70,7 @@ struct PlainSGD : SGDOptions {
 
     template <class F, int n>
     OPTIM8_HD static void update(F& p, F g, F (&)[n], const Scalars& s) {
-        p = fma(F(s.negative_lr), penalized(g, p, s), p);
+        move(p, penalized(g, p, s), s);
     }
 };
 

@@ -51,10 +51,11 @@ struct NumberJob {
 }  // namespace optim8
 
 // X(name, job type): void name(const job&, first item, one past the last item).
-//   step_blocks, quantize_blocks, dequantize_blocks, keep_blocks, restore_blocks: items are blocks.
+//   step_blocks, measure_blocks, quantize_blocks, dequantize_blocks, keep_blocks, restore_blocks: items are blocks.
 //   encode_blocks, number_blocks: items are runs of 256 values.
 #define OPTIM8_KERNELS(X) \
     X(step_blocks, Row) \
+    X(measure_blocks, Row) \
     X(quantize_blocks, QuantizeJob) \
     X(dequantize_blocks, DequantizeJob) \
     X(encode_blocks, EncodeJob) \

@@ -5,7 +5,9 @@
 // that the loads of one pass fill the time of the other's arithmetic, and the latency of reducing the maxima is hidden.
 //
 // The code of a rule knows float32 parameters and gradients only; others are converted in scratch, group by group.
+#include "core/norms.h"
 #include "core/row.h"
+#include "cpu/kernels/block_parts.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/vectors.h"
 
@@ -27,46 +29,6 @@ struct Block {
     uint32_t dither;  // u of the first element
 };
 
-// The values of a parameter or gradient, of any storage.
-struct Values {
-    unsigned char* data;
-    Storage storage;
-
-    unsigned char* at(int64_t i) const { return data + i * bytes_of(storage); }
-    Values from(int64_t i) const { return {at(i), storage}; }
-};
-Values param_of(const Row& row) { return {static_cast<unsigned char*>(row.param), row.param_storage}; }
-Values grad_of(const Row& row) {
-    return {static_cast<unsigned char*>(const_cast<void*>(row.grad)), row.grad_storage};  // which nobody writes to
-}
-
-// A group of values as float32: where it lies, or converted.
-struct Group {
-    alignas(64) float scratch[code_group];
-
-    OPTIM8_HD float* widen(const Values& values, int64_t i) {
-        if (values.storage == Storage::Float32) return reinterpret_cast<float*>(values.at(i));
-        if (values.storage == Storage::BFloat16)
-            convert(reinterpret_cast<const bfloat16*>(values.at(i)), scratch);
-        else
-            convert(reinterpret_cast<const float16*>(values.at(i)), scratch);
-        return scratch;
-    }
-    // Back from where `widen` has put it.
-    OPTIM8_HD void narrow(const Values& values, int64_t i) const {
-        if (values.storage == Storage::BFloat16)
-            convert(scratch, reinterpret_cast<bfloat16*>(values.at(i)));
-        else if (values.storage == Storage::Float16)
-            convert(scratch, reinterpret_cast<float16*>(values.at(i)));
-    }
-
-  private:
-    template <class From, class To>
-    OPTIM8_HD static void convert(const From* from, To* to) {
-        for (int i = 0; i < code_group; i += width) store(to + i, load(from + i));
-    }
-};
-
 // Zero-padded copies of a short last block, so that the passes know whole blocks only. Padding takes part in
 // nothing: its moments stay 0.
 template <class Rule>
@@ -75,34 +37,7 @@ struct Tail {
     uint8_t codes[state_count<Rule>][step_block], low[state_count<Rule>][step_block];
 };
 
-template <class Coding, int s, class Rule>
-OPTIM8_HD void decode_states(const Block<Rule>& block, const F (&absmax)[state_count<Rule>], int at,
-                             F (&state)[state_count<Rule>][group_vectors]) {
-    if constexpr (s < state_count<Rule>) {
-        if constexpr (Coding::template low<Rule, s>)
-            decode16_group<code_of<Rule, s>>(block.codes[s] + at, block.low[s] + at, state[s]);
-        else
-            decode_group<code_of<Rule, s>>(block.codes[s] + at, state[s]);
-        constexpr bool root = Coding::template root<Rule, s>;
-        for (int j = 0; j < group_vectors; ++j) state[s][j] = restore<root>(state[s][j] * absmax[s]);
-        decode_states<Coding, s + 1, Rule>(block, absmax, at, state);
-    }
-}
-
-// One element of all states: what was, and what is kept of it now.
-template <class Coding, int s, class Rule>
-void decode_one(const Block<Rule>& block, int i, float (&state)[state_count<Rule>]) {
-    if constexpr (s < state_count<Rule>) {
-        constexpr Code code = code_of<Rule, s>;
-        float quotient;
-        if constexpr (Coding::template low<Rule, s>)
-            quotient = decode16<code>(number16(block.codes[s][i], block.low[s][i]), Decode16TablesOf<code>::all);
-        else
-            quotient = Tables<code>::all.value[block.codes[s][i]];
-        state[s] = restore<Coding::template root<Rule, s>>(quotient * *block.absmax[s]);
-        decode_one<Coding, s + 1, Rule>(block, i, state);
-    }
-}
+// What is kept now of one element of all states.
 template <class Coding, int s, class Rule>
 void keep_one(float (&state)[state_count<Rule>]) {
     if constexpr (s < state_count<Rule>) {
@@ -237,16 +172,6 @@ OPTIM8_HD void seal(const Block<Rule>& block, int at) {
         for (int s = 0; s < state_count<Rule>; ++s) *block.absmax[s] = block.new_absmax[s];
 }
 
-// What a group of a later block reads. Some processors' own prefetchers take the streams of a step for something else,
-// depending on where code and arrays lie, and it then waits for every line. With narrower vectors its own instructions
-// are what it waits for, and these would be more of them. Memory behind the end is not touched.
-constexpr bool prefetches = width >= 16;
-OPTIM8_HD void prefetch_group(const unsigned char* at, int64_t bytes_of_value) {
-    constexpr int blocks_ahead = 4, line = 64;
-    at += blocks_ahead * step_block * bytes_of_value;
-    for (int64_t b = 0; prefetches && b < code_group * bytes_of_value; b += line) __builtin_prefetch(at + b);
-}
-
 // Advances a block, and seals the one before it where there is one.
 template <class Coding, class Rule>
 OPTIM8_HD void work(Block<Rule>& block, const Values& param, const Values& grad, const StepScalars<Rule>& scalars,
@@ -270,7 +195,7 @@ OPTIM8_HD void seal_all(const Block<Rule>& block) {
 
 template <class Rule, class Coding>
 void step_codes(const Row& row, int64_t begin, int64_t end) {
-    const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
+    const StepScalars<Rule> scalars = trusted<Rule>(scalars_of<Rule>(*row.scalars), row.sums);
     const Values param = param_of(row), grad = grad_of(row);
     const int64_t whole = std::min(end, row.size / step_block);
     Block<Rule> blocks[2];
@@ -328,7 +253,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
 
 template <class Rule>
 void step_32bit(const Row& row, int64_t begin, int64_t end) {
-    const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
+    const StepScalars<Rule> scalars = trusted<Rule>(scalars_of<Rule>(*row.scalars), row.sums);
     const F factor(scalars.gradient_factor);
     const Values param = param_of(row), grad = grad_of(row);
     float* state[state_count<Rule>]{};

@@ -1,5 +1,7 @@
 #include "cpu/step/buckets.h"
 
+#include "core/norms.h"
+
 #include <algorithm>
 #include <utility>
 
@@ -24,6 +26,7 @@ Row part_of(const Row& row, int64_t begin, int64_t end) {
         if (row.low[s] != nullptr) part.low[s] = row.low[s] + skipped;
         if (row.absmax[s] != nullptr) part.absmax[s] = row.absmax[s] + begin;
     }
+    if (row.of_blocks != nullptr) part.of_blocks = row.of_blocks + norms * begin;
     return part;
 }
 

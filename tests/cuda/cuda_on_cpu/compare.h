@@ -52,14 +52,14 @@ inline long compared = 0, differing = 0;
 
 template <class T>
 std::string text_of(T x) {
-    if constexpr (std::is_integral_v<T>)
+    if constexpr (std::is_integral_v<T> || std::is_same_v<T, double>)
         return std::to_string(x);
     else
         return std::to_string(to_float(x));
 }
 template <class T>
 bool same(T a, T b) {
-    if constexpr (!std::is_integral_v<T>)
+    if constexpr (!std::is_integral_v<T> && !std::is_same_v<T, double>)
         if (std::isnan(to_float(a)) && std::isnan(to_float(b))) return true;
     return std::memcmp(&a, &b, sizeof(T)) == 0;
 }

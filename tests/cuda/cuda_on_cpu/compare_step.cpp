@@ -1,6 +1,7 @@
 #include "compare.h"
 
 #include "core/code16.h"
+#include "core/norms.h"
 #include "core/rule_table.h"
 
 namespace optim8 {
@@ -170,6 +171,25 @@ void compare_tensors(RuleId rule, std::vector<Tensor<P, G>>& tensors, Scalar sca
     Buffer<AnyScalars> scratch(static_cast<int64_t>(rows.size()));
     StepInputs inputs{};
     if (scalar != Scalar::Host) inputs = StepInputs{scale.data(), found_inf.data(), scratch.data()};
+    int64_t blocks = 0;
+    for (const Row& row : rows) blocks += blocks_of(row.size, step_block);
+    const int64_t sums_of_rows = norms * static_cast<int64_t>(rows.size());
+    Buffer<double> sums(sums_of_rows), expected_sums(sums_of_rows), of_blocks(norms * blocks);
+    if (info_of(rule).has_norms) {
+        inputs.scalars = scratch.data();
+        inputs.sums = sums.data();
+        inputs.of_blocks = of_blocks.data();
+        cuda_measure(rows.data(), static_cast<int64_t>(rows.size()), inputs, nullptr);
+        inputs.counted = true;
+        for (size_t i = 0; i < tensors.size() && scalar != Scalar::Skipped; ++i) {
+            Row& row = tensors[i].expected.row;
+            row.of_blocks = of_blocks.data();
+            row.sums = expected_sums.data() + norms * i;
+            scalar::measure_blocks(row, 0, blocks_of(row.size, step_block));
+            sum_blocks(row.of_blocks, blocks_of(row.size, step_block), row.sums);
+        }
+        expect_same(what + " sums", sums, expected_sums);
+    }
     cuda_step(rows.data(), static_cast<int64_t>(rows.size()), inputs, nullptr);
     for (size_t i = 0; i < tensors.size(); ++i) {
         const Row& row = tensors[i].expected.row;
@@ -206,6 +226,13 @@ void compare_many() {
     }
 }
 
+// Several chunks of a sum.
+void compare_chunks() {
+    std::vector<Tensor<bfloat16, bfloat16>> tensors;
+    tensors.emplace_back(int64_t{256} * 2100 + 3, 0, Kind::Plain, RuleId::lamb, dithered);
+    compare_tensors(RuleId::lamb, tensors, Scalar::Host, "chunks");
+}
+
 // Enough blocks for warps to take several each.
 void compare_long() {
     std::vector<Tensor<bfloat16, bfloat16>> tensors;
@@ -226,6 +253,7 @@ void compare_step() {
     OPTIM8_RULES(OPTIM8_COMPARE)
 #undef OPTIM8_COMPARE
     compare_many();
+    compare_chunks();
 }
 
 void compare_step_long() { compare_long(); }
