@@ -189,7 +189,7 @@ class Stepper:
             self._clear(optimizer)
             entries = {each: state[part.params[index]] for each, index in zip(directions, indices, strict=True)}
             self._table.add(directions, entries, part.options, owner, part.group, grads, None, firsts)
-            optimizer.memory.run_step(self._table, owner, scaling.scale, scaling.found_inf)
+            optimizer.memory.run_step(self._table, owner, scaling)
             self._table.clear()
 
         return emit
