@@ -335,6 +335,7 @@ CASES = {
             only_with={"momentum_buffer": "momentum"},
             slow={"momentum": 0.999, "dampening": 0.999, "nesterov": False},
             has_norms=True,
+            rate=200.0,
         ),
     )
 }

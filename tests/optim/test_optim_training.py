@@ -53,7 +53,53 @@ class PlainAdEMAMix(torch.optim.Optimizer):
                 p.addcdiv_(momentum, (v / (1 - beta2**t)).sqrt() + 1e-8, value=-lr)
 
 
-PLAIN: dict[str, Any] = {"Lion8bit": PlainLion, "AdEMAMix8bit": PlainAdEMAMix, "Muon8bit": torch.optim.AdamW}
+class PlainLAMB(torch.optim.Optimizer):
+    """arXiv 1904.00962, algorithm 2, in float32 and nothing else."""
+
+    def __init__(self, params: Any, **hyper: Any) -> None:
+        super().__init__(params, hyper)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                state["t"] = t = state.get("t", 0) + 1
+                m, v = (state.setdefault(name, torch.zeros_like(p)) for name in ("m", "v"))
+                m.lerp_(p.grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                direction = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + 1e-8) + group["weight_decay"] * p
+                ratio = float(p.norm() / direction.norm()) if p.norm() > 0 and direction.norm() > 0 else 1.0
+                p.add_(direction, alpha=-group["lr"] * ratio)
+
+
+class PlainLARS(torch.optim.Optimizer):
+    """arXiv 1708.03888, algorithm 1, in float32 and nothing else, with Nesterov's momentum."""
+
+    def __init__(self, params: Any, nesterov: bool, **hyper: Any) -> None:
+        assert nesterov
+        super().__init__(params, hyper)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            decay, momentum = group["weight_decay"], group["momentum"]
+            for p in group["params"]:
+                below = p.grad.norm() + decay * p.norm()
+                ratio = group["trust_coefficient"] * p.norm() / below if p.norm() > 0 and below > 0 else 1.0
+                g = (p.grad + decay * p) * ratio
+                m = self.state[p].setdefault("m", torch.zeros_like(p)).mul_(momentum).add_(g)
+                p.add_(g + momentum * m, alpha=-group["lr"])
+
+
+PLAIN: dict[str, Any] = {
+    "Lion8bit": PlainLion,
+    "AdEMAMix8bit": PlainAdEMAMix,
+    "Muon8bit": torch.optim.AdamW,
+    "LAMB8bit": PlainLAMB,
+    "LARS8bit": PlainLARS,
+}
 
 
 def _train(make: Any, seed: int, device: torch.device) -> tuple[float, float]:
