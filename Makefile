@@ -77,7 +77,7 @@ test-sanitize: $(call with,test) ## run the tests of native CPU code under Addre
 	OPTIM8_CUDA=0 OPTIM8_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=$(SANITIZED) OPTIM8_TESTED_PACKAGE=$(SANITIZED) \
+	PYTHONPATH=$(SANITIZED) OPTIM8_TESTED_PACKAGE=$(SANITIZED) OPTIM8_TEST_FORMS=1 \
 	$(PYTEST) -m "not slow" $(SANITIZED_TESTS) $(ARGS)
 
 .PHONY: lint

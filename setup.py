@@ -1,7 +1,8 @@
 """Builds the native modules of optim8 with ninja; everything else about the package stands in pyproject.toml.
 
 `optim8._cpu` is built always, `optim8._cuda` where nvcc and csrc/cuda/*.cu are found. Sources are found by pattern,
-so adding a file never touches this one. Objects stay in build/native-*, so a second build compiles only what changed.
+so adding a file never touches this one. Objects stay in build/native, so a second build compiles only what changed;
+for another Python that is only what includes its headers.
 
 Environment:
   CXX                C++ compiler; default: g++, else c++.
@@ -46,6 +47,8 @@ MATH = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapp
 BASE = [*MATH, "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", f"-I{CSRC}"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi")), "-mprefer-vector-width=512"]
+# Part of the names of objects that include Python's headers, and of modules.
+PYTHON = sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
 ISA_FLAGS = {"scalar": [], "avx2": AVX2, "avx512": AVX512} if IS_X86 else {"scalar": []}
 
 DEFAULT_ARCHS = "80;90;100;120+PTX"
@@ -144,7 +147,7 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
         fail(f"found no csrc/bind/cpu/*.cpp under {ROOT}. Build from a complete source tree.")
     for source in sources("tensors", "bind", "bind/cpu"):
         extra = [*binding_flags(), f'-DOPTIM8_VERSION="{version}"']
-        objects.append(plan.compile(cxx(), source, object_file(folder, source), [*flags, *extra]))
+        objects.append(plan.compile(cxx(), source, object_file(folder, source, PYTHON), [*flags, *extra]))
     for source in sources("cpu", "cpu/step"):
         objects.append(plan.compile(cxx(), source, object_file(folder, source), [*flags, *x86]))
     for source in sources("cpu/kernels"):
@@ -247,7 +250,7 @@ def plan_cuda(plan: Plan, folder: Path, output: Path, version: str) -> None:
     objects = []
     for source in sources("tensors", "bind/cuda"):
         extra = [*werror("-Werror"), *binding_flags(), "-isystem", str(include), f'-DOPTIM8_VERSION="{version}"']
-        objects.append(plan.compile(cxx(), source, object_file(folder, source), [*BASE, *extra]))
+        objects.append(plan.compile(cxx(), source, object_file(folder, source, PYTHON), [*BASE, *extra]))
     for source in sources("cuda", pattern="*.cu"):
         objects.append(plan.compile(nvcc, source, object_file(folder, source, ".cu"), [*flags, "-ccbin", cxx()]))
     plan.link(output, objects, [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
@@ -278,7 +281,7 @@ class NinjaBuild(build_ext):
         name = ext.name.rpartition(".")[2]
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         sanitize = "-" + os.environ["OPTIM8_SANITIZE"].replace(",", "-") if os.environ.get("OPTIM8_SANITIZE") else ""
-        folder = ROOT / "build" / f"native{suffix.removesuffix('.so')}{sanitize}" / name
+        folder = ROOT / "build" / f"native{sanitize}" / name
         folder.mkdir(parents=True, exist_ok=True)
         output = folder / f"{name}{suffix}"
         plan = Plan()

@@ -7,11 +7,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# In the names of objects that include Python's headers.
+PYTHON = sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
 ISAS = ["scalar", "avx2", "avx512"] if platform.machine() == "x86_64" else ["scalar"]
 LOOP_OBJECTS = sorted(f"_cpu/cpu/kernels/loop.{isa}.o" for isa in ISAS)
 CPU_OBJECTS = sorted(["_cpu/bind/cpu/module.o", "_cpu/cpu/dispatch.o", *LOOP_OBJECTS])
@@ -104,9 +107,10 @@ def compiled(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def native_object(path: str) -> tuple[str, ...]:
-    """Parts of an object's path behind build/native-*: the module, then folders as below csrc."""
-    parts = Path(path).parts
-    return parts[next(i for i, part in enumerate(parts) if part.startswith("native.")) + 1 :]
+    """Parts of an object's path behind build/native*: the module, then folders as below csrc, without which Python the
+    object is for."""
+    parts = Path(path.replace(PYTHON, "")).parts
+    return parts[next(i for i, part in enumerate(parts) if part.startswith("native")) + 1 :]
 
 
 def test_each_source_once_per_instruction_set_and_only_what_changed(tree: Path) -> None:
