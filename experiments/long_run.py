@@ -24,7 +24,7 @@ from slow_state import forms, spread
 from slow_state.cases import CASES, Case, gradients
 from slow_state.goals import CLOSELY, judged
 from slow_state.report import draw, render, render16
-from slow_state.subjects import Walk, compare, optimizer_of, options, reference, subjects
+from slow_state.subjects import Walk, compare, is_followed, label, options, reference, subjects
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -62,7 +62,7 @@ def plan(bits: int) -> list[tuple[Rule, Case]]:
 
     return [
         (rule, case)
-        for rule in sorted(rules.every().values(), key=lambda rule: rule.name != CLOSELY)
+        for rule in sorted(filter(is_followed, rules.every().values()), key=lambda rule: rule.name != CLOSELY)
         for case in CASES
         if rule.name == CLOSELY or (case.every_rule and bits == 8)
     ]
@@ -100,8 +100,9 @@ def follow(
                 if name not in PEERS:
                     raise
                 walks.pop(name, None)
-                label = f"{name} {optimizer_of(rule).__name__}"
-                failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0]}"  # a finding, not an end
+                failed[f"{name} {label(rule)}"] = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0]}"  # a finding, not an end
+                )
 
     def make(name: str) -> None:
         walks[name], parts[name] = Walk(makes[name], blocks, **options(rule, case)), {}
@@ -123,7 +124,7 @@ def follow(
             each(walks, check)
             exact.start_anew()
         bar.update()
-    head = {"rule": rule.name, "optimizer": optimizer_of(rule).__name__, "case": case.name, "times": case.times}
+    head = {"rule": rule.name, "optimizer": label(rule), "case": case.name, "times": case.times}
     return [{**head, "subject": name, "parts": parts[name]} for name in walks]
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,22 +69,35 @@ def make_parameters(case: Case, dtype: torch.dtype) -> list[Parameter]:
 
 
 def optimizers() -> list[Make]:
-    """optim8's 8-bit optimizers, those that are paged by name left out."""
+    """optim8's 8-bit optimizers of any tensors; those that are paged by name left out, and those of matrices, whose
+    steps are matrix products."""
     import optim8
+    from optim8 import rules
 
     names = [name for name in optim8.__all__ if name.endswith("8bit") and not name.startswith("Paged")]
-    return [getattr(optim8, name) for name in names]
+    of_matrices = {rule.family for rule in rules.every().values() if rule.gives_direction}
+    return [cls for cls in (getattr(optim8, name) for name in names) if cls.rule not in of_matrices]
 
 
 def optim8_subjects(small: bool) -> dict[str, Make]:
     """optim8's optimizers, and AdamW in 16 bits; for small tensors also with 8-bit state, which they would not have by
-    default."""
-    subjects: dict[str, Make] = {f"optim8 {make.__name__}": make for make in optimizers()}
+    default. One that would keep no state has a momentum."""
+    subjects: dict[str, Make] = {f"optim8 {make.__name__}": _with_state(make) for make in optimizers()}
     subjects["optim8 AdamW8bit optim_bits=16"] = functools.partial(subjects["optim8 AdamW8bit"], optim_bits=16)
     if small:
         for name, make in list(subjects.items()):
             subjects[f"{name} min_8bit_size=0"] = functools.partial(make, min_8bit_size=0)
     return subjects
+
+
+def _with_state(cls: Any) -> Make:
+    from optim8 import rules
+
+    rule = rules.rule(cls.rule)
+    if rules.variant(rule.name, {hyper.name: hyper.default for hyper in rule.hypers}).moments:
+        made: Make = cls
+        return made
+    return functools.partial(cls, momentum=0.9)
 
 
 def torch_subjects() -> dict[str, Make]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,36 @@ SUBJECTS = (OURS, "optim8 nearest", *PEERS)
 
 def optimizer_of(rule: Rule) -> Any:
     """Our optimizer with this rule and 8-bit state."""
-    return next(make for make in optimizers() if getattr(make, "rule", None) == rule.name)
+    return next(make for make in optimizers() if getattr(make, "rule", None) == rule.family)
+
+
+def selection(rule: Rule) -> dict[str, Any]:
+    """The options that make an optimizer step by this variant of its rule."""
+    from optim8 import rules
+
+    choices = [[(name, value) for value in values] for name, values in _SWITCHES.items() if rule.has(name)]
+    defaults = {hyper.name: hyper.default for hyper in rule.hypers}
+    options = map(dict, itertools.product(*choices))
+    return next(chosen for chosen in options if rules.variant(rule.family, {**defaults, **chosen}) == rule)
+
+
+def label(rule: Rule) -> str:
+    """Our optimizer's name, with the options that select a variant of its rule."""
+    defaults = {hyper.name: hyper.default for hyper in rule.hypers}
+    variants = rule.name != rule.family
+    chosen = [f"{name}={value}" for name, value in selection(rule).items() if variants and value != defaults[name]]
+    return " ".join([optimizer_of(rule).__name__, *chosen])
+
+
+_SWITCHES: dict[str, tuple[Any, ...]] = {"momentum": (0.9, 0.0), "amsgrad": (False, True), "centered": (False, True)}
+
+
+def is_followed(rule: Rule) -> bool:
+    """Whether it has state, and steps each element by itself."""
+    from optim8 import rules
+
+    of_matrices = {each.family for each in rules.every().values() if each.gives_direction}
+    return bool(rule.moments) and rule.family not in of_matrices
 
 
 def reference(rule: Rule) -> Make:
@@ -51,14 +81,12 @@ def subjects(rule: Rule, peers: bool, bits: int = 8) -> dict[str, Make]:
 
 def options(rule: Rule, case: Case) -> dict[str, Any]:
     """Learning rate 1, and nothing that hides the state: neither a decay nor an `eps` of notice."""
-    found: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.0}
-    if rule.has("eps"):
+    found: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.0, **selection(rule)}
+    if rule.has("eps") and not rule.has("rho"):  # Adadelta's first steps are as long as its eps lets them be
         found["eps"] = 1e-15
-    if rule.has("momentum"):
-        found["momentum"] = 0.9
     if rule.has("betas"):
-        beta1, beta2 = next(hyper.default for hyper in rule.hypers if hyper.name == "betas")  # type: ignore[misc]
-        found["betas"] = (beta1, case.beta2 or beta2)
+        beta1, beta2, *more = next(hyper.default for hyper in rule.hypers if hyper.name == "betas")  # type: ignore[misc]
+        found["betas"] = (beta1, case.beta2 or beta2, *more)
     return found
 
 

@@ -36,10 +36,12 @@ def test_every_rule_is_followed(quick: tuple[Path, str]) -> None:
     out, printed = quick
     result = read(out / "l.json")
     assert result["checkpoints"] == [5, 10, 20, 30, 40, 50, 60]
-    assert {row["rule"] for row in result["rows"]} == set(rules.every())
+    assert {row["rule"] for row in result["rows"]} == {
+        name for name, rule in rules.every().items() if rule.moments and rule.family != "muon"
+    }
     assert {row["subject"] for row in result["rows"]} == {"optim8 dithered", "optim8 nearest"}
     for row in result["rows"]:
-        moments = {moment.name: moment for moment in rules.rule(row["rule"]).moments}
+        moments = {moment.name: moment for moment in rules.every()[row["rule"]].moments}
         for part in row["parts"].values():
             assert all(len(part[key]) == 7 for key in ("length", "slope", "displacement", "path_error"))
             assert set(part["moments"]) == set(moments)
@@ -74,7 +76,7 @@ def test_rounding_shows_in_few_steps(quick: tuple[Path, str]) -> None:
     settled = 0.1 / (1 - 0.9 * 0.99296875)
     assert last("adamw", "blocks of -1, blocks of 1", "nearest") == pytest.approx(settled, abs=0.002)
     assert last("adamw", "blocks of -1, blocks of 1", "dithered") == pytest.approx(1, abs=1e-4)
-    for rule in rules.every():
+    for rule in {row["rule"] for row in result["rows"]}:
         assert last(rule, "-1 and 1 in each block", "dithered") == pytest.approx(1, abs=1e-4), rule
     # Gradients of 1e-4 of the others' make a v that no code is small enough for, but for its root there is one.
     small = next(row for row in result["forms"]["lengths"] if row["case"] == "half have gradients of 1e-4")
