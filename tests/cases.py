@@ -51,7 +51,8 @@ NADAM_HYPERS: tuple[dict[str, Any], ...] = (
 RADAM_HYPERS: tuple[dict[str, Any], ...] = (
     {**ADAM_HYPERS[0], "decoupled_weight_decay": True},
     {**ADAM_HYPERS[1], "decoupled_weight_decay": True},
-    {**ADAM_HYPERS[2], "decoupled_weight_decay": False},
+    # Not up to 0.5: torch's lerp then makes NaN of an infinite gradient.
+    {**ADAM_HYPERS[2], "betas": (0.6, 0.5), "decoupled_weight_decay": False},
 )
 ADEMAMIX_HYPERS: tuple[dict[str, Any], ...] = (
     {**ADAM_HYPERS[0], "betas": (0.8, 0.95, 0.99), "alpha": 3.0, "t_alpha": 40, "t_beta3": 60},
@@ -112,6 +113,7 @@ class Case:
     initial: Mapping[str, str] = field(default_factory=dict)  # state -> the option that it starts as, for 0
     running: Mapping[str, float] = field(default_factory=dict)  # scalar of each parameter -> what it starts as
     least: Mapping[str, str] = field(default_factory=dict)  # state -> the option that it is at least after a step
+    of_others: frozenset[str] = frozenset()  # the states that depend on what is kept of others
     moves_without_eps: bool = True  # eps = 0 is of use
     rate: float = 1.0  # a learning rate times this goes about as far as Adam's
     has_norms: bool = False  # an element's step depends on norms of its tensor
@@ -240,6 +242,7 @@ CASES = {
             roots=frozenset({"square_avg"}),
             only_with={"momentum_buffer": "momentum", "grad_avg": "centered"},
             wide={"square_avg": "centered", "grad_avg": "centered"},
+            of_others=frozenset({"momentum_buffer"}),
             slow={"alpha": 0.999, "momentum": 0.0, "centered": False},
         ),
         Case(
@@ -265,6 +268,7 @@ CASES = {
             torch_class=torch.optim.Adadelta,
             decay_in_gradient=True,
             roots=frozenset({"square_avg", "acc_delta"}),
+            of_others=frozenset({"acc_delta"}),
             moves_without_eps=False,
             rate=300.0,
             slow={"rho": 0.999},
@@ -302,6 +306,7 @@ CASES = {
             torch_class=torch.optim.RAdam,
             decay_in_gradient=True,
             is_scale_free=False,  # the first five steps
+            rate=20.0,
             roots=ROOTS,
         ),
         Case(
