@@ -27,10 +27,14 @@ BITS, ROUNDINGS = get_args(Bits), get_args(Rounding)
 EXTRA_DEFAULTS: dict[str, Any] = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8, "rounding": "dithered"}
 
 
-def overridable() -> dict[str, Hyper | None]:
-    """The options that one parameter may override: the hyper-parameters of all rules, and EXTRA_DEFAULTS."""
-    hypers = {hyper.name: hyper for rule in rules.every().values() for hyper in rule.hypers}
-    return {**hypers, **dict.fromkeys(EXTRA_DEFAULTS)}
+def overridable() -> dict[str, list[Hyper]]:
+    """The options that one parameter may override: the hyper-parameters of all rules, which may mean several things by
+    one name (two betas, or three), and EXTRA_DEFAULTS."""
+    known: dict[str, list[Hyper]] = {}
+    for rule in rules.every().values():
+        for hyper in rule.hypers:
+            known.setdefault(hyper.name, []).append(hyper)
+    return {**known, **{name: [] for name in EXTRA_DEFAULTS}}
 
 
 def _number(owner: str, name: str, value: Any, least: float, below: float = math.inf) -> float | torch.Tensor:
@@ -102,6 +106,17 @@ def _plain(owner: str, hyper: Hyper, value: Any) -> Any:
     return _number(owner, hyper.name, value, hyper.least, hyper.below)
 
 
+def _plain_for_any(owner: str, hypers: Sequence[Hyper], value: Any) -> Any:
+    """The same by the first of several hyper-parameters that takes the value; a step asks that of its rule."""
+    refusal: ValueError | TypeError | None = None
+    for hyper in hypers:
+        try:
+            return _plain(owner, hyper, value)
+        except (ValueError, TypeError) as error:
+            refusal = refusal or error
+    raise refusal or ValueError(f"{owner}: no rule has this option.")
+
+
 def _whole(value: Any) -> int | None:
     """The value as an int where it is a whole number of any type, else None."""
     if type(value) is int:
@@ -171,9 +186,8 @@ def normalize_changes(owner: str, changes: dict[str, Any]) -> dict[str, Any]:
     """
     plain, known = {**EXTRA_DEFAULTS, **changes}, overridable()
     for name in changes:
-        hyper = known[name]
-        if hyper is not None:
-            plain[name] = _plain(owner, hyper, changes[name])
+        if known[name]:
+            plain[name] = _plain_for_any(owner, known[name], changes[name])
     _normalize_precision(owner, plain)
     return {name: plain[name] for name in changes}
 

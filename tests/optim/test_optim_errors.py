@@ -79,7 +79,7 @@ def test_edges_of_what_is_allowed(case: Case) -> None:
     p = parameter(torch.ones(3), torch.ones(3))
     for options in (
         {"lr": 0.0},
-        *({hyper.name: (0.0, 0.0)} for hyper in rules.rule(case.cls.rule).hypers if hyper.is_tuple),
+        *({hyper.name: (0.0,) * len(hyper.default)} for hyper in rules.rule(case.cls.rule).hypers if hyper.is_tuple),
         {"weight_decay": 0.0},
         {"min_8bit_size": 0},
         {"optim_bits": 32},
@@ -299,7 +299,7 @@ def test_a_state_that_was_tampered_with_is_noticed(case: Case, part: str, device
     params = [parameter(torch.ones(700, device=device), torch.ones(700, device=device)) for _ in range(2)]
     optimizer = case.make(params)
     optimizer.step()
-    name = part if part == "step" else f"{case.state}_{part}"
+    name = {"step": "step", "codes": case.codes(case.state), "absmax": case.absmax(case.state)}[part]
     optimizer.state[params[1]][name] = torch.zeros(2, dtype=torch.uint8, device=device)
     values_before = [p.detach().clone() for p in params]
     with pytest.raises((ValueError, TypeError, RuntimeError), match=r"(parameter|index) 1"):

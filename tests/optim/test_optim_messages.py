@@ -108,6 +108,8 @@ def test_misspelled_arguments(case: Case, given: str, close: str) -> None:
     """What is close is only proposed where it is an argument."""
     of_rules = {hyper.name for rule in rules.every().values() for hyper in rule.hypers}
     lacks = close in of_rules and not rules.rule(case.cls.rule).has(close)
+    if close == "momentum" and rules.rule(case.cls.rule).has("momentum_decay"):
+        close, lacks = "momentum_decay", False
     end = "" if lacks else rf" Did you mean '{close}'\?"
     with pytest.raises(TypeError, match=rf"{case.name}: '{given}' is no argument of this optimizer\.{end}$"):
         case.with_defaults([parameter(torch.ones(3))], **{given: 1})

@@ -13,6 +13,7 @@ from cases import Case
 from support.harness import ALL, bits, hostile, parameter, snapshot, state_bits, through_a_file
 
 import optim8
+from optim8 import rules
 from optim8.paging import Pager
 
 BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
@@ -159,6 +160,8 @@ def test_a_moment_of_another_rule_is_refused(case: Case, name: str, device: torc
     optimizer = case.make(params)
     _step(optimizer, params, 0)
     saved = copy.deepcopy(optimizer.state_dict())
+    if any(name == moment.name for moment in rules.rule(case.cls.rule).moments):
+        pytest.skip("a state of this rule, or of a variant")
     saved["state"][1][name] = torch.zeros(600)
     before = [state_bits(optimizer, p) for p in params]
     with pytest.raises(ValueError, match=rf"state\[1\]\['{name}'\] is no state of this optimizer"):
@@ -175,10 +178,10 @@ def test_a_dict_of_adam_is_not_one_of_lion_with_more(case: Case, device: torch.d
     saved = donor.state_dict()
     others = _params(device)
     optimizer = case.make(others)
-    if [*case.states] == ["exp_avg", "exp_avg_sq"]:
+    if case.cls.rule in ("adam", "adamw"):
         optimizer.load_state_dict(saved)
         return
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=rf"\['{'exp_avg_sq' if case.state == 'exp_avg' else case.state}"):
+    with pytest.raises(ValueError, match=r"\['\w+'\] (is no|is missing|must be)"):
         optimizer.load_state_dict(saved)
     assert snapshot(optimizer) == before

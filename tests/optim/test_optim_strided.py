@@ -148,6 +148,8 @@ def test_checkpoints_go_between_both_kinds(case: Case, kind: str, optim_bits: in
         assert state_bits(optimizer, param) == state_bits(ours, p)
         _step(optimizer, [param], 1)
     assert bits(p2.detach().clone()) == bits(q2) == bits(q)
+    if case.torch_class is None and case.name != "Lion8bit":
+        return  # to_torch converts what torch.optim and lion-pytorch have
     theirs, same = optim8.convert.to_torch(ours2), optim8.convert.to_torch(dense2)
     for name in case.states:
         assert torch.equal(theirs["state"][0][name], same["state"][0][name])
