@@ -114,32 +114,37 @@ __attribute__((noinline)) void measure_carefully(const States& states, const Val
 template <class Rule, class States>
 OPTIM8_HD void measure_block(const States& states, const Values& param, const Values& grad,
                              const StepScalars<Rule>& scalars, double* sums) {
-    // Of values half a block apart.
     constexpr int half = step_block / 2;
     static_assert(half % code_group == 0);
     alignas(64) float squares[norms][half];
     Group of_param, of_grad;
-    for (int at = 0; at < step_block; at += code_group) {
-        prefetch_group(param.at(at), bytes_of(param.storage));
-        prefetch_group(grad.at(at), bytes_of(grad.storage));
-        states.prefetch(at);
-        F state[state_count<Rule>][group_vectors];
-        states.read(at, state);
-        const float *p_at = of_param.widen(param, at), *g_at = of_grad.widen(grad, at);
-        for (int j = 0; j < group_vectors; j += together) {
-            const int in_group = j * width;
-            const Vectors p = Vectors::of([&](int k) { return load(p_at + in_group + k * width); });
-            const Vectors g = Vectors::of([&](int k) { return load(g_at + in_group + k * width); });
-            Vectors old[state_count<Rule>], of[norms];
-            for (int s = 0; s < state_count<Rule>; ++s) old[s] = Vectors::of([&](int k) { return state[s][j + k]; });
-            Rule::measure(p, g * Vectors(scalars.gradient_factor), old, scalars.of_rule, of);
-            for (int n = 0; n < norms; ++n)
-                for (int k = 0; k < together; ++k) {
-                    float* to = squares[n] + (at + in_group) % half + k * width;
-                    const F square = of[n].v[k] * of[n].v[k];
-                    store(to, at < half ? square : load(to) + square);
-                }
+    for (int first = 0; first < half; first += code_group) {
+        // Of two groups half a block apart.
+        F sums_of_two[norms][group_vectors];
+        for (int at = first; at < step_block; at += half) {
+            prefetch_group(param.at(at), bytes_of(param.storage));
+            prefetch_group(grad.at(at), bytes_of(grad.storage));
+            states.prefetch(at);
+            F state[state_count<Rule>][group_vectors];
+            states.read(at, state);
+            const float *p_at = of_param.widen(param, at), *g_at = of_grad.widen(grad, at);
+            for (int j = 0; j < group_vectors; j += together) {
+                const Vectors p = Vectors::of([&](int k) { return load(p_at + (j + k) * width); });
+                const Vectors g = Vectors::of([&](int k) { return load(g_at + (j + k) * width); });
+                Vectors old[state_count<Rule>], of[norms];
+                for (int s = 0; s < state_count<Rule>; ++s)
+                    old[s] = Vectors::of([&](int k) { return state[s][j + k]; });
+                Rule::measure(p, g * Vectors(scalars.gradient_factor), old, scalars.of_rule, of);
+                for (int n = 0; n < norms; ++n)
+                    for (int k = 0; k < together; ++k) {
+                        const F square = of[n].v[k] * of[n].v[k];
+                        F& sum = sums_of_two[n][j + k];
+                        sum = at == first ? square : sum + square;
+                    }
+            }
         }
+        for (int n = 0; n < norms; ++n)
+            for (int j = 0; j < group_vectors; ++j) store(squares[n] + first + j * width, sums_of_two[n][j]);
     }
     bool good = true;
     for (int n = 0; n < norms; ++n) {
