@@ -48,7 +48,7 @@ def test_a_step_long_enough_for_several_blocks_a_warp() -> None:
 
 
 def test_a_wrong_kernel_is_noticed(tmp_path: Path) -> None:
-    """The comparison can fail: a decoder that is off by one code, and an update with another rounding."""
+    """The comparison can fail: a decoder that is off by one code."""
     source = (ROOT / "csrc/cuda/tables.h").read_text()
     wrong = source.replace("value + index)", "value + index / 2 * 2)")
     assert wrong != source
@@ -56,14 +56,16 @@ def test_a_wrong_kernel_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "cuda/tables.h").write_text(wrong)
     folder = build.program("compare", "plain").parent
     flags = [*build.FLAGS, f"-I{tmp_path}", f"-I{build.HERE / 'shim'}", f"-I{ROOT / 'csrc'}"]
-    objects = [str(path) for path in folder.glob("*.o") if path.name not in ("step.cuda.o", "planted.o")]
+    left_out = ("blockwise.cuda.o", "planted.o")
+    objects = [str(o) for o in folder.glob("*.o") if o.name not in left_out and not o.name.endswith(".module.o")]
     compiler = str(build.compiler())
-    spoiled = str(tmp_path / "step.o")
-    subprocess.run([compiler, *flags, "-x", "c++", "-c", str(ROOT / "csrc/cuda/step.cu"), "-o", spoiled], check=True)
+    spoiled = str(tmp_path / "blockwise.o")
+    kernels = str(ROOT / "csrc/cuda/blockwise.cu")
+    subprocess.run([compiler, *flags, "-x", "c++", "-c", kernels, "-o", spoiled], check=True)
     subprocess.run([compiler, *objects, spoiled, "-o", str(tmp_path / "compare")], check=True)
-    result = run(tmp_path / "compare", "step", "forward")
+    result = run(tmp_path / "compare", "blockwise", "forward")
     assert result.returncode == 1
-    assert "codes: value" in result.stdout
+    assert ": value" in result.stdout
 
 
 PLANTED = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -13,6 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SANITIZERS = {"plain": [], "memory": ["address,undefined"], "threads": ["thread"]}
+PIC = ["-fPIC", "-fvisibility=hidden"]
+# The last rule of the list is there too.
+FORMS = ("adamw", "lion", "sgd", "sgd_plain", "rmsprop_centered_momentum", "nadam", "lamb")
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-fno-strict-aliasing"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -58,6 +62,18 @@ def _build(result: Path, objects: Sequence[tuple[Path, Path, list[str]]], link: 
     return result
 
 
+def _few_rules(folder: Path) -> Path:
+    """A folder whose core/rules/all.h lists one rule of each form that kernels have: with sanitizers each takes long to
+    compile."""
+    listed = (ROOT / "csrc/core/rules/all.h").read_text()
+    kept = re.sub(r"    X\((\w+), \w+\) \\\n", lambda line: line[0] if line[1] in FORMS else "", listed)
+    path = folder / "few/core/rules/all.h"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != kept:
+        path.write_text(kept)
+    return folder / "few"
+
+
 def module() -> Path:
     """The path of optim8._cuda built over the shim, taking tensors of the CPU.
 
@@ -66,16 +82,15 @@ def module() -> Path:
     """
     import pybind11
 
-    folder = ROOT / "build" / "cuda_on_cpu" / "module"
+    folder = ROOT / "build" / "cuda_on_cpu" / "plain"
     bindings = [sysconfig.get_path("include"), pybind11.get_include()]
-    pic = ["-fPIC", "-fvisibility=hidden"]
-    bound = [*pic, *(f"-isystem {path}" for path in bindings)]
+    bound = [*PIC, *(f"-isystem {path}" for path in bindings)]
     bound += ["-DOPTIM8_DEVICE_TYPE=dlpack::cpu", "-DOPTIM8_VERSION='\"shim\"'"]
-    objects = [(HERE / "shim/scheduler.cpp", folder / "scheduler.o", pic)]
+    objects = [(HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC)]
     for source in (*sorted((ROOT / "csrc/bind/cuda").glob("*.cpp")), *sorted((ROOT / "csrc/tensors").glob("*.cpp"))):
-        objects.append((source, folder / f"{source.stem}.o", bound))
+        objects.append((source, folder / f"{source.stem}.module.o", bound))
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        objects.append((source, folder / f"{source.stem}.cuda.o", [*pic, "-x", "c++"]))
+        objects.append((source, folder / f"{source.stem}.cuda.o", [*PIC, "-x", "c++"]))
     return _build(folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", objects, ["-shared"])
 
 
@@ -91,10 +106,14 @@ def program(name: str, sanitizer: str) -> Path:
     """
     folder = ROOT / "build" / "cuda_on_cpu" / sanitizer
     sanitize = [f"-fsanitize={names}" for names in SANITIZERS[sanitizer]]
-    checked = [*sanitize, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if sanitize else []
+    # Without sanitizers the kernels are those of the module.
+    checked = PIC
+    if sanitize:
+        few = f"-iquote {_few_rules(folder)}"
+        checked = [*sanitize, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", few]
     objects: list[tuple[Path, Path, list[str]]] = [
         # The scheduler tells sanitizers of its fibers; it must not itself be watched.
-        (HERE / "shim/scheduler.cpp", folder / "scheduler.o", []),
+        (HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC),
     ]
     for source in sorted(HERE.glob(f"{name}*.cpp")):
         objects.append((source, folder / f"{source.stem}.o", checked))
