@@ -33,20 +33,22 @@ def whole_dicts(place: Place, case: Case) -> dict[str, Any]:
         own = default_size(case, net) if bits_ == 8 else case.make(net.parameters(), optim_bits=bits_)
         take_steps(net, own, 1, 2)
         dicts[name] = deepcopy(get_optimizer_state_dict(net, own))
+    of_lion = case.name == "Lion8bit"
     floats = deepcopy(dicts["own float32"])
     for group in floats["param_groups"]:
         for option in ("optim_bits", "min_8bit_size", "paged"):
             group.pop(option, None)
-        if case.torch_class is None:  # lion-pytorch has no more than these
+        if of_lion:  # lion-pytorch has no more than these
             for option in set(group) - {"lr", "betas", "weight_decay", "params"}:
                 del group[option]
     for entry in floats["state"].values():
-        if case.torch_class is None:
+        if of_lion:
             del entry["step"]
-    dicts["another library's float32"] = floats
-    dicts["another library's bfloat16"] = halves = deepcopy(floats)
+    halves = deepcopy(floats)
     for entry in halves["state"].values():
-        entry.update({name: value.bfloat16() for name, value in entry.items() if name != "step"})
+        entry.update({name: entry[name].bfloat16() for name in case.states})
+    if of_lion or case.torch_class is not None:
+        dicts |= {"another library's float32": floats, "another library's bfloat16": halves}
     old = deepcopy(dicts["codes"])  # as version 0.1.0 named codes
     for entry in old["state"].values():
         for name in [name for name in entry if name.endswith(("_codes", "_root_absmax"))]:
