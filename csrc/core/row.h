@@ -44,15 +44,18 @@ OPTIM8_BEGIN
 // has roots.
 template <class Rule, class Work>
 auto with_coding(const Row& row, const Work& work) {
-    if constexpr (Rule::stateless) return work(Coding<Rounding::Nearest, true>{});
-    if constexpr (has_roots<Rule>() && Rule::functional_name != nullptr)
-        if (row.direct) return work(Coding<Rounding::Nearest, false>{});
-    if (row.precision == Precision::Bits16) {
-        if (row.rounding == Rounding::Dithered) return work(Coding<Rounding::Dithered, true, true>{});
-        return work(Coding<Rounding::Nearest, true, true>{});
+    if constexpr (Rule::stateless) {
+        return work(Coding<Rounding::Nearest, true>{});
+    } else {
+        if constexpr (has_roots<Rule>() && Rule::functional_name != nullptr)
+            if (row.direct) return work(Coding<Rounding::Nearest, false>{});
+        if (row.precision == Precision::Bits16) {
+            if (row.rounding == Rounding::Dithered) return work(Coding<Rounding::Dithered, true, true>{});
+            return work(Coding<Rounding::Nearest, true, true>{});
+        }
+        if (row.rounding == Rounding::Dithered) return work(Coding<Rounding::Dithered, true>{});
+        return work(Coding<Rounding::Nearest, true>{});
     }
-    if (row.rounding == Rounding::Dithered) return work(Coding<Rounding::Dithered, true>{});
-    return work(Coding<Rounding::Nearest, true>{});
 }
 
 OPTIM8_END

@@ -13,16 +13,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 import gpu_budget
 from shared import sass
 
+from optim8.rules import Rule
+
 pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None or sass.tool_folder() is None, reason="needs nvcc, cuobjdump and nvdisasm"
 )
 
 # 65536 registers of a multiprocessor for 16 warps of 32 threads: enough loads in flight to fill the memory.
 MOST_REGISTERS = 128
+# With rounding to nearest, which is there for comparison, three states of which some have low bytes take more.
+MOST_REGISTERS_NEAREST = 168
 RULES = sass.rules_by_type()
 STATEFUL = {name: rule for name, rule in RULES.items() if rule.moments}
-# Of a parameter, 8 to a lane, by the number of states: beyond these an H100 would wait for them and not for its memory.
-MOST_INSTRUCTIONS = {1: 55, 2: 90, 3: 125}
+# Of a parameter, 8 to a lane, by the number of states, and what a square root and a low byte add. Most rules stay below
+# what an H100 could do while its memory moves a parameter, float32: 134 with one state.
+MOST_INSTRUCTIONS = {1: 50, 2: 82, 3: 117}
+OF_ROOT, OF_LOW_BYTE = 9, 7
+# The square roots of a formula that are not those of its states as they are kept.
+MORE_ROOTS = {"Adadelta": 2, "RMSpropCentered": 1, "RMSpropCenteredMomentum": 1}
+
+
+def most_instructions(name: str, rule: Rule) -> int:
+    roots = sum(moment.root for moment in rule.moments) + MORE_ROOTS.get(name, 0)
+    low_bytes = sum(moment.wide for moment in rule.moments)
+    return MOST_INSTRUCTIONS[len(rule.moments)] + OF_ROOT * roots + OF_LOW_BYTE * low_bytes
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +61,12 @@ def test_every_rule_and_every_pair_of_types_has_a_kernel(kernels: dict[str, sass
 def test_float32_is_read_and_written_by_packets_of_128_bits(kernels: dict[str, sass.Kernel], rule: str) -> None:
     kernel = step_kernel(kernels, rule, "float, float")
     states = len(RULES[rule].moments)
+    reads = 1 if RULES[rule].gives_direction else 2  # what is put in the place of the parameter does not depend on it
     # 8 values a lane are two packets: of param and grad in both 8-bit forms, and with each state in 32 bits.
-    assert kernel.count(r"LDG\..*\.128") == 2 * 2 * 2 + 2 * (2 + states)
+    assert kernel.count(r"LDG\..*\.128") == 2 * reads * 2 + 2 * (reads + states)
     assert kernel.count(r"STG\..*\.128") == 2 * 2 * 1 + 2 * (1 + states)
     path = gpu_budget.main_path(kernel, states)
-    assert sum(bool(re.match(r"LDG\..*\.128", opcode)) for opcode in path) == 2 * 2
+    assert sum(bool(re.match(r"LDG\..*\.128", opcode)) for opcode in path) == 2 * reads
     assert sum(bool(re.match(r"STG\..*\.128", opcode)) for opcode in path) == 2
 
 
@@ -60,7 +75,7 @@ def test_float32_is_read_and_written_by_packets_of_128_bits(kernels: dict[str, s
 def test_the_main_path_stays_short(kernels: dict[str, sass.Kernel], rule: str, types: str) -> None:
     states = len(RULES[rule].moments)
     path = gpu_budget.main_path(step_kernel(kernels, rule, types), states)
-    assert len(path) / 8 <= MOST_INSTRUCTIONS[states]
+    assert len(path) / 8 <= most_instructions(rule, RULES[rule])
     assert not any(opcode.startswith("CALL") for opcode in path)
 
 
@@ -70,7 +85,9 @@ def test_no_kernel_has_local_or_shared_memory_or_barriers(kernels: dict[str, sas
 
 
 def test_registers_stay_under_the_bound(kernels: dict[str, sass.Kernel]) -> None:
-    assert max(kernel.registers for kernel in kernels.values()) <= MOST_REGISTERS
+    for name, kernel in kernels.items():
+        nearest = "step_rows" in name and re.search(sass.DITHERED, name) is None
+        assert kernel.registers <= (MOST_REGISTERS_NEAREST if nearest else MOST_REGISTERS), name
 
 
 def test_dequantization_does_not_divide_for_each_value(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ struct RAdam : RuleDefaults {
     };
 
     struct Scalars {
-        float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+        float beta1, one_minus_beta1, beta2, one_minus_beta2;
         float weight_decay, decay;  // added to the gradient; what is left of the parameter
-        float rectified;            // whether the step divides by the second moment
+        float of_root, offset;      // the step divides by of_root * sqrt(v) + offset: before it is rectified, by 1
         float negative_step_size;   // -lr / (1 - beta1^t), and where rectified * r_t * sqrt(1 - beta2^t)
     };
     OPTIM8_HD static Scalars derive(const Hypers& h, double step) {
@@ -43,10 +43,10 @@ struct RAdam : RuleDefaults {
                 rounded(1 - h.beta1),
                 rounded(h.beta2),
                 rounded(1 - h.beta2),
-                rounded(h.eps),
                 rounded(decoupled ? 0 : h.weight_decay),
                 rounded(decoupled ? 1 - h.lr * h.weight_decay : 1),
                 rectified ? 1.0f : 0.0f,
+                rounded(rectified ? h.eps : 1),
                 rounded(-h.lr / (1 - power(h.beta1, step)) * factor)};
     }
 
@@ -59,10 +59,9 @@ struct RAdam : RuleDefaults {
         if (s.weight_decay != 0.0f) g = fma(F(s.weight_decay), p, g);
         m = fma(F(s.beta1), m, F(s.one_minus_beta1) * g);
         v = fma(F(s.beta2), v, F(s.one_minus_beta2) * g * g);
-        F direction = m;
         // Where m = v = 0 and eps = 0 the quotient must be 0, not NaN.
-        if (s.rectified != 0.0f) direction = m * reciprocal(maximum(F(smallest_normal), square_root(v) + F(s.eps)));
-        p = fma(F(s.negative_step_size), direction, p);
+        const F denominator = maximum(F(smallest_normal), fma(F(s.of_root), square_root(v), F(s.offset)));
+        p = fma(F(s.negative_step_size), m * reciprocal(denominator), p);
     }
 };
 

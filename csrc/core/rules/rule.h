@@ -81,7 +81,8 @@ struct RuleDefaults {
     static bool serves(const Hypers&) {
         return true;
     }
-    // `update` leaves in the place of the parameter a direction, which Python orthogonalizes and takes the parameter along.
+    // `update` leaves in the place of the parameter a direction, which Python orthogonalizes and takes the parameter
+    // along.
     static constexpr bool gives_direction = false;
     static constexpr bool stateless = false;  // nothing is kept, and states[] holds one that is always 0
     // The key of a scalar that each parameter has beside its count of steps, and what it starts as.
@@ -111,6 +112,13 @@ template <class Rule>
 constexpr bool has_roots() {
     for (const State& state : Rule::states)
         if (state.root) return true;
+    return false;
+}
+
+template <class Rule>
+constexpr bool has_wide() {
+    for (const State& state : Rule::states)
+        if (state.wide) return true;
     return false;
 }
 
