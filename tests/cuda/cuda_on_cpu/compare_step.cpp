@@ -42,7 +42,7 @@ struct Tensor {
         fill(grad, kind);
         fill(actual.param, Kind::Plain);
         for (int s = 0; s < info_of(rule).states; ++s) {
-            const bool is_wide = coded && info_of(rule).state[s].wide && !form.direct;
+            const bool is_wide = coded && info_of(rule).state[s].wide;  // no such rule keeps states directly
             const bool has_low = form.precision == Precision::Bits16 || is_wide;
             actual.codes.emplace_back(coded ? size : 0, offset);
             actual.low.emplace_back(has_low ? size : 0, offset);
