@@ -12,6 +12,7 @@ from optim8.checkpoint.formats import common, groups
 from optim8.rules import Moments
 from optim8.state.layout import bits_of, dense, moments_in, moments_of, under_present_names
 from optim8.state.moments import Codes, Entry, Tiled, check_low, check_scales
+from optim8.step.hypers import EXTRA_DEFAULTS
 
 # The key of the dimensions of codes, the outermost in memory first, as torch.Tensor.dim_order gives them.
 # It is saved where that is not their order: not all file formats keep strides, and blocks run in memory order.
@@ -27,9 +28,20 @@ def _options(rule: str) -> tuple[str, ...]:
     return tuple(hyper.name for hyper in rules.rule(rule).hypers)
 
 
+# A group that lacks some of EXTRA_DEFAULTS, as one of an earlier version does, may lack this too and takes the value of
+# the optimizer that loads. Without it a group of today is LAMB's, which has the states and the other options of Adam.
+_LATER = ("amsgrad",)
+
+
+def _required(rule: str) -> tuple[str, ...]:
+    return tuple(name for name in _options(rule) if name not in _LATER)
+
+
 def _read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
     known = dict.fromkeys((rule, *(other.family for other in rules.every().values())))
     groups.check_owner(where, rule, group, {name: _options(name) for name in known})
+    if group.keys() >= EXTRA_DEFAULTS.keys():
+        groups.check_complete(where, "optim8", group, [name for name in _options(rule) if name in _LATER])
     return group
 
 
@@ -122,4 +134,4 @@ def is_own(moments: Moments, entry: dict[str, Any], bits: int) -> bool:
     return in_float32 and bits == 32 and others.isdisjoint(entry)
 
 
-FORMAT = common.Format("optim8", True, _claims, _read_group, _read_entry, _options)
+FORMAT = common.Format("optim8", True, _claims, _read_group, _read_entry, _required)
