@@ -107,7 +107,8 @@ def test_what_cannot_be_converted_is_refused_by_each_step() -> None:
     refused(torch.optim.NAdam, "AdamW8bit", r"\['mu_product'\] is no state|NAdam", 32)
     same_rule = r"is no state of this optimizer .* by an optimizer with the same rule"
     refused(torch.optim.SGD, "AdamW8bit", rf"\['momentum_buffer'\] {same_rule}", momentum=0.9)
-    refused(torch.optim.Adadelta, "AdamW8bit", "Load a state dict that this optimizer wrote")  # nobody's
+    refused(torch.optim.Adadelta, "AdamW8bit", rf"\['square_avg'\] {same_rule}")
+    refused(torch.optim.Rprop, "AdamW8bit", "Load a state dict that this optimizer wrote")  # nobody's
     for optim_bits in (8, 32):
         refused(torch.optim.AdamW, "Lion8bit", r"\['exp_avg_sq'\] is no state", optim_bits)
         refused(torch.optim.SGD, "Lion8bit", rf"\['momentum_buffer'\] {same_rule}", optim_bits, momentum=0.9)

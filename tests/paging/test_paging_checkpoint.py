@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,35 @@ def _loaded(paged: bool, through_file: bool) -> Callable[[Pair, Path, Case], Pai
 
 
 def _loaded_over(pair: Pair, folder: Path, case: Case) -> Pair:
-    """Into an optimizer that has stepped: its state is filled where it is."""
-    model = _model()
-    used = case.make(model.parameters(), case.hypers[1], min_8bit_size=100, paged=_pager(folder))
-    _steps(model, used, 0, 4)
-    before = [used.moments[0].values(used.state[p]).data_ptr() for p in model]
-    with torch.no_grad():
-        for p, q in zip(model, pair[0], strict=True):
-            p.copy_(q)
-    saved = copy.deepcopy(pair[1].state_dict())
-    used.load_state_dict(saved)
+    """Into an optimizer that has stepped with the same states: its state is filled where it is."""
+    hyper = {**case.hypers[1], **{option: case.hypers[0][option] for option in case.only_with.values()}}
+    model, used, before = _used(folder, case, hyper)
+    _load_into(used, model, pair)
     late = 4  # had no state in the checkpoint of step 2
     assert [used.moments[0].values(used.state[p]).data_ptr() for p in model if used.state.get(p)] == before[:late]
     return model, used
+
+
+def _loaded_over_others(pair: Pair, folder: Path, case: Case) -> Pair:
+    """The same with options that may ask for other states, which then give way to those that are loaded."""
+    model, used, _ = _used(folder, case, case.hypers[1])
+    _load_into(used, model, pair)
+    return model, used
+
+
+def _used(folder: Path, case: Case, hyper: Mapping[str, Any]) -> tuple[torch.nn.ParameterList, Any, list[int]]:
+    """A model, its optimizer after four steps, and where the first moment of each parameter lies."""
+    model = _model()
+    used = case.make(model.parameters(), hyper, min_8bit_size=100, paged=_pager(folder))
+    _steps(model, used, 0, 4)
+    return model, used, [used.moments[0].values(used.state[p]).data_ptr() for p in model]
+
+
+def _load_into(used: Any, model: torch.nn.ParameterList, pair: Pair) -> None:
+    with torch.no_grad():
+        for p, q in zip(model, pair[0], strict=True):
+            p.copy_(q)
+    used.load_state_dict(copy.deepcopy(pair[1].state_dict()))
 
 
 CARRIERS: dict[str, Callable[[Pair, Path, Case], Pair]] = {
@@ -85,6 +101,7 @@ CARRIERS: dict[str, Callable[[Pair, Path, Case], Pair]] = {
     "file to paged": _loaded(True, True),
     "file to resident": _loaded(False, True),
     "state dict over paged": _loaded_over,
+    "state dict over other paged state": _loaded_over_others,
 }
 
 

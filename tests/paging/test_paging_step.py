@@ -82,11 +82,12 @@ def test_every_optimizer_has_a_paged_twin() -> None:
         twin = getattr(optim8, f"Paged{case}")
         assert twin.__mro__[1] is case.cls
         p = parameter(torch.ones(9), torch.ones(9))
-        optimizer = twin([p], lr=0.1)
+        options = {**case.hypers[0], **case.always}
+        optimizer = twin([p], **options)
         optimizer.step()
         assert [place.tier for place in optimizer.placement()] == ["disk"]
         with pytest.raises(ValueError, match=f"Paged{case} is always paged, got paged=False. Use {case}."):
-            twin([p], paged=False)
+            twin([p], **options, paged=False)
     assert {f"Paged{case}" for case in EVERY} == {name for name in dir(optim8) if name.startswith("Paged")}
     assert exported_names() == {str(case) for case in EVERY}
 

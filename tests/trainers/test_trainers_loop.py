@@ -41,6 +41,8 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "SWALR": lambda o: SWALR(o, 1e-4, anneal_epochs=3),
 }
 
+MOVES_MOMENTUM = ("CyclicLR", "OneCycleLR")  # which refuse an optimizer that has neither betas nor momentum
+
 
 def test_no_schedule_is_left_out() -> None:
     """Every schedule that torch exports and that can be made."""
@@ -78,6 +80,10 @@ def test_schedule(case: Case, name: str, device: torch.device) -> None:
     """A schedule moves lr, betas or momentum, and a step takes what it says: as if the options were set by hand."""
     model, twin = network(device), network(device)
     optimizer, by_hand = (case.make(m.parameters(), min_8bit_size=4096) for m in (model, twin))
+    if name in MOVES_MOMENTUM and optimizer.defaults.keys().isdisjoint({"betas", "momentum"}):
+        with pytest.raises(ValueError, match="momentum"):  # as with torch's own
+            SCHEDULES[name](optimizer)
+        return
     schedule = SCHEDULES[name](optimizer)
     seen = set()
     for t in range(STEPS):
