@@ -23,7 +23,7 @@ SHARDINGS = ("ddp", "fsdp")
 _ALIASES = {name.removeprefix("torch-"): name for name in PEERS if name.startswith("torch-")}
 _WORTH_A_NOTE = 0.1  # of the bytes of state
 OURS: dict[str, type[BlockwiseOptimizer]] = {
-    name.lower(): getattr(optim, name) for name in optim.__all__ if name.endswith("8bit")
+    name.lower(): getattr(optim, name) for name in sorted(optim.__all__, key=str.lower) if name.endswith("8bit")
 }
 
 
