@@ -77,7 +77,8 @@ class ParameterHealth:
         name: the parameter's name, or its place in the groups.
         nonfinite: how many elements of the gradient are NaN or infinite.
         size, sampled: values of the parameter, and how many of them were looked at.
-        moments: by the moment's name; empty for 32-bit state, and where the step is skipped.
+        moments: by the moment's name, those of 8 bits: others are kept in 16 bits beside them, or all in 32. Empty
+            where there are none, and where the step is skipped.
         advice: the precision to use; None where `moments` is empty.
     """
 
