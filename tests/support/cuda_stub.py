@@ -81,7 +81,7 @@ class Gpu:
 
         return call
 
-    def step(self, rows: int, count: int, device: int, *scalars: Any) -> None:
+    def step(self, rows: int, count: int, device: int, *scalars: Any, counted: bool = False) -> None:
         # Rows and their scalars travel in a kernel's parameters: the caller may overwrite them at once.
         copied_rows = ctypes.create_string_buffer(ctypes.string_at(rows, count * self.module.row_size))
         copied_scalars = []
@@ -96,7 +96,7 @@ class Gpu:
 
         def launch() -> None:
             assert len(copied_scalars) in (0, count)  # they live as long as the launch
-            self.module.step(ctypes.addressof(copied_rows), count, device, *plain_scalars)
+            self.module.step(ctypes.addressof(copied_rows), count, device, *plain_scalars, counted=counted)
 
         self.queue.append(launch)
         self.launched += 1
