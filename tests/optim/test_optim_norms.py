@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import EVERY, Case
+from cases import CASES, EVERY, Case
 from support.harness import bits, hostile, parameter, state_bits, torch_threads, values
 from support.rounding import Rounded
 
@@ -56,6 +56,21 @@ def test_norms_of_numbers_whose_squares_leave_float32(case: Case, scale: float, 
     # The bound is not so wide that a norm of 0 would pass, but where a number has a few bits only.
     moved = np.abs(expected.value - values(start))
     assert scale < 1e-37 or (expected.error < 1e-3 * moved).all()
+
+
+@pytest.mark.parametrize("scale", [2.0**-149, 2.0**-140, 2.0**-126, 2.0**-124])
+def test_a_ratio_beyond_float32_still_scales_the_gradient(scale: float, device: torch.device) -> None:
+    """Where LARS divides by the norm of a tiny gradient, the quotient overflows but the scaled gradient does not."""
+    n, case = 777, CASES["LARS8bit"]
+    rng = np.random.default_rng(3)
+    start = torch.from_numpy(rng.standard_normal(n).astype(np.float32))
+    grad = torch.from_numpy((rng.integers(0, 4, n) * rng.choice([-1.0, 1.0], n) * scale).astype(np.float32))
+    hyper = case.without_decay(trust_coefficient=1.0)
+    p, optimizer = stepped(case, start.to(device), grad.to(device), hyper=hyper, optim_bits=32)
+    scaled = values(grad) * (np.linalg.norm(values(start)) / np.linalg.norm(values(grad)))
+    # A square and eight sums in float32 in each norm, of which the root halves what is off; the ratio; the product.
+    assert (np.abs(values(optimizer.state[p]["momentum_buffer"]) - scaled) <= 11 * 2.0**-24 * np.abs(scaled)).all()
+    assert (values(p) != values(start))[scaled != 0].all()
 
 
 @NORMED

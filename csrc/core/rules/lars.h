@@ -24,16 +24,32 @@ struct LARSOptions : SGDOptions {
     };
 
     struct Scalars : SGDOptions::Scalars {
-        float trust_coefficient, ratio;
+        float trust_coefficient;
+        float enlarged, ratio;  // what scales the gradient is the product of both
     };
     OPTIM8_HD static Scalars derive(const Hypers& h, double step) {
-        return {SGDOptions::derive(h, step), rounded(h.trust_coefficient), 1.0f};
+        return {SGDOptions::derive(h, step), rounded(h.trust_coefficient), 1.0f, 1.0f};
     }
     // The ratio is 1 where the parameter is 0, which would stay there otherwise; and where there is nothing to scale.
+    // Of a tiny gradient it is beyond float32, though its product with the gradient is not: no element of that is above
+    // trust_coefficient times the parameter's norm. So 2^127 of it is a factor of its own, exact and applied first.
     OPTIM8_HD static Scalars trust(Scalars s, double of_param, double of_gradient) {
         const double below = of_gradient + static_cast<double>(s.weight_decay) * of_param;
-        if (of_param > 0 && below > 0) s.ratio = rounded(static_cast<double>(s.trust_coefficient) * of_param / below);
+        if (!(of_param > 0 && below > 0)) return s;
+        double ratio = static_cast<double>(s.trust_coefficient) * of_param / below;
+        if (ratio > 0x1p127) {
+            s.enlarged = 0x1p127f;
+            ratio *= 0x1p-127;
+            // Over 2^128 only if trust_coefficient * of_param is over 2^106: kept finite, as 0 times infinity is NaN.
+            if (ratio > 0x1.fffffep127 && ratio * 0 == 0) ratio = 0x1.fffffep127;
+        }
+        s.ratio = rounded(ratio);
         return s;
+    }
+    // The gradient, weight decay included, to the scale of the parameter.
+    template <class F>
+    OPTIM8_HD static F scaled(F g, F p, const Scalars& s) {
+        return penalized(g, p, s) * F(s.enlarged) * F(s.ratio);
     }
     // The norms are those of parameter and gradient.
     template <class F, int n>
@@ -48,7 +64,7 @@ struct LARS : LARSOptions {
 
     template <class F, int n>
     OPTIM8_HD static void update(F& p, F g, F (&state)[n], const Scalars& s) {
-        move(p, penalized(g, p, s) * F(s.ratio), state[0], s);
+        move(p, scaled(g, p, s), state[0], s);
     }
 };
 
@@ -59,7 +75,7 @@ struct PlainLARS : LARSOptions {
 
     template <class F, int n>
     OPTIM8_HD static void update(F& p, F g, F (&)[n], const Scalars& s) {
-        move(p, penalized(g, p, s) * F(s.ratio), s);
+        move(p, scaled(g, p, s), s);
     }
 };
 
