@@ -233,7 +233,8 @@ def _position(y: Array, signed: bool, low_bytes: npt.NDArray[np.uint8] | None) -
 
 
 def adam(p: Rounded, g: Rounded, old: Moments, *, decoupled: bool = False, **h: Any) -> tuple[Rounded, Moments]:
-    """arXiv 1412.6980, algorithm 1; weight decay in the gradient, or on the parameter (arXiv 1711.05101)."""
+    """arXiv 1412.6980, algorithm 1; weight decay in the gradient, or on the parameter (arXiv 1711.05101). AMSGrad:
+    arXiv 1904.09237, algorithm 2, with the largest uncorrected v, as torch.optim."""
     lr, (beta1, beta2), t, decay = float(h["lr"]), h["betas"], h["t"], h["weight_decay"]
     if h.get("maximize", False):
         g = -g
@@ -243,10 +244,13 @@ def adam(p: Rounded, g: Rounded, old: Moments, *, decoupled: bool = False, **h: 
         g = g + p * decay
     m = old["exp_avg"] * beta1 + g * (1 - beta1)
     v = old["exp_avg_sq"] * beta2 + g * g * (1 - beta2)
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    if h.get("amsgrad", False):
+        new["max_exp_avg_sq"] = v = old["max_exp_avg_sq"].at_least(v)
     # FLT_MIN: m = v = 0 with eps = 0 does not move the parameter, instead of 0 / 0.
     denominator = (v.sqrt() / (1 - beta2**t) ** 0.5 + h["eps"]).at_least(FLT_MIN)
     inverse = Rounded.exact(1.0) / denominator
-    return p - m * inverse * (lr / (1 - beta1**t)), {"exp_avg": m, "exp_avg_sq": v}
+    return p - m * inverse * (lr / (1 - beta1**t)), new
 
 
 def adamw(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moments]:
@@ -272,7 +276,9 @@ def sgd(p: Rounded, g: Rounded, old: Moments, **h: Any) -> tuple[Rounded, Moment
         g = -g
     if decay:
         g = g + p * decay
-    fresh = 1 - h["dampening"] if h["t"] > 1 and momentum else 1.0
+    if not momentum:
+        return p - g * lr, {}
+    fresh = 1 - h["dampening"] if h["t"] > 1 else 1.0
     m = old["momentum_buffer"] * momentum + g * fresh
     return p - (g + m * momentum if h["nesterov"] else m) * lr, {"momentum_buffer": m}
 

@@ -3,16 +3,75 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from support.harness import bits, hostile, parameter, through_a_file
+from cases import CASES, Case
+from support.harness import (
+    DTYPES,
+    assert_step,
+    assert_stepped,
+    before_step,
+    bits,
+    hostile,
+    load_state,
+    parameter,
+    random_state,
+    through_a_file,
+)
 
 import optim8
 from optim8.paging import Pager
 
 SIZES = (5000, 300, 1, 0)
+
+
+def amsgrad(name: str) -> Case:
+    """The case of Adam or AdamW with the third state."""
+    case, third = CASES[name], "max_exp_avg_sq"
+    hypers = [{**hyper, "amsgrad": True} for hyper in case.hypers]
+    return replace(case, states={**case.states, third: False}, roots=case.roots | {third}, hypers=hypers)
+
+
+@pytest.mark.parametrize(
+    ("bits_of_state", "rounding"), [(8, "dithered"), (8, "nearest"), (16, "dithered"), (32, "nearest")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("row", range(3))
+@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit"])
+def test_amsgrad_against_float64(name: str, row: int, dtype: str, bits_of_state: int, rounding: str) -> None:
+    case = amsgrad(name)
+    hyper = case.hypers[row]
+    for t in (0, 1, 999):
+        params = [parameter(hostile(n, DTYPES[dtype], seed=n + t, small=-6, large=1)) for n in SIZES]
+        optimizer = case.make(params, hyper, optim_bits=bits_of_state, rounding=rounding)
+        if t:
+            states = {i: random_state(case, n, bits_of_state, t, n + t, hyper) for i, n in enumerate(SIZES)}
+            load_state(optimizer, states)
+        for i, p in enumerate(params):
+            p.grad = hostile(p.numel(), DTYPES[dtype], seed=100 * t + i)
+        before = [before_step(optimizer, case, p) for p in params]
+        optimizer.step()
+        for p, each in zip(params, before, strict=True):
+            assert_step(optimizer, case, p, each, hyper, t + 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("more", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}], ids=str)
+def test_sgd_without_momentum_against_float64(dtype: str, more: dict[str, Any]) -> None:
+    case = replace(CASES["SGD8bit"], states={})
+    hyper = {"lr": 0.05, "momentum": 0.0, "dampening": 0.3, "weight_decay": 0.0, "nesterov": False, **more}
+    params = [parameter(hostile(n, DTYPES[dtype], seed=n, small=-6, large=1)) for n in SIZES]
+    optimizer = case.make(params, hyper)
+    for t in (1, 2):
+        for i, p in enumerate(params):
+            p.grad = hostile(p.numel(), DTYPES[dtype], seed=100 * t + i)
+        before = [before_step(optimizer, case, p) for p in params]
+        optimizer.step()
+        for p, each in zip(params, before, strict=True):
+            assert_stepped(case, p, {}, each, hyper, t, dithered=False)
 
 
 def make(cls: Any, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
