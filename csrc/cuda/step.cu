@@ -27,13 +27,12 @@ struct CountBatch {
 };
 
 // Blocks of threads that a multiprocessor is to hold at least, which bounds the registers of a thread: by 128, or where
-// to-nearest encoders of 8 bits and those of low bytes do not fit beside three states, by 168.
-template <class Rule, class Coding>
-constexpr int blocks_at_least =
-    state_count<Rule> == 3 && has_wide<Rule>() && Coding::rounding == Rounding::Nearest ? 3 : 4;
+// three states, some of them with low bytes beside the codes of others, need more, by 168.
+template <class Rule>
+constexpr int blocks_at_least = state_count<Rule> == 3 && has_wide<Rule>() ? 3 : 4;
 
 template <class Rule, class Coding, class P, class G>
-__global__ void __launch_bounds__(threads_per_block, (blocks_at_least<Rule, Coding>))
+__global__ void __launch_bounds__(threads_per_block, blocks_at_least<Rule>)
     step_rows(const __grid_constant__ StepBatch<Rule> batch) {
     if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
     // Two passes: what is rare, in the loop of what is not, would take its registers.

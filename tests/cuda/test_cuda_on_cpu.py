@@ -48,12 +48,12 @@ def test_a_step_long_enough_for_several_blocks_a_warp() -> None:
 
 
 def test_a_wrong_kernel_is_noticed(tmp_path: Path) -> None:
-    """The comparison can fail: a decoder that is off by one code."""
-    source = (ROOT / "csrc/cuda/tables.h").read_text()
-    wrong = source.replace("value + index)", "value + index / 2 * 2)")
+    """The comparison can fail: one code of a lane that is off by one."""
+    source = (ROOT / "csrc/cuda/quantize.h").read_text()
+    wrong = source.replace("normal.scale, normal.reciprocal);", "normal.scale, normal.reciprocal) ^ (k == 3);", 1)
     assert wrong != source
     (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda/tables.h").write_text(wrong)
+    (tmp_path / "cuda/quantize.h").write_text(wrong)
     folder = build.program("compare", "plain").parent
     flags = [*build.FLAGS, f"-I{tmp_path}", f"-I{build.HERE / 'shim'}", f"-I{ROOT / 'csrc'}"]
     left_out = ("blockwise.cuda.o", "planted.o")

@@ -49,7 +49,9 @@ def whole_dicts(place: Place, case: Case) -> dict[str, Any]:
         entry.update({name: entry[name].bfloat16() for name in case.states})
     if of_lion or case.torch_class is not None:
         dicts |= {"another library's float32": floats, "another library's bfloat16": halves}
-    old = deepcopy(dicts["codes"])  # as version 0.1.0 named codes
+    if case.name not in ("Adam8bit", "AdamW8bit", "Lion8bit"):  # which version 0.1.0 had
+        return dicts
+    old = deepcopy(dicts["codes"])
     for entry in old["state"].values():
         for name in [name for name in entry if name.endswith(("_codes", "_root_absmax"))]:
             entry[name.removesuffix("_codes").replace("_root", "")] = entry.pop(name)

@@ -27,7 +27,7 @@ struct RAdam : RuleDefaults {
     struct Scalars {
         float beta1, one_minus_beta1, beta2, one_minus_beta2;
         float weight_decay, decay;  // added to the gradient; what is left of the parameter
-        float of_root, offset;      // the step divides by of_root * sqrt(v) + offset: before it is rectified, by 1
+        float of_root, offset;      // 1 and eps: the step divides by sqrt(v) + eps; 0 and 1: by 1, not yet rectified
         float negative_step_size;   // -lr / (1 - beta1^t), and where rectified * r_t * sqrt(1 - beta2^t)
     };
     OPTIM8_HD static Scalars derive(const Hypers& h, double step) {
@@ -60,7 +60,8 @@ struct RAdam : RuleDefaults {
         m = fma(F(s.beta1), m, F(s.one_minus_beta1) * g);
         v = fma(F(s.beta2), v, F(s.one_minus_beta2) * g * g);
         // Where m = v = 0 and eps = 0 the quotient must be 0, not NaN.
-        const F denominator = maximum(F(smallest_normal), fma(F(s.of_root), square_root(v), F(s.offset)));
+        const F root = select(F(0.0f) < F(s.of_root), square_root(v), F(0.0f));  // v may be infinite
+        const F denominator = maximum(F(smallest_normal), root + F(s.offset));
         p = fma(F(s.negative_step_size), m * reciprocal(denominator), p);
     }
 };
