@@ -26,10 +26,10 @@ struct CountBatch {
     uint8_t hypers_of[rows_per_launch];
 };
 
-// Blocks of threads that a multiprocessor is to hold at least, which bounds the registers of a thread: by 128, or where
-// three states, some of them with low bytes beside the codes of others, need more, by 168.
+// Blocks of threads that a multiprocessor is to hold at least, which bounds the registers of a thread: by 128, or with
+// three states by 168.
 template <class Rule>
-constexpr int blocks_at_least = state_count<Rule> == 3 && has_wide<Rule>() ? 3 : 4;
+constexpr int blocks_at_least = state_count<Rule> == 3 ? 3 : 4;
 
 template <class Rule, class Coding, class P, class G>
 __global__ void __launch_bounds__(threads_per_block, blocks_at_least<Rule>)

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 # 65536 registers of a multiprocessor for 16 warps of 32 threads: enough loads in flight to fill the memory.
 MOST_REGISTERS = 128
-# Three states of which some have low bytes take more: 12 warps.
-MOST_REGISTERS_WIDE = 168
+# Three states take more: 12 warps.
+MOST_REGISTERS_OF_THREE = 168
 RULES = sass.rules_by_type()
 STATEFUL = {name: rule for name, rule in RULES.items() if rule.moments}
 # Of a parameter, 8 to a lane, by the number of states, and what a square root and a low byte add. Most rules stay below
@@ -87,9 +87,8 @@ def test_no_kernel_has_local_or_shared_memory_or_barriers(kernels: dict[str, sas
 def test_registers_stay_under_the_bound(kernels: dict[str, sass.Kernel]) -> None:
     for name, kernel in kernels.items():
         found = re.search(r"step_rows<(?:\w+::)*(\w+),", name)
-        moments = RULES[found[1]].moments if found is not None else ()
-        wide = len(moments) == 3 and any(moment.wide for moment in moments)
-        assert kernel.registers <= (MOST_REGISTERS_WIDE if wide else MOST_REGISTERS), name
+        three = found is not None and len(RULES[found[1]].moments) == 3
+        assert kernel.registers <= (MOST_REGISTERS_OF_THREE if three else MOST_REGISTERS), name
 
 
 def test_dequantization_does_not_divide_for_each_value(tmp_path: Path) -> None:

@@ -115,13 +115,6 @@ constexpr bool has_roots() {
     return false;
 }
 
-template <class Rule>
-constexpr bool has_wide() {
-    for (const State& state : Rule::states)
-        if (state.wide) return true;
-    return false;
-}
-
 // base^exponent for a whole exponent, by squaring. The order of the float64 multiplications is fixed, so host and
 // device agree; their libraries' pow does not promise that.
 OPTIM8_HD double power(double base, double exponent) {
