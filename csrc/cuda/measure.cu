@@ -85,7 +85,7 @@ OPTIM8_DEVICE void measure_block(const StepRow<Rule>& row, int64_t number, const
         }
     }
     if (__any_sync(whole_warp, !good)) {
-#pragma unroll 1
+#pragma unroll  // so that no array needs an address
         for (int k = 0; k < per_lane; ++k) {
             float of[norms];
             measure_finite<Rule>(to_float(param[k]), to_float(grad[k]) * scalars.gradient_factor, state[k],
