@@ -174,9 +174,8 @@ def to_bitsandbytes(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
     (those of RMSprop and Adagrad with the signed code, of which they use half); so is state in 16 bits, such as
     AdEMAMix's slow moment, which does not turn in bitsandbytes' 8 bits; and so is all state of a parameter that does
     not lie row after row (channels last), since blocks run row after row there. The layout is the flat one, which every
-    version reads. The optimizer is not changed,
-    and the dict shares no memory with it. What others keep in a parameter's state is left out. No state dict holds
-    overrides, neither theirs nor ours: repeat them.
+    version reads. The optimizer is not changed, and the dict shares no memory with it. What others keep in a
+    parameter's state is left out. No state dict holds overrides, neither theirs nor ours: repeat them.
 
     Raises:
         TypeError: no optimizer of this library.

@@ -209,7 +209,7 @@ const AnyScalars& StepTable::scalars_of_next(const RuleInfo& rule, const StepOpt
 
 Lacks StepTable::add(py::list params, py::dict state, const StepOptions& options, const std::string& owner,
                      int64_t group, py::dict grads, const py::object& names_of, const py::dict& firsts) {
-    const RuleInfo& info = rule_table[static_cast<size_t>(options.rule)];
+    const RuleInfo& info = rule_info(options.rule);
     const bool stateless = info.states == 0;
     Lacks lacks;
     options_.push_back(options);

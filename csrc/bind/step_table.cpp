@@ -40,8 +40,7 @@ void DeviceRows::count() {
 }
 
 bool DeviceRows::has_norms() const {
-    return std::any_of(rows.begin(), rows.end(),
-                       [](const Row& row) { return rule_table[static_cast<size_t>(row.rule)].has_norms; });
+    return std::any_of(rows.begin(), rows.end(), [](const Row& row) { return rule_info(row.rule).has_norms; });
 }
 
 int64_t DeviceRows::blocks() const {

@@ -24,9 +24,9 @@ struct Coding {
     static constexpr Rounding rounding = rounding_;
     template <class Rule, int s>
     static constexpr bool root = roots && Rule::states[s].root;
-    // Whether a state has low bytes (core/code16.h).
+    // Whether a state has low bytes (core/code16.h). Other libraries, which keep no roots, have none.
     template <class Rule, int s>
-    static constexpr bool low = low_bytes || Rule::states[s].wide;
+    static constexpr bool low = low_bytes || (roots && Rule::states[s].wide);
     // The rounding whose scales its blocks have.
     template <class Rule, int s>
     static constexpr Rounding scaling = low<Rule, s> ? Rounding::Dithered : rounding_;

@@ -65,5 +65,6 @@ inline constexpr RuleInfo rule_table[] = {
     OPTIM8_RULES(OPTIM8_RULE_INFO)
 #undef OPTIM8_RULE_INFO
 };
+inline const RuleInfo& rule_info(RuleId id) { return rule_table[static_cast<size_t>(id)]; }
 
 }  // namespace optim8

@@ -8,9 +8,8 @@ import torch
 
 from optim8.checkpoint import formats
 from optim8.checkpoint.formats import Format, own
-from optim8.rules import Moments
 from optim8.state.conversion import Target, new_states
-from optim8.state.layout import bits_of, moments_in, moments_of, others, under_present_names
+from optim8.state.layout import bits_of, is_earlier, moments_in, moments_of, others, under_present_names
 from optim8.state.moments import check_values
 from optim8.state.shards import copy_beside, is_dtensor, local
 from optim8.state.states import States
@@ -23,15 +22,10 @@ Given = tuple[str, torch.Tensor, dict[str, Any], int]  # what it is; its paramet
 def put(optimizer: Stateful, param: torch.Tensor, entry: dict[str, Any]) -> None:
     """Set a state that an earlier run left, maybe of an earlier version; then it is adopted before its first use."""
     entry = under_present_names(optimizer.moments, entry)
-    if _is_present(optimizer.moments, entry):
-        optimizer.state.put(param, entry)
-    else:
+    if is_earlier(optimizer.moments, entry):
         optimizer.state[param] = entry
-
-
-def _is_present(moments: Moments, entry: dict[str, Any]) -> bool:
-    """Whether a state is none of an earlier version, which kept no roots."""
-    return not any(moment.root and moment.direct.absmax in entry for moment in moments)
+    else:
+        optimizer.state.put(param, entry)
 
 
 def adopt_states(optimizer: Stateful) -> None:
@@ -53,7 +47,7 @@ def adopt_states(optimizer: Stateful) -> None:
             if not entry:
                 continue
             entry = under_present_names(moments, entry)
-            if is_dtensor(param) and _is_present(moments, entry):  # nobody else puts in shards
+            if is_dtensor(param) and not is_earlier(moments, entry):  # nobody else puts in shards
                 continue
             optimizer.state[param] = entry
             bits = bits_of(moments_in(moments, entry), entry)

@@ -10,7 +10,7 @@ import torch
 from optim8 import codec, rules
 from optim8.checkpoint import adopt, arrivals, formats, read
 from optim8.checkpoint.optimizer import Checkpointed
-from optim8.state.layout import dense_stride, moments_of, others
+from optim8.state.layout import dense_stride, moments_of, others, own_keys
 from optim8.state.moments import check_low
 from optim8.state.moments import check_scales as check_scales_of
 from optim8.step import hypers, pending, supply
@@ -90,9 +90,10 @@ def _check_scales(optimizer: Checkpointed) -> None:
 
 
 def _check_others(optimizer: Checkpointed) -> None:
+    own = own_keys(optimizer.moments)
     for number, group in enumerate(optimizer.param_groups):
         for index, param in enumerate(group["params"]):
             entry = optimizer.state.get(param)
-            if entry:
+            if entry and not own.issuperset(entry):
                 where = f"{type(optimizer).__name__}: parameter {index} of group {number}: state"
                 optimizer.memory.check_others(where, others(optimizer.moments, entry))

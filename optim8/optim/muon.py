@@ -22,8 +22,8 @@ class Muon8bit(BlockwiseOptimizer):
 lr: learning rate, a number or a tensor of one element.
 weight_decay: decoupled weight decay: parameters shrink by the factor 1 - lr * weight_decay, without adjust_lr_fn.
 momentum: the momentum is the mean of gradients with this rate of decay, at least 0. Where gradients have a low
-    rank (few outputs, a small batch), the iteration makes its rounding to 8 bits as large as itself: optim_bits=16
-    then follows 32 bits, 8 bits end some percent higher.
+    rank (few outputs, a small batch), the iteration makes its rounding to 8 bits as large as itself: use
+    optim_bits=16 then.
 nesterov: orthogonalize the point between gradient and momentum with this weight, instead of the momentum.
 ns_coefficients: of the Newton-Schulz iteration, the factors of X, X^3 and X^5.
 eps: the least that a matrix is divided by before the iteration; with use_muon=False AdamW's, added to the root.

@@ -150,9 +150,20 @@ def keys_of(moments: Moments, bits: int) -> list[str]:
     return [*count_keys(moments), *(key for moment in moments for key in moment.keys_in(bits))]
 
 
+@lru_cache
+def own_keys(moments: Moments) -> frozenset[str]:
+    """All keys under which a state may have something of the optimizer."""
+    return frozenset((*count_keys(moments), *(key for moment in moments for key in moment.keys)))
+
+
+def is_earlier(moments: Moments, entry: Mapping[str, Any]) -> bool:
+    """Whether a state is of an earlier version, which kept no roots."""
+    return any(moment.root and moment.direct.absmax in entry for moment in moments)
+
+
 def others(moments: Moments, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept with a parameter's state and is not the optimizer's, such as the slow weights of Lookahead."""
-    own = {*count_keys(moments), *(key for moment in moments for key in moment.keys)}
+    own = own_keys(moments)
     return {key: value for key, value in entry.items() if key not in own}
 
 

@@ -25,8 +25,8 @@ MOST_REGISTERS = 128
 MOST_REGISTERS_OF_THREE = 168
 RULES = sass.rules_by_type()
 STATEFUL = {name: rule for name, rule in RULES.items() if rule.moments}
-# Of a parameter, 8 to a lane, by the number of states, and what a square root and a low byte add. Most rules stay below
-# what an H100 could do while its memory moves a parameter, float32: 134 with one state.
+# Of a parameter, 8 to a lane, by the number of states, and what a square root and a low byte add: little above what the
+# rules have today, so that a path that becomes longer is seen. gpu_budget says what limits each.
 MOST_INSTRUCTIONS = {1: 50, 2: 82, 3: 117}
 OF_ROOT, OF_LOW_BYTE = 9, 7
 # The square roots of a formula that are not those of its states as they are kept.

@@ -57,15 +57,20 @@ StepOptions values_of(const RuleInfo& rule, const py::dict& group, bool without_
     return options;
 }
 
-// The variant of a rule that steps a group with these options.
-const RuleInfo& variant_of(const std::string& family, const py::dict& group, bool without_lr) {
-    const StepOptions options = values_of(rule_of(family), group, without_lr);
+// The options of a group, for the variant of a rule that steps it: all variants have the same hyper-parameters.
+StepOptions values_of_variant(const std::string& family, const py::dict& group, bool without_lr) {
+    StepOptions options = values_of(rule_of(family), group, without_lr);
     for (const RuleInfo& rule : rule_table)
-        if (family == rule.family && rule.serves(options)) return rule;
-    return rule_of(family);
+        if (family == rule.family && rule.serves(options)) {
+            options.rule = rule.id;
+            break;
+        }
+    return options;
 }
 
-std::string variant(const std::string& family, const py::dict& group) { return variant_of(family, group, true).name; }
+std::string variant(const std::string& family, const py::dict& group) {
+    return rule_info(values_of_variant(family, group, true).rule).name;
+}
 
 py::object conflict(const std::string& rule, const py::dict& group) {
     const char* text = rule_of(rule).conflict(values_of(rule_of(rule), group, true));
@@ -74,7 +79,7 @@ py::object conflict(const std::string& rule, const py::dict& group) {
 
 StepOptions options_of(const std::string& owner, const std::string& rule, const py::dict& group, bool maximize,
                        double gradient_scale, bool count_on_device, uintptr_t device_lr, bool dithered, bool direct) {
-    StepOptions options = values_of(variant_of(rule, group, device_lr != 0), group, device_lr != 0);
+    StepOptions options = values_of_variant(rule, group, device_lr != 0);
     if (const char* text = rule_of(rule).conflict(options)) throw py::value_error(owner + ": " + text);
     options.maximize = maximize;
     options.gradient_scale = gradient_scale;
@@ -124,8 +129,7 @@ void bind_step(py::module_& m) {
              py::arg("maximize") = false, py::arg("gradient_scale") = 1.0, py::arg("count_on_device") = false,
              py::arg("device_lr") = 0, py::arg("dithered") = false, py::arg("direct") = false)
         .def_readonly("count_on_device", &StepOptions::count_on_device)
-        .def_property_readonly("rule",
-                               [](const StepOptions& o) { return rule_table[static_cast<size_t>(o.rule)].name; });
+        .def_property_readonly("rule", [](const StepOptions& o) { return rule_info(o.rule).name; });
     py::class_<Lacks>(m, "Lacks", "What a step lacks before it can run: indices of parameters.")
         .def_readonly("gaps", &Lacks::gaps)
         .def_readonly("state", &Lacks::state)

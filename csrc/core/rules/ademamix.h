@@ -8,7 +8,8 @@
 OPTIM8_BEGIN
 
 struct AdEMAMix : RuleDefaults {
-    // With beta3 = 0.9999 a step changes the slow moment by less than the error of 8 bits, dithered or not.
+    // With beta3 = 0.9999 a step changes the slow moment by a ten-thousandth of the gradient, far less than a code of 8
+    // bits is wide.
     static constexpr State states[] = {
         {"exp_avg", Code::Signed}, {"exp_avg_slow", Code::Signed, false, true}, {"exp_avg_sq", Code::Positive, true}};
     static constexpr bool states_need_param = false;

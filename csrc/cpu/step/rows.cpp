@@ -79,7 +79,7 @@ void measure_and_step(std::vector<Row> rows, int threads, const std::function<vo
     }
 }
 
-bool lacks_sums(const Row& row) { return rule_table[static_cast<size_t>(row.rule)].has_norms && row.sums == nullptr; }
+bool lacks_sums(const Row& row) { return rule_info(row.rule).has_norms && row.sums == nullptr; }
 
 }  // namespace
 

@@ -10,7 +10,7 @@ import torch
 from optim8 import codec, rules
 from optim8.checkpoint.formats import common, groups
 from optim8.rules import Moments
-from optim8.state.layout import bits_of, dense, moments_in, moments_of, under_present_names
+from optim8.state.layout import bits_of, dense, is_earlier, moments_in, moments_of, under_present_names
 from optim8.state.moments import Codes, Entry, Tiled, check_low, check_scales
 from optim8.step.hypers import EXTRA_DEFAULTS
 
@@ -120,7 +120,7 @@ def with_dim_order(moments: Moments, entry: dict[str, Any]) -> dict[str, Any]:
 
 def is_own(moments: Moments, entry: dict[str, Any], bits: int) -> bool:
     """Whether a state that somebody put into an optimizer can be stepped as it is; the step looks at it closely."""
-    if any(moment.root and moment.direct.absmax in entry for moment in moments):
+    if is_earlier(moments, entry):
         return False
     moments = moments_of(moments, entry)
     if bits_of(moments, entry) != 32:

@@ -19,7 +19,7 @@ constexpr Form dithered{Precision::Bits8, Rounding::Dithered}, nearest{Precision
     direct{Precision::Bits8, Rounding::Nearest, true}, dithered16{Precision::Bits16, Rounding::Dithered},
     nearest16{Precision::Bits16, Rounding::Nearest}, wide{Precision::Bits32, Rounding::Nearest};
 
-const RuleInfo& info_of(RuleId rule) { return rule_table[static_cast<int>(rule)]; }
+const RuleInfo& info_of(RuleId rule) { return rule_info(rule); }
 
 // One tensor of a step, twice: what the kernels on trial work on, and what the CPU's do.
 template <class P, class G>
