@@ -24,8 +24,8 @@ DIFFERS = {
     "nadam": "nothing",
     "radam": "nothing",
     "lion": "as lion-pytorch's and bitsandbytes', without their way to say a decoupled weight decay",
-    "ademamix": "names and defaults of bitsandbytes; the slow moment has 16 bits, since a step changes it by far less than "
-    "a code of 8",
+    "ademamix": "names and defaults of bitsandbytes; the slow moment has 16 bits, since a step changes it by "
+    "far less than a code of 8",
     "lamb": "no clip and no cap, both bias corrections, decay inside the ratio; a ratio for every tensor, 1 where the "
     "norm of the parameter or of the update is 0; without a gradient a decay shrinks weights by `lr`, whatever it is",
     "lars": "`lr` stays outside of the momentum, so that a change of it acts at once; ratio 1 where the norm of the "
