@@ -103,7 +103,7 @@ class Case:
     states: Mapping[str, bool]  # state -> whether its code is signed; all that row 0 of the hyper-parameters has
     hypers: Sequence[Mapping[str, Any]]  # row 0 holds no default
     defaults: Mapping[str, Any]  # of what torch.optim has no class for
-    training: Mapping[str, Any]  # with which 200 steps learn something
+    training: Mapping[str, Any]  # with which 300 steps learn something
     torch_class: type[torch.optim.Optimizer] | None = None  # the 32-bit optimizer with the same meaning
     decay_in_gradient: bool = False  # weight decay passes through the moments
     is_scale_free: bool = True  # the size of an update does not depend on that of the gradients
