@@ -53,21 +53,11 @@ void DeviceRows::take_sums(double* sums) {
     for (size_t r = 0; r < rows.size(); ++r) rows[r].sums = sums + norms * r;
 }
 
-void DeviceRows::begin_measuring(double* sums) {
-    take_sums(sums);
-    of_blocks.resize(static_cast<size_t>(norms * blocks()));
-    double* at = of_blocks.data();
-    for (Row& row : rows) {
-        row.of_blocks = at;
-        at += norms * blocks_of(row.size, step_block);
-    }
-}
-
 DeviceRows& StepTable::rows_on(const View& param, bool count_on_device) {
     for (DeviceRows& known : devices_)
         if (known.on_cpu == param.on_cpu() && known.device == param.device && known.count_on_device == count_on_device)
             return known;
-    devices_.push_back(DeviceRows{param.on_cpu(), param.device, count_on_device, {}, {}, {}, {}, {}});
+    devices_.push_back(DeviceRows{param.on_cpu(), param.device, count_on_device, {}, {}, {}, {}});
     return devices_.back();
 }
 
@@ -91,7 +81,6 @@ void StepTable::clear() {
     for (DeviceRows& known : devices_) {
         known.rows.clear();
         known.places.clear();
-        known.of_blocks = {};
         known.steps.clear();
         known.next_steps.clear();
     }

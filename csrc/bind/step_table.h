@@ -64,16 +64,14 @@ struct DeviceRows {
     std::vector<int64_t> places;  // of the rows among all rows of the table
     std::vector<float*> steps;
     std::vector<float> next_steps;
-    std::vector<double> of_blocks;  // where rows on the CPU have it while they are measured
 
     void count();
     bool has_norms() const;
     int64_t blocks() const;
-    // Gives each row its two of `sums`; and room for those of its blocks.
+    // Gives each row its two of `sums`.
     void take_sums(double* sums);
-    void begin_measuring(double* sums);
-    // Adds up the sums of blocks, of which all is measured, and frees them.
-    void end_measuring(int threads);
+    // Fills `sums`, of rows on the CPU.
+    void measure(int threads) const;
 };
 
 // What is asked of tensors beyond their views. Types may be patched between two steps, so it lasts for one.

@@ -44,16 +44,30 @@ T sum_by_halves(T* values, int count) {
     return values[0];
 }
 
-// Adds up the sums of a tensor's blocks.
-inline void sum_blocks(const double* of_blocks, int64_t blocks, double* sums) {
-    for (int k = 0; k < norms; ++k) sums[k] = 0;
-    for (int64_t begin = 0; begin < blocks; begin += chunk_blocks) {
-        double lanes[norms][sum_lanes] = {};
-        const int64_t end = begin + chunk_blocks < blocks ? begin + chunk_blocks : blocks;
-        for (int64_t b = begin; b < end; ++b)
-            for (int k = 0; k < norms; ++k) lanes[k][b % sum_lanes] += of_blocks[norms * b + k];
-        for (int k = 0; k < norms; ++k) sums[k] += sum_by_halves(lanes[k], sum_lanes);
+// Adds up the sums of a tensor's blocks, in parts as they come.
+class BlockSums {
+  public:
+    void add(const double* of_blocks, int64_t blocks) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            for (int n = 0; n < norms; ++n) lanes_[n][blocks_ % sum_lanes] += of_blocks[norms * b + n];
+            if (++blocks_ == chunk_blocks) end_chunk();
+        }
     }
-}
+    void put(double* sums) {
+        end_chunk();
+        for (int n = 0; n < norms; ++n) sums[n] = sums_[n];
+    }
+
+  private:
+    void end_chunk() {
+        for (int n = 0; n < norms; ++n) {
+            sums_[n] += sum_by_halves(lanes_[n], sum_lanes);
+            for (double& lane : lanes_[n]) lane = 0;
+        }
+        blocks_ = 0;
+    }
+    double lanes_[norms][sum_lanes] = {}, sums_[norms] = {};
+    int64_t blocks_ = 0;  // of the present chunk
+};
 
 OPTIM8_END

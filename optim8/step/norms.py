@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from optim8 import _native
 from optim8.state.shards import is_dtensor
 
 # Adds up in place what ranks have of the same tensors: sums, float64 [rows, 2], and which of a step's rows these are.
@@ -51,12 +50,11 @@ def measured(rows: Any, reduce: Reduce | None, measure: Callable[[], None]) -> t
     Args:
         rows: native DeviceRows.
         reduce: adds up shards; None: there are none.
-        measure: measures all blocks of the rows.
+        measure: measures the rows.
     """
     sums = torch.zeros(len(rows), 2, dtype=torch.float64)
-    rows.begin_measuring(sums.data_ptr())
+    rows.take_sums(sums.data_ptr())
     measure()
-    rows.end_measuring(_native.threads())
     if reduce is not None:
         reduce(sums, rows.places)
     return sums

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERY, Case, exported_names
+from cases import CASES, EVERY, Case, exported_names
 from support.harness import ALL, DTYPES, hostile, hostile_parameters, parameter, set_grad, snapshot, torch_threads
 
 import optim8
@@ -88,8 +88,8 @@ def test_every_optimizer_has_a_paged_twin() -> None:
         assert [place.tier for place in optimizer.placement()] == ["disk"]
         with pytest.raises(ValueError, match=f"Paged{case} is always paged, got paged=False. Use {case}."):
             twin([p], **options, paged=False)
-    assert {f"Paged{case}" for case in EVERY} == {name for name in dir(optim8) if name.startswith("Paged")}
-    assert exported_names() == {str(case) for case in EVERY}
+    assert {f"Paged{name}" for name in CASES} == {name for name in dir(optim8) if name.startswith("Paged")}
+    assert exported_names() == set(CASES)
 
 
 def test_buckets_cover_every_block_once_and_hold_what_they_may(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,10 @@ void step_mapped(const Buckets& buckets, int threads, int64_t ahead, bool releas
 }
 
 void measure_mapped(const Buckets& buckets, int threads, int64_t ahead, bool release) {
-    each_mapped(buckets, threads, ahead, release, [&](const std::vector<Row>& rows) { measure_rows(rows, threads); });
+    Measurement measurement(threads);
+    each_mapped(buckets, threads, ahead, release,
+                [&](const std::vector<Row>& rows) { measurement.add(rows.data(), rows.size()); });
+    measurement.end();
 }
 
 // The share of mapped files that is in the page cache, from 0 to 1, told from one page of each MiB: asking for all

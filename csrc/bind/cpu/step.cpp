@@ -13,9 +13,10 @@ DeviceRows* StepTable::on_cpu() {
     return found == devices_.end() || found->rows.empty() ? nullptr : &*found;
 }
 
-void DeviceRows::end_measuring(int threads) {
-    sum_rows(rows, threads);
-    of_blocks = {};
+void DeviceRows::measure(int threads) const {
+    Measurement measurement(threads);
+    measurement.add(rows.data(), rows.size());
+    measurement.end();
 }
 
 void StepTable::run_cpu(int threads, const py::function& meanwhile) {
@@ -147,16 +148,12 @@ void bind_step(py::module_& m) {
         .def_property_readonly("blocks", &DeviceRows::blocks, "Of 256 values, of all rows.")
         .def(
             "take_sums", [](DeviceRows& d, uintptr_t sums) { d.take_sums(reinterpret_cast<double*>(sums)); },
-            py::arg("sums"), "Rows on the CPU: where the sums of their squares stand, as for begin_measuring.")
-        .def(
-            "begin_measuring",
-            [](DeviceRows& d, uintptr_t sums) { d.begin_measuring(reinterpret_cast<double*>(sums)); }, py::arg("sums"),
-            "Rows on the CPU: where the sums of their squares are to stand, the address of float64 [rows, 2].")
-        .def(
-            "measure", [](const DeviceRows& d, int threads) { measure_rows(d.rows, threads); }, py::arg("threads"),
-            py::call_guard<py::gil_scoped_release>(), "Measures all blocks.")
-        .def("end_measuring", &DeviceRows::end_measuring, py::arg("threads"),
-             "Adds up what was measured. The step that follows takes the sums from there, as they are then.")
+            py::arg("sums"),
+            "Rows on the CPU: where the sums of their squares stand, the address of float64 [rows, 2]. The step takes "
+            "them "
+            "from there, as they are then.")
+        .def("measure", &DeviceRows::measure, py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+             "Measures all rows: fills the sums.")
         .def("__len__", [](const DeviceRows& d) { return d.rows.size(); });
     py::class_<StepTable>(m, "StepTable", "All tensors of one step, gathered and checked before anything changes.")
         .def(py::init<>())

@@ -1,34 +1,12 @@
 #include "cpu/step/buckets.h"
 
-#include "core/norms.h"
+#include "cpu/step/rows.h"
 
 #include <algorithm>
 #include <utility>
 
 namespace optim8 {
 namespace {
-
-template <class T>
-T* moved(T* address, int64_t bytes) {
-    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes));
-}
-
-// Blocks [begin, end) of a row, as a row.
-Row part_of(const Row& row, int64_t begin, int64_t end) {
-    const int64_t skipped = begin * step_block;
-    Row part = row;
-    part.param = moved(row.param, skipped * bytes_of(row.param_storage));
-    part.grad = moved(row.grad, skipped * bytes_of(row.grad_storage));
-    part.size = std::min(end * step_block, row.size) - skipped;
-    part.first_block = row.first_block + static_cast<uint32_t>(begin);
-    for (int s = 0; s < max_states; ++s) {
-        if (row.state[s] != nullptr) part.state[s] = moved(row.state[s], skipped * bytes_of(row.precision));
-        if (row.low[s] != nullptr) part.low[s] = row.low[s] + skipped;
-        if (row.absmax[s] != nullptr) part.absmax[s] = row.absmax[s] + begin;
-    }
-    if (row.of_blocks != nullptr) part.of_blocks = row.of_blocks + norms * begin;
-    return part;
-}
 
 // The memory of a row's state that lies in `paged`. Nothing else may ever become a span: releasing it would lose it.
 std::vector<Span> spans_of(const Row& row, const std::vector<Span>& paged) {

@@ -1,7 +1,6 @@
 #include "cpu/step/rows.h"
 
 #include "core/codec.h"
-#include "core/norms.h"
 #include "core/rule_table.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -10,6 +9,11 @@
 
 namespace optim8 {
 namespace {
+
+template <class T>
+T* moved(T* address, int64_t bytes) {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes));
+}
 
 using Kernel = void (*)(const Row&, int64_t, int64_t);
 constexpr int64_t most_blocks = 1024;  // of a thread at a time
@@ -50,31 +54,23 @@ int64_t bytes_of(const Row& row) {
 void measure_and_step(std::vector<Row> rows, int threads, const std::function<void()>& meanwhile) {
     constexpr int64_t bytes_at_a_time = int64_t{8} << 20;
     std::vector<size_t> begins;
-    int64_t bytes = 0, most = 0, blocks = 0;
+    int64_t bytes = 0;
     for (size_t r = 0; r < rows.size(); ++r) {
         if (begins.empty() || bytes + bytes_of(rows[r]) > bytes_at_a_time) {
             begins.push_back(r);
-            bytes = blocks = 0;
+            bytes = 0;
         }
         bytes += bytes_of(rows[r]);
-        blocks += blocks_of(rows[r].size, step_block);
-        most = std::max(most, blocks);
     }
     begins.push_back(rows.size());
-    // The large memory before the first row is stepped: where there is none, nothing is done.
-    std::vector<double> sums(norms * rows.size()), of_blocks(static_cast<size_t>(norms * most));
+    std::vector<double> sums(norms * rows.size());
+    for (size_t r = 0; r < rows.size(); ++r) rows[r].sums = sums.data() + norms * r;
+    Measurement measurement(threads);
     for (size_t i = 0; i + 1 < begins.size(); ++i) {
-        double* at = of_blocks.data();
-        for (size_t r = begins[i]; r < begins[i + 1]; ++r) {
-            rows[r].sums = sums.data() + norms * r;
-            rows[r].of_blocks = at;
-            at += norms * blocks_of(rows[r].size, step_block);
-        }
         const Row* first = rows.data() + begins[i];
         const size_t count = begins[i + 1] - begins[i];
-        over_blocks(kernels().measure_blocks, first, count, threads, false, i == 0 ? meanwhile : [] {});
-        for (size_t r = 0; r < count; ++r)
-            optim8::sum_blocks(first[r].of_blocks, blocks_of(first[r].size, step_block), first[r].sums);
+        measurement.add(first, count, i == 0 ? meanwhile : [] {});
+        measurement.end();
         over_blocks(kernels().step_blocks, first, count, threads, true, [] {});
     }
 }
@@ -93,17 +89,61 @@ void step_rows_here(const std::vector<Row>& rows) {
     for (const Row& row : rows) kernels().step_blocks(row, 0, blocks_of(row.size, step_block));
 }
 
-void measure_rows(const std::vector<Row>& rows, int threads, const std::function<void()>& meanwhile) {
-    over_blocks(kernels().measure_blocks, rows.data(), rows.size(), threads, false, meanwhile);
+Row part_of(const Row& row, int64_t begin, int64_t end) {
+    const int64_t skipped = begin * step_block;
+    Row part = row;
+    part.param = moved(row.param, skipped * bytes_of(row.param_storage));
+    part.grad = moved(row.grad, skipped * bytes_of(row.grad_storage));
+    part.size = std::min(end * step_block, row.size) - skipped;
+    part.first_block = row.first_block + static_cast<uint32_t>(begin);
+    for (int s = 0; s < max_states; ++s) {
+        if (row.state[s] != nullptr) part.state[s] = moved(row.state[s], skipped * bytes_of(row.precision));
+        if (row.low[s] != nullptr) part.low[s] = row.low[s] + skipped;
+        if (row.absmax[s] != nullptr) part.absmax[s] = row.absmax[s] + begin;
+    }
+    return part;
 }
 
-void sum_rows(const std::vector<Row>& rows, int threads) {
-    parallel_for(static_cast<int64_t>(rows.size()), 1, threads, [&](int64_t begin, int64_t end) {
-        for (; begin < end; ++begin) {
-            const Row& row = rows[static_cast<size_t>(begin)];
-            sum_blocks(row.of_blocks, blocks_of(row.size, step_block), row.sums);
+Measurement::Measurement(int threads)
+    : threads_(threads), of_blocks_(static_cast<size_t>(norms * blocks_at_a_time * threads)) {
+    parts_.reserve(static_cast<size_t>(parts_at_a_time * threads));
+}
+
+void Measurement::add(const Row* rows, size_t count, const std::function<void()>& meanwhile) {
+    bool first = true;
+    const auto measure = [&] {
+        over_blocks(kernels().measure_blocks, parts_.data(), parts_.size(), threads_, false, first ? meanwhile : [] {});
+        first = false;
+        for (const Row& part : parts_) {
+            if (part.sums != sums_) end();
+            sums_ = part.sums;
+            of_tensor_.add(part.of_blocks, blocks_of(part.size, step_block));
         }
-    });
+        parts_.clear();
+    };
+    int64_t room = blocks_at_a_time * threads_;
+    for (size_t r = 0; r < count; ++r) {
+        const int64_t blocks = blocks_of(rows[r].size, step_block);
+        for (int64_t begin = 0; begin < blocks;) {
+            if (room == 0 || parts_.size() == parts_.capacity()) {
+                measure();
+                room = blocks_at_a_time * threads_;
+            }
+            const int64_t end = std::min(blocks, begin + room);
+            Row part = part_of(rows[r], begin, end);
+            part.of_blocks = of_blocks_.data() + of_blocks_.size() - norms * room;
+            parts_.push_back(part);
+            room -= end - begin;
+            begin = end;
+        }
+    }
+    measure();
+}
+
+void Measurement::end() {
+    if (sums_ != nullptr) of_tensor_.put(sums_);
+    sums_ = nullptr;
+    of_tensor_ = BlockSums();
 }
 
 }  // namespace optim8

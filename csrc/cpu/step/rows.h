@@ -1,6 +1,7 @@
 // A step over rows whose tensors are on the CPU.
 #pragma once
 
+#include "core/norms.h"
 #include "core/row.h"
 
 #include <functional>
@@ -15,10 +16,26 @@ void step_rows(const std::vector<Row>& rows, int threads, const std::function<vo
 // The same for rows that need not be measured, by the calling thread alone and without allocating memory.
 void step_rows_here(const std::vector<Row>& rows);
 
-// Measures blocks of rows of rules with norms; rows have `of_blocks`, where their sums go.
-void measure_rows(const std::vector<Row>& rows, int threads, const std::function<void()>& meanwhile = [] {});
+// Blocks [begin, end) of a row, as a row.
+Row part_of(const Row& row, int64_t begin, int64_t end);
 
-// Adds up `of_blocks` of every row, of which all is measured, and puts it into its `sums`.
-void sum_rows(const std::vector<Row>& rows, int threads);
+// Measures rows of rules with norms, in memory that does not grow with them.
+class Measurement {
+  public:
+    explicit Measurement(int threads);
+    // The parts of a tensor, rows with the same `sums`, come one after the other. `meanwhile`: as for parallel_for.
+    void add(const Row* rows, size_t count, const std::function<void()>& meanwhile = [] {});
+    // All is there: every row's `sums` have their values.
+    void end();
+
+  private:
+    // For each thread: enough that handing out work does not show.
+    static constexpr int64_t blocks_at_a_time = 4096, parts_at_a_time = 256;
+    int threads_;
+    std::vector<Row> parts_;
+    std::vector<double> of_blocks_;
+    double* sums_ = nullptr;  // of the tensor that `of_tensor_` is of
+    BlockSums of_tensor_;
+};
 
 }  // namespace optim8
