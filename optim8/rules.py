@@ -100,11 +100,13 @@ class Moments(Sequence[Moment]):
     """The states of a rule in order, and the scalars beside its count of steps.
 
     variants: of a rule that has some, the states of each, the most first; `each` are then those of all.
+    master_bits: of the weights that they belong to: 16, or 24 or 32 with the bits that the parameter lacks beside them.
     """
 
     each: tuple[Moment, ...]
     scalars: tuple[Scalar, ...] = ()
     variants: tuple[tuple[Moment, ...], ...] = ()
+    master_bits: int = 16
 
     @overload
     def __getitem__(self, index: int) -> Moment: ...
@@ -120,8 +122,12 @@ class Moments(Sequence[Moment]):
         return len(self.each)
 
     def only(self, moments: Sequence[Moment]) -> Moments:
-        """Other moments with the same scalars."""
-        return Moments(tuple(moments), self.scalars)
+        """Other moments with the same scalars, beside the same weights."""
+        return Moments(tuple(moments), self.scalars, master_bits=self.master_bits)
+
+    def beside(self, master_bits: int) -> Moments:
+        """The same beside weights of so many bits."""
+        return self if master_bits == self.master_bits else replace(self, master_bits=master_bits)
 
 
 @dataclass(frozen=True)

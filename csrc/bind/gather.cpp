@@ -50,7 +50,7 @@ struct StateKeys {
 
 struct Names {
     PyObject *grad = interned("grad"), *is_neg = interned("is_neg"), *is_zero = interned("_is_zerotensor");
-    Key step{step_name};
+    Key step{step_name}, param_low{"param_low"};
     std::vector<StateKeys> of_rule, of_rule_direct;
     Names() {
         for (const RuleInfo& rule : rule_table) {
@@ -165,6 +165,7 @@ StepTable::Counts StepTable::read_state(PyObject* entry, const RuleInfo& rule, c
                        ". Load the checkpoint with load_state_dict.");
         row.absmax[s] = static_cast<float*>(absmax.data);
     }
+    read_param_low(values_of, p, place, hint, row, moved);
     check_one_kind(entry, keys, row.precision, place);
     const auto scalar = [&](PyObject* value, const Key& key) {
         View view = state_view(value, key, place, hint);
@@ -185,6 +186,21 @@ StepTable::Counts StepTable::read_state(PyObject* entry, const RuleInfo& rule, c
         counts.running = static_cast<float*>(beside.data);
     }
     return counts;
+}
+
+// The low bits of a weight that is wider than its parameter.
+void StepTable::read_param_low(InOrder& values_of, const View& p, const Place& place, Hint& hint, Row& row,
+                               bool& moved) const {
+    const int64_t bytes = bytes_of(row.weight);
+    if (bytes == 0) return;
+    const Key& key = names().param_low;
+    const View low = state_view(entry_of(values_of, key, place), key, place, hint);
+    if (!(bytes == 1 ? low.is_uint8() : low.is_int16()) || !low.same_shape(p) || !reaches(p, low))
+        place.fail("needs a " + quoted(key) + " of " + (bytes == 1 ? "uint8" : "int16") + ", like the parameter " +
+                   p.describe() + " in shape and device, got " + low.describe() +
+                   ". Load the checkpoint with load_state_dict, which brings it to the master_bits of its group.");
+    moved = moved || !low.same_layout(p);
+    row.param_low = low.data;
 }
 
 // The scalars of a step that the host counts, for this parameter.
@@ -210,7 +226,7 @@ const AnyScalars& StepTable::scalars_of_next(const RuleInfo& rule, const StepOpt
 Lacks StepTable::add(py::list params, py::dict state, const StepOptions& options, const std::string& owner,
                      int64_t group, py::dict grads, const py::object& names_of, const py::dict& firsts) {
     const RuleInfo& info = rule_info(options.rule);
-    const bool stateless = info.states == 0;
+    const bool stateless = info.states == 0 && options.weight == Weight::Plain;  // a dither counts steps
     Lacks lacks;
     options_.push_back(options);
     last_ = {};
@@ -242,6 +258,9 @@ Lacks StepTable::add(py::list params, py::dict state, const StepOptions& options
         check_memory(param, p, place, "itself");
         hint.add_own(param, p);
         check_param(p, place);
+        if (options.weight != Weight::Plain && p.storage() == Storage::Float32)
+            place.fail("must be bfloat16 or float16 for master_bits or a dithered param_rounding, got " + p.describe() +
+                       ". Put it into a group, or an override, with master_bits=None.");
         const View g = view_of(grad, place, "has a gradient that",
                                "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
         const bool lazy = queries_.is_lazy(grad, g);
@@ -278,6 +297,7 @@ Lacks StepTable::add(py::list params, py::dict state, const StepOptions& options
         row.options = &options_.back();
         row.rounding = options.rounding;
         row.direct = options.direct;
+        row.weight = options.weight;
         row.first_block = first_block_of(firsts, i);
         row.precision = Precision::Bits32;
         bool moved = false;

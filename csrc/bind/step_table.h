@@ -49,7 +49,7 @@ class Hint {
         const char* begin;
         int lines;
     };
-    static constexpr int most = 2 * (3 + 2 * max_states) + 4;
+    static constexpr int most = 2 * (4 + 3 * max_states) + 4;
     Range ranges_[most];
     int count_ = 0;
 };
@@ -133,6 +133,8 @@ class StepTable {
     // Fills a row's addresses from a parameter's state. `moved`: whether it lies otherwise than the parameter.
     Counts read_state(PyObject* entry, const RuleInfo& rule, const View& param, const Place& place, Hint& hint,
                       Row& row, bool& moved);
+    void read_param_low(InOrder& values_of, const View& param, const Place& place, Hint& hint, Row& row,
+                        bool& moved) const;
     const AnyScalars& scalars_of_next(const RuleInfo& rule, const StepOptions& options, const Counts& counts,
                                       DeviceRows& rows);
     // Whether kernels that step `param` may use the memory of `state`, which is taken to be without gaps.

@@ -3,6 +3,7 @@
 
 #include "core/dither.h"
 #include "core/rules/all.h"
+#include "core/weight.h"
 
 #include <cstring>
 
@@ -18,6 +19,7 @@ struct StepOptions {
     bool count_on_device = false;
     const float* device_lr = nullptr;  // where lr stands in device memory, instead of its value; needs count_on_device
     Rounding rounding = Rounding::Nearest;
+    Weight weight = Weight::Plain;  // of parameters of 16 bits
     bool direct = false;  // codes stand for the states themselves, as in other libraries, also where they have roots
 };
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/hyper.h"
-#include "core/storage.h"
+#include "core/weight.h"
 
 namespace optim8 {
 
@@ -15,6 +15,7 @@ struct Row {
     const void* grad;
     void* state[max_states];     // uint8 codes, or float32; null behind the rule's last state
     uint8_t* low[max_states];    // the low bytes of a state in 16 bits, or null
+    void* param_low;             // int16 or uint8, the low bits of a weight wider than its parameter, or null
     float* absmax[max_states];   // one for each block of step_block values; null with 32-bit state
     int64_t size;                // values
     uint32_t first_block;        // where its blocks begin in the whole parameter, of which the tensor may be a part
@@ -27,6 +28,7 @@ struct Row {
     RuleId rule;
     Storage param_storage, grad_storage;
     Precision precision;
+    Weight weight;
     Rounding rounding;  // of state in codes
     bool direct;        // StepOptions::direct
 };

@@ -77,8 +77,7 @@ OPTIM8_DEVICE void measure_block(const StepRow<Rule>& row, int64_t number, const
     for (int k = 0; k < per_lane; ++k) {
         Quick old[state_count<Rule>], of[norms];
         for (int s = 0; s < state_count<Rule>; ++s) old[s] = Quick(state[k][s]);
-        Rule::measure(Quick(to_float(param[k])), Quick(to_float(grad[k]) * scalars.gradient_factor), old,
-                      scalars.of_rule, of);
+        Rule::measure(Quick(param[k]), Quick(to_float(grad[k]) * scalars.gradient_factor), old, scalars.of_rule, of);
         for (int n = 0; n < norms; ++n) {
             numbers[n][k] = of[n].x;
             good = good && of[n].in_range && is_finite(of[n].x);
@@ -88,8 +87,7 @@ OPTIM8_DEVICE void measure_block(const StepRow<Rule>& row, int64_t number, const
 #pragma unroll  // so that no array needs an address
         for (int k = 0; k < per_lane; ++k) {
             float of[norms];
-            measure_finite<Rule>(to_float(param[k]), to_float(grad[k]) * scalars.gradient_factor, state[k],
-                                 scalars.of_rule, of);
+            measure_finite<Rule>(param[k], to_float(grad[k]) * scalars.gradient_factor, state[k], scalars.of_rule, of);
             for (int n = 0; n < norms; ++n) numbers[n][k] = of[n];
         }
     }

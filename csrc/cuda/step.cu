@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(threads_per_block, blocks_at_least<Rule>)
         const LaneStates<Rule, Coding> lane_states;
         each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
             const Block<Rule, P, G> at(row, block);
-            const bool done =
-                row.precision != Precision::Bits32 && at.well && step_quickly<Coding>(at, scalars, lane_states);
+            const bool done = row.precision != Precision::Bits32 && row.weight == Weight::Plain && at.well &&
+                              step_quickly<Coding>(at, scalars, lane_states);
             left_over |= done ? 0u : 1u << i;
         });
         if (left_over == 0) return;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(threads_per_block, 4) count_steps(const __grid
     if (hypers.device_lr != nullptr) hypers.of_rule.lr = *hypers.device_lr;
     if (batch.grad_scale != nullptr) hypers.gradient_scale = 1.0 / *batch.grad_scale;
     float step = 1.0f, running = Rule::running_start;
-    if constexpr (!Rule::stateless) *batch.step[r] = step = *batch.step[r] + 1.0f;
+    if (!Rule::stateless || batch.step[r] != nullptr) *batch.step[r] = step = *batch.step[r] + 1.0f;
     if constexpr (Rule::running != nullptr) running = *batch.running[r];
     *reinterpret_cast<StepScalars<Rule>*>(batch.scalars + r) = derive<Rule>(hypers, step, running);
     if constexpr (Rule::running != nullptr) *batch.running[r] = running;

@@ -14,6 +14,68 @@ OPTIM8_DEVICE float decode_either(uint8_t of, uint8_t low) {
         return decode<code>(of);
 }
 
+// An element of a parameter as float32, and the lane's.
+template <class Rule, class P, class G>
+OPTIM8_DEVICE float load_weight(const Block<Rule, P, G>& block, int i) {
+    if constexpr (sizeof(P) == 2) {
+        if (block.weight == Weight::Bits24)
+            return weight_value<P>(
+                join_weight(block.param[i].bits, low_of(static_cast<const uint8_t*>(block.param_low)[i])));
+        if (block.weight == Weight::Bits32)
+            return weight_value<P>(
+                join_weight(block.param[i].bits, low_of(static_cast<const int16_t*>(block.param_low)[i])));
+    }
+    return to_float(block.param[i]);
+}
+template <int span, class Rule, class P, class G>
+OPTIM8_DEVICE void load_weights(const Block<Rule, P, G>& block, float (&param)[per_lane]) {
+    if (block.weight == Weight::Bits24 || block.weight == Weight::Bits32) {
+#pragma unroll 1  // not the way of most
+        for (int k = 0; k < per_lane; ++k) {
+            const int i = place<span>(k);
+            param[k] = i < block.count ? load_weight(block, i) : 0.0f;
+        }
+        return;
+    }
+    P raw[per_lane];
+    load_tile<span>(block.param, block.count, block.well, P{}, raw);
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) param[k] = to_float(raw[k]);
+}
+// Stores them; `time`: of the dither.
+template <int span, class Rule, class P, class G>
+OPTIM8_DEVICE void store_weights(const Block<Rule, P, G>& block, uint32_t time, const float (&param)[per_lane]) {
+    if constexpr (sizeof(P) == 2) {
+        if (block.weight != Weight::Plain) {
+            const uint32_t start = dither_start(block.number, time);
+            void* param_low = const_cast<void*>(block.param_low);
+#pragma unroll 1
+            for (int k = 0; k < per_lane; ++k) {
+                const int i = place<span>(k);
+                if (i >= block.count) continue;
+                const uint32_t u = dither<dither_of_param>(start, static_cast<uint32_t>(i));
+                uint32_t weight = weight_bits<P>(param[k]);
+                if (block.weight == Weight::Dithered) {
+                    block.param[i].bits = dither16(weight, u);
+                    continue;
+                }
+                if (block.weight == Weight::Bits24) {
+                    weight = dither24(weight, u);
+                    static_cast<uint8_t*>(param_low)[i] = low_of_weight24(weight);
+                } else {
+                    static_cast<int16_t*>(param_low)[i] = low_of_weight(weight);
+                }
+                block.param[i].bits = param_of_weight(weight);
+            }
+            return;
+        }
+    }
+    P narrow[per_lane];
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) narrow[k] = from_float<P>(param[k]);
+    store_tile<span>(block.param, block.count, block.well, narrow);
+}
+
 // What the lane's elements in `bad` would add to the block's maxima, had their gradients been 0. One element at a time
 // and from memory, where param and codes are still the old ones: this path is rare, and must cost no registers.
 template <class Coding, int span, class Rule, class P, class G>
@@ -24,7 +86,7 @@ OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, con
         if ((bad >> k & 1) == 0) continue;
         const int i = place<span>(k);
         const bool there = i < block.count;
-        float param = there ? to_float(block.param[i]) : 0.0f, now[state_count<Rule>];
+        float param = there ? load_weight(block, i) : 0.0f, now[state_count<Rule>];
         each_state<Rule>([&](auto s) {
             const uint8_t code = there ? block.codes[s.index][i] : zero_code_of(code_of<Rule, s.index>);
             constexpr bool low_bytes = Coding::template low<Rule, s.index>;
@@ -44,11 +106,11 @@ OPTIM8_DEVICE void count_as_without_gradient(const Block<Rule, P, G>& block, con
 template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars) {
     constexpr int span = packet_span<P>;
-    P raw_param[per_lane];
+    float param[per_lane], now[per_lane][state_count<Rule>];
     G grad[per_lane];
     uint8_t codes[state_count<Rule>][per_lane], low[state_count<Rule>][per_lane] = {};
     float absmax[state_count<Rule>];
-    load_tile<span>(block.param, block.count, block.well, P{}, raw_param);
+    load_weights<span>(block, param);
     load_tile<span>(block.grad, block.count, block.well, G{}, grad);
     each_state<Rule>([&](auto s) {
         // Values that are not there decode to 0, so they take part in nothing.
@@ -59,11 +121,9 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
         absmax[s.index] = *block.absmax[s.index];
     });
 
-    float param[per_lane], now[per_lane][state_count<Rule>];
     uint32_t largest[state_count<Rule>] = {};
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
-        param[k] = to_float(raw_param[k]);
         each_state<Rule>([&](auto s) {
             constexpr bool low_bytes = Coding::template low<Rule, s.index>;
             const float value =
@@ -98,10 +158,7 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
         for (int s = 0; s < state_count<Rule>; ++s) largest[s] = largest_of_lanes(largest[s], warp_size);
     }
 
-    P new_param[per_lane];
-#pragma unroll
-    for (int k = 0; k < per_lane; ++k) new_param[k] = from_float<P>(param[k]);
-    store_tile<span>(block.param, block.count, block.well, new_param);
+    store_weights<span>(block, scalars.dither_time, param);
     const LaneStates<Rule, Coding> lane_states;
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
@@ -127,22 +184,21 @@ template <class Rule, class P, class G>
 OPTIM8_DEVICE void step_32bit(const StepRow<Rule>& row, const Block<Rule, P, G>& block, int64_t at,
                               const StepScalars<Rule>& scalars) {
     constexpr int span = packet_span<P>;
-    P param[per_lane];
+    float param[per_lane];
     G grad[per_lane];
     float state[state_count<Rule>][per_lane] = {};
-    load_tile<span>(block.param, block.count, block.well, P{}, param);
+    load_weights<span>(block, param);
     load_tile<span>(block.grad, block.count, block.well, G{}, grad);
     for (int s = 0; s < kept_count<Rule>; ++s)
         load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.well, 0.0f, state[s]);
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
-        float p = to_float(param[k]), now[state_count<Rule>];
+        float now[state_count<Rule>];
         for (int s = 0; s < state_count<Rule>; ++s) now[s] = state[s][k];
-        Rule::update(p, to_float(grad[k]) * scalars.gradient_factor, now, scalars.of_rule);
-        param[k] = from_float<P>(p);
+        Rule::update(param[k], to_float(grad[k]) * scalars.gradient_factor, now, scalars.of_rule);
         for (int s = 0; s < state_count<Rule>; ++s) state[s][k] = now[s];
     }
-    store_tile<span>(block.param, block.count, block.well, param);
+    store_weights<span>(block, scalars.dither_time, param);
     for (int s = 0; s < kept_count<Rule>; ++s)
         store_tile<span>(static_cast<float*>(row.state[s]) + at, block.count, block.well, state[s]);
 }

@@ -98,8 +98,19 @@ class Batcher {
             if (!on_device) scalars = place_of(row);
         }
         StepRow<Rule>& to = batch_->row[batch_->rows];
-        to = StepRow<Rule>{
-            {}, row.param, row.grad, {}, {}, {}, row.size, scalars, row.first_block, row.precision, fits_packets(row)};
+        to = StepRow<Rule>{{},
+                           row.param,
+                           row.grad,
+                           row.param_low,
+                           {},
+                           {},
+                           {},
+                           row.size,
+                           scalars,
+                           row.first_block,
+                           row.precision,
+                           row.weight,
+                           fits_packets(row)};
         if constexpr (Rule::has_norms) to.of_blocks = row.of_blocks;
         for (int s = 0; s < state_count<Rule>; ++s) {
             to.state[s] = row.state[s];

@@ -20,6 +20,7 @@ template <class Rule>
 struct StepRow : RowNorms<Rule::has_norms> {
     void* param;
     const void* grad;
+    void* param_low;  // as in Row
     void* state[state_count<Rule>];
     uint8_t* low[state_count<Rule>];
     float* absmax[state_count<Rule>];
@@ -27,6 +28,7 @@ struct StepRow : RowNorms<Rule::has_norms> {
     int32_t scalars;       // index
     uint32_t first_block;  // in the whole parameter
     Precision precision;
+    Weight weight;
     bool packed_well;  // every address fits 16-byte packets
 };
 
@@ -156,6 +158,8 @@ struct Block {
     uint8_t* codes[state_count<Rule>];
     uint8_t* low[state_count<Rule>];
     float* absmax[state_count<Rule>];
+    const void* param_low;  // of the block, where its weights are wider
+    Weight weight;
     int count;
     uint32_t number;  // in the whole parameter
     bool well;
@@ -169,6 +173,8 @@ struct Block {
             low[s] = row.low[s] + at;
             absmax[s] = row.absmax[s] + block;
         }
+        param_low = static_cast<const uint8_t*>(row.param_low) + at * bytes_of(row.weight);
+        weight = row.weight;
         count = values_in_tile(row.size, at);
         number = row.first_block + static_cast<uint32_t>(block);
         well = row.packed_well && count == step_block;

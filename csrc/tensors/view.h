@@ -31,6 +31,7 @@ struct View {
     bool is_float32() const { return is(dlpack::ieee, 32); }
     bool is_uint8() const { return is(dlpack::unsigned_integer, 8); }
     bool is_int8() const { return is(dlpack::signed_integer, 8); }
+    bool is_int16() const { return is(dlpack::signed_integer, 16); }
     bool is_int32() const { return is(dlpack::signed_integer, 32); }
 
     // float32, bfloat16 or float16.

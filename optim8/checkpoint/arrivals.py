@@ -15,7 +15,7 @@ from optim8.checkpoint.inbox import Inbox, is_nothing
 from optim8.codec import blocks
 from optim8.rules import Moment
 from optim8.state import shards, tiles
-from optim8.state.layout import dense_stride
+from optim8.state.layout import PARAM_LOW, dense_stride
 from optim8.step.hypers import EXTRA_DEFAULTS
 
 
@@ -80,6 +80,10 @@ def _sort_entry(
             if quantized and sorted_[moment.name].is_floating_point():
                 sorted_.pop(moment.absmax, None)
                 sorted_.pop(moment.low, None)
+    if PARAM_LOW in entry:
+        sorted_[PARAM_LOW] = _unpack(moments[0], PARAM_LOW, entry[PARAM_LOW], param)
+        if is_nothing(sorted_[PARAM_LOW], param):
+            del sorted_[PARAM_LOW]
     own_count = "step" in present and entry.get("step") is present["step"]
     keys = [key for m in moments for key in m.keys if key in entry]
     for moment in moments:

@@ -16,7 +16,7 @@ from optim8.paging.store import Store
 from optim8.rules import Moment, Moments
 from optim8.state.allocation import allocate
 from optim8.state.conversion import Target, convert
-from optim8.state.layout import bits_of, keys_of, layout_of, moments_of, others
+from optim8.state.layout import PARAM_LOW, bits_of, keys_of, layout_of, master_bits_of, moments_of, others
 from optim8.state.mapped import copy
 from optim8.state.shards import local
 from optim8.step import hypers
@@ -80,6 +80,7 @@ class _Empty:
         self.whole, self.entries = whole, whole.entries
         of_variants = [whole.moments, *map(whole.moments.only, whole.moments.variants)]
         self.names = {key for moments in of_variants for bits in hypers.BITS for key in keys_of(moments, bits)}
+        self.names.add(PARAM_LOW)
         self.params = [p for p, entry in whole.state.items() if _is_state(whole.moments, p, entry)]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -99,6 +100,7 @@ class _Empty:
             more,
             others,
             names,
+            [master_bits_of(state[param]) for param in self.params],
         )
 
 
@@ -140,6 +142,7 @@ def _allocated(
     more: Sequence[dict[str, Any]],
     others_: Sequence[tuple[Any, Any]],
     names: Sequence[tuple[str, ...]] = (),  # of the moments of each, since rules have variants
+    masters: Sequence[int] = (),  # the bits of each weight, since they may be other than 16
 ) -> PagedStates:
     store = Store(owner, rule, pager)
     state: defaultdict[Any, Any] = defaultdict(dict)
@@ -147,6 +150,7 @@ def _allocated(
     layouts = []
     for i, (shard, each) in enumerate(zip(map(local, params), bits, strict=True)):
         of_variant = moments_of(moments, dict.fromkeys(names[i])) if names else moments_of(moments, {})
+        of_variant = of_variant.beside(masters[i] if masters else 16)
         if form != _WITH_ROOTS:
             of_variant = of_variant.only([moment.direct for moment in of_variant])
         layouts.append((shard, layout_of(of_variant, shard, (8 if each else 32) if isinstance(each, bool) else each)))

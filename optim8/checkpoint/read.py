@@ -20,6 +20,7 @@ from optim8.state.mapped import tensors_of
 from optim8.state.moments import Entry, bits_of_sources, check_values
 from optim8.state.shards import copy_beside, local
 from optim8.step import supply
+from optim8.step.hypers import counts_steps
 from optim8.step.supply import Stateful
 
 
@@ -100,7 +101,7 @@ def read_state(
             param, group = by_id[key]
             where = f"{owner}: state[{key!r}]"
             moments = _moments_to_read(optimizer, group, param, entry)
-            if not moments:
+            if not moments and not counts_steps(supply.options_of(optimizer, group, param)):
                 continue
             source = sharded.of_shard(where, moments, param, known.read_entry(where, moments, param, entry))
             if known.keeps_precision:
@@ -135,5 +136,6 @@ def _moments_to_read(
 ) -> Moments:
     """The moments that a saved state must have, which are those that the options of the group ask for; with what else
     it has that another variant of the rule keeps, for that may be asked for later."""
-    wanted, there = supply.moments_wanted(optimizer, group, param), moments_of(optimizer.moments, entry)
+    wanted = supply.moments_wanted(optimizer, group, param)
+    there = moments_of(optimizer.moments, entry).beside(wanted.master_bits)
     return there if {moment.name for moment in wanted} <= {moment.name for moment in there} else wanted

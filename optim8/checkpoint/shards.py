@@ -13,7 +13,7 @@ from optim8.codec import BLOCK
 from optim8.rules import Moment, Moments
 from optim8.state import moments as sources
 from optim8.state import tiles
-from optim8.state.layout import bits_of, dense_stride, moments_of
+from optim8.state.layout import PARAM_LOW, bits_of, dense_stride, moments_of
 from optim8.state.moments import Codes, Entry, Source, Tiled
 from optim8.state.shards import (
     alone,
@@ -75,8 +75,11 @@ def _saved_entry(where: str, moments: Moments, param: Any, entry: dict[str, Any]
             inbox = Inbox.around(cut, id(saved))
             saved[moment.absmax] = wrap(inbox, whole, contiguous_stride(whole), param)
             windows.add(inbox, Window(where, moment, values, low, entry[moment.absmax], cut, lead, size))
+    if PARAM_LOW in entry:
+        inbox = Inbox.around(alone(entry[PARAM_LOW]), id(saved))
+        saved[PARAM_LOW] = wrap(inbox, shape, dense_stride(param), param)
     for key in absent_keys(moments, bits):
-        empty = nothing(param, values.device)  # torch takes all tensors to be on one device
+        empty = nothing(param, local(param).device)  # torch takes all tensors to be on one device
         saved[key] = wrap(Inbox.around(empty, id(saved)), empty.shape, empty.stride(), param)
     return saved
 
@@ -94,20 +97,34 @@ def of_shard(where: str, moments: Sequence[Moment], param: torch.Tensor, read: d
         ValueError: names the first key that does not fit.
     """
     shard = local(param)
+    if PARAM_LOW in read:
+        read = {**read, PARAM_LOW: _low_of_shard(where, param, read[PARAM_LOW])}
     return {name: value for name, value in read.items() if name not in [m.name for m in moments]} | {
         moment.name: _moment_of_shard(where, moment, param, shard, read[moment.name]) for moment in moments
     }
+
+
+def _low_of_shard(where: str, param: Any, low: torch.Tensor) -> torch.Tensor:
+    if is_dtensor(param):
+        return shard_of(where, PARAM_LOW, low, param)
+    _check_plain(where, PARAM_LOW, low)
+    return low
+
+
+def _check_plain(where: str, key: str, value: torch.Tensor) -> None:
+    """Raise ValueError for a DTensor of a parameter that is none."""
+    if is_dtensor(value):
+        raise ValueError(
+            f"{where}[{key!r}] is a DTensor, but the parameter is not. "
+            "Save with StateDictOptions(full_state_dict=True), or shard the model first."
+        )
 
 
 def _moment_of_shard(where: str, moment: Moment, param: Any, shard: torch.Tensor, source: Source | Tiled) -> Source:
     values = source if isinstance(source, torch.Tensor) else source.codes
     key = moment.key(8 if isinstance(source, Tiled) else 32)
     if not is_dtensor(param):
-        if is_dtensor(values):
-            raise ValueError(
-                f"{where}[{key!r}] is a DTensor, but the parameter is not. "
-                "Save with StateDictOptions(full_state_dict=True), or shard the model first."
-            )
+        _check_plain(where, key, values)
         if not isinstance(source, Tiled):
             return source
         return _from_tiles(where, moment, source, source.codes, source.tiles, source.low, shard)

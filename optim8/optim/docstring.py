@@ -13,6 +13,11 @@ min_8bit_size: tensors of fewer values keep 32-bit state, whatever `optim_bits` 
 optim_bits: 8; 16, for state of a block that spreads or changes more than 8 bits can follow; or 32 for float32.
 rounding: of state in 8 and 16 bits: "dithered" keeps changes of less than half a code in the mean, and so follows
     32-bit state; "nearest", for comparison, is what other libraries do, and loses them (docs/numerics.md).
+master_bits: of bfloat16 and float16 weights. 16: the parameter is all there is, and loses what is less than half its
+    last bit. 24, 32: the state `param_low` has 8 or 16 bits more, and a step reads and writes both, so that small
+    steps add up; with 32 they do as in float32 (docs/bfloat16.md).
+param_rounding: of 16-bit weights: "nearest", or "dithered", which is right in the mean and takes no memory. Weights of
+    24 bits are dithered always, those of 32 are not rounded.
 paged: True keeps state in a memory-mapped file; an optim8.paging.Pager says where it lives, under which budget.
 **kwargs: what bitsandbytes' optimizers also take: `args`, `is_paged`; `percentile_clipping`, `block_wise`,
     `max_unorm` and `skip_zeros` with the values that change nothing."""

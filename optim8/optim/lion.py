@@ -10,7 +10,7 @@ from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
-from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, Rounding
+from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, MasterBits, Rounding
 
 
 class Lion8bit(BlockwiseOptimizer):
@@ -40,6 +40,8 @@ weight_decay: decoupled weight decay: parameters shrink by the factor 1 - lr * w
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: Bits = 8,
         rounding: Rounding = "dithered",
+        master_bits: MasterBits = 16,
+        param_rounding: Rounding = "nearest",
         paged: bool | Pager | None = None,
         **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:

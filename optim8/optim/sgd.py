@@ -10,7 +10,7 @@ from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
-from optim8.step.hypers import MIN_8BIT_SIZE, Bits, Rounding
+from optim8.step.hypers import MIN_8BIT_SIZE, Bits, MasterBits, Rounding
 
 
 class SGD8bit(BlockwiseOptimizer):
@@ -45,6 +45,8 @@ nesterov: step along gradient + momentum * new momentum; needs a momentum and no
         min_8bit_size: int = MIN_8BIT_SIZE,
         optim_bits: Bits = 8,
         rounding: Rounding = "dithered",
+        master_bits: MasterBits = 16,
+        param_rounding: Rounding = "nearest",
         paged: bool | Pager | None = None,
         **kwargs: Unpack[BitsandbytesArguments],
     ) -> None:

@@ -11,9 +11,10 @@ import torch
 
 from optim8.rules import Moments
 from optim8.state.allocation import Allocator, allocate
-from optim8.state.layout import Layout, count_keys, layout_of, others
+from optim8.state.layout import PARAM_LOW, Layout, count_keys, layout_of, others
 from optim8.state.mapped import fill as fill_tensor
 from optim8.state.moments import Entry, fill, source_of
+from optim8.state.weights import fill_low
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ def as_sources(moments: Moments, entry: Mapping[str, Any]) -> Entry:
     read: Entry = {key: entry[key] for key in count_keys(moments)}
     for moment in moments:
         read[moment.name] = source_of(moment, entry)
+    if PARAM_LOW in entry:
+        read[PARAM_LOW] = entry[PARAM_LOW]
     return read
 
 
@@ -46,6 +49,8 @@ def fill_state(moments: Moments, source: Entry, entry: dict[str, Any], name: str
         entry[key].fill_(float(source[key]))
     for moment in moments:
         fill(moment, source[moment.name], entry, name)
+    if PARAM_LOW in entry:
+        fill_low(entry[PARAM_LOW], source.get(PARAM_LOW))
 
 
 def new_states(wanted: Sequence[tuple[Target, Entry]], allocator: Allocator) -> list[dict[str, Any]]:

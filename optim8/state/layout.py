@@ -4,7 +4,8 @@ State in 8 bits is `name_codes` (uint8, of the parameter's shape and strides) an
 256 consecutive values in memory order) for each moment; `name_root_codes` and `name_root_absmax` where they stand for
 the square roots of its values. In 16 bits there is `name_low` (or `name_root_low`) besides, uint8, which like codes has
 the parameter's shape and strides. In 32 bits it is `name` alone, float32. Codes never stand under `name`: other
-optimizers would take them for values. Every state has a count of steps, `step`.
+optimizers would take them for values. Every state has a count of steps, `step`. A weight of 24 or 32 bits has beside
+its parameter of 16 the bits that this lacks, `param_low`, uint8 or int16 of its shape and strides (weights.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from optim8.codec import blocks
 from optim8.rules import Moment, Moments
 
 STEP = "step"
+PARAM_LOW = "param_low"
+LOW_DTYPES = {24: torch.uint8, 32: torch.int16}  # of PARAM_LOW, by the bits of the weight
 
 Role = Literal["step", "values", "scales"]
 
@@ -69,6 +72,9 @@ class Layout:
                 if moment.low in moment.keys_in(self.bits):
                     parts.append(Part(moment.low, "values", torch.uint8, self.shape, self.stride, moment.middle))
                 parts.append(Part(moment.absmax, "scales", torch.float32, scales, (1,)))
+        if self.moments.master_bits != 16:
+            dtype = LOW_DTYPES[self.moments.master_bits]
+            parts.append(Part(PARAM_LOW, "values", dtype, self.shape, self.stride))
         return tuple(parts)
 
     @cached_property
@@ -79,6 +85,10 @@ class Layout:
     @property
     def keys(self) -> list[str]:
         return [part.key for part in self.parts]
+
+    def lies_in(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the values of a state lie in memory as they do here."""
+        return all(entry[part.key].stride() == part.stride for part in self.parts if part.role == "values")
 
     def fits(
         self, entry: Mapping[str, Any], param: torch.Tensor, reaches: Callable[[torch.Tensor, torch.Tensor], bool]
@@ -127,11 +137,19 @@ def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:
 
 
 def moments_of(moments: Moments, entry: Mapping[str, Any]) -> Moments:
-    """The moments that a state has: of the variant of the rule that has most of those that are there."""
+    """The moments that a state has, of the variant of the rule that has most of those that are there; and the bits of
+    its weight."""
+    moments = moments.beside(master_bits_of(entry))
     if not moments.variants:
         return moments
     complete = (m for m in moments.variants if all(not entry.keys().isdisjoint(moment.keys) for moment in m))
     return moments.only(next(complete, moments.variants[-1]))
+
+
+def master_bits_of(entry: Mapping[str, Any]) -> int:
+    """The bits of the weight that a state belongs to: 16, 24 or 32."""
+    low = entry.get(PARAM_LOW)
+    return 16 if low is None else next((bits for bits, dtype in LOW_DTYPES.items() if low.dtype == dtype), 16)
 
 
 def moments_in(moments: Moments, entry: Mapping[str, Any]) -> Moments:
@@ -147,13 +165,14 @@ def count_keys(moments: Moments) -> tuple[str, ...]:
 
 def keys_of(moments: Moments, bits: int) -> list[str]:
     """The keys of a state in 8, 16 or 32 bits."""
-    return [*count_keys(moments), *(key for moment in moments for key in moment.keys_in(bits))]
+    low = [PARAM_LOW] if moments.master_bits != 16 else []
+    return [*count_keys(moments), *(key for moment in moments for key in moment.keys_in(bits)), *low]
 
 
 @lru_cache
 def own_keys(moments: Moments) -> frozenset[str]:
     """All keys under which a state may have something of the optimizer."""
-    return frozenset((*count_keys(moments), *(key for moment in moments for key in moment.keys)))
+    return frozenset((*count_keys(moments), PARAM_LOW, *(key for moment in moments for key in moment.keys)))
 
 
 def is_earlier(moments: Moments, entry: Mapping[str, Any]) -> bool:

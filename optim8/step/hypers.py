@@ -21,10 +21,17 @@ Number: TypeAlias = float | torch.Tensor
 Betas: TypeAlias = Sequence[Number] | str
 Bits: TypeAlias = Literal[8, 16, 32]
 Rounding: TypeAlias = Literal["dithered", "nearest"]
-BITS, ROUNDINGS = get_args(Bits), get_args(Rounding)
+MasterBits: TypeAlias = Literal[16, 24, 32]
+BITS, ROUNDINGS, MASTER_BITS = get_args(Bits), get_args(Rounding), get_args(MasterBits)
 
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
-EXTRA_DEFAULTS: dict[str, Any] = {"min_8bit_size": MIN_8BIT_SIZE, "optim_bits": 8, "rounding": "dithered"}
+EXTRA_DEFAULTS: dict[str, Any] = {
+    "min_8bit_size": MIN_8BIT_SIZE,
+    "optim_bits": 8,
+    "rounding": "dithered",
+    "master_bits": 16,
+    "param_rounding": "nearest",
+}
 
 
 def overridable() -> dict[str, list[Hyper]]:
@@ -167,15 +174,18 @@ def _normalize_options(owner: str, rule: Rule, group: dict[str, Any]) -> None:
 
 def _normalize_precision(owner: str, group: dict[str, Any]) -> None:
     """Check and store the options of EXTRA_DEFAULTS."""
-    size, bits = _whole(group["min_8bit_size"]), _whole(group["optim_bits"])
+    size, bits, master = map(_whole, (group["min_8bit_size"], group["optim_bits"], group["master_bits"]))
     if size is None or size < 0:
         got = group["min_8bit_size"]
         raise ValueError(f"{owner}: min_8bit_size must be a whole number of values, 0 or more, got {got!r}.")
     if bits not in BITS:
         raise ValueError(f"{owner}: optim_bits must be 8, 16 or 32, got {group['optim_bits']!r}.")
-    if group["rounding"] not in ROUNDINGS:
-        raise ValueError(f"{owner}: rounding must be {' or '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}.")
-    group["min_8bit_size"], group["optim_bits"] = size, bits
+    if master not in MASTER_BITS:
+        raise ValueError(f"{owner}: master_bits must be 16, 24 or 32, got {group['master_bits']!r}.")
+    for name in ("rounding", "param_rounding"):
+        if group[name] not in ROUNDINGS:
+            raise ValueError(f"{owner}: {name} must be {' or '.join(map(repr, ROUNDINGS))}, got {group[name]!r}.")
+    group["min_8bit_size"], group["optim_bits"], group["master_bits"] = size, bits, master
 
 
 def normalize_changes(owner: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +241,27 @@ def check_params(owner: str, group_index: int, group: dict[str, Any]) -> None:
                 f"{owner}: {name_of(group, index)} of group {group_index} must be dense and float32, bfloat16 or "
                 f"float16, got {kind.removeprefix('torch.')} {tuple(param.shape)}. Convert it, or leave it out."
             )
+        if param.dtype == torch.float32 and not _has_plain_weights(group):
+            raise ValueError(
+                f"{owner}: {name_of(group, index)} of group {group_index} must be bfloat16 or float16 for "
+                f"{_what_weights(group)}, got float32 {tuple(param.shape)}. A float32 parameter lacks no bits: give it a "
+                "group with master_bits=16 and param_rounding='nearest', or convert the model first."
+            )
+
+
+def _has_plain_weights(options: dict[str, Any]) -> bool:
+    return bool(options["master_bits"] == 16 and options["param_rounding"] == "nearest")
+
+
+def _what_weights(options: dict[str, Any]) -> str:
+    bits = options["master_bits"]
+    return f"master_bits={bits}" if bits != 16 else f"param_rounding={options['param_rounding']!r}"
+
+
+def counts_steps(options: dict[str, Any]) -> bool:
+    """Whether a parameter under these options has a count of steps although its rule keeps nothing: a dither needs
+    it."""
+    return not _has_plain_weights(options)
 
 
 def bits_of_new_state(options: dict[str, Any], param: torch.Tensor) -> int:
@@ -276,4 +307,6 @@ def step_options(
         count_on_device=bool(group.get("capturable")) or on_device or amp_on_device,
         device_lr=lr.data_ptr() if on_device else 0,
         dithered=group["rounding"] == "dithered",
+        master_bits=group["master_bits"],
+        dithered_param=group["param_rounding"] == "dithered",
     )

@@ -12,10 +12,11 @@ import torch
 from optim8 import _native, codec, rules
 from optim8.rules import Rule
 from optim8.state.allocation import move_steps
-from optim8.state.layout import bits_of, dense, dense_grad, moments_of
+from optim8.state.layout import PARAM_LOW, bits_of, dense, dense_grad, master_bits_of, moments_of
 from optim8.state.moments import Codes, source_of
 from optim8.state.moments import values as values_of
 from optim8.state.shards import local
+from optim8.state.weights import join
 from optim8.step import arrays, hypers, matrices, run, supply
 from optim8.step.norms import check_whole
 from optim8.step.parts import LocalStep, Part
@@ -102,8 +103,11 @@ class Stepper:
             raise ValueError(f"{type(optimizer).__name__}: a preview of a step needs a gradient.")
         grad = local(grad)
         grad = grad if grad.stride() == whole.stride() else dense_grad(whole, grad)
-        # float32 holds bfloat16 and float16 exactly, and moments do not depend on how the parameter is rounded.
-        values, gradient = _sample(whole, blocks).float(), _sample(grad, blocks).float()
+        # float32 holds every weight exactly, and moments do not depend on how it is rounded.
+        values, gradient = _sample(whole, blocks), _sample(grad, blocks).float()
+        low = None if PARAM_LOW not in entry else _sample(local(entry[PARAM_LOW]), blocks)
+        values = values.float() if low is None else join(values, low)
+        group = {**group, "master_bits": 16, "param_rounding": "nearest"}
         state: dict[str, torch.Tensor] = {"step": local(entry["step"]).clone()}
         state.update({scalar.name: local(entry[scalar.name]).clone() for scalar in optimizer.moments.scalars})
         moments = moments_of(optimizer.moments, entry)
@@ -213,7 +217,7 @@ def _supply(optimizer: Stateful, local_step: LocalStep, lacks: Sequence[Any]) ->
     """Make what a step found missing, so that the next gather lacks nothing."""
     owner, moments = type(optimizer).__name__, optimizer.moments
     new: list[tuple[dict[str, Any], torch.Tensor]] = []
-    moved: list[tuple[torch.Tensor, int]] = []
+    moved: list[tuple[torch.Tensor, int, int]] = []
     to_device: list[torch.Tensor] = []
     for number, (part, lack) in enumerate(zip(local_step.parts, lacks, strict=True)):
         group = optimizer.param_groups[part.group]
@@ -223,7 +227,8 @@ def _supply(optimizer: Stateful, local_step: LocalStep, lacks: Sequence[Any]) ->
         local_step.lay_out(number, lack.layout)
         local_step.close_gaps(number, lack.gaps)
         new += [(group, own[i]) for i in lack.state]
-        moved += [(own[i], bits_of(moments, optimizer.state[own[i]])) for i in lack.moved]
+        lying = [(own[i], optimizer.state[own[i]]) for i in lack.moved]
+        moved += [(param, bits_of(moments, entry), master_bits_of(entry)) for param, entry in lying]
         # The count of new state is made on the CPU.
         counted = [i for i in lack.state if part.options.count_on_device and own[i].device.type != "cpu"]
         to_device += [own[i] for i in (*lack.step, *counted)]

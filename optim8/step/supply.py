@@ -11,7 +11,7 @@ from optim8 import rules
 from optim8.rules import Moments
 from optim8.state.allocation import allocate
 from optim8.state.conversion import Target, begin, convert
-from optim8.state.layout import bits_of, dense_stride, layout_of, moments_of
+from optim8.state.layout import bits_of, layout_of, master_bits_of, moments_of
 from optim8.state.shards import local
 from optim8.state.states import States
 from optim8.step import hypers, overrides, pending
@@ -45,10 +45,12 @@ def options_of(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) 
 
 
 def moments_wanted(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> Moments:
-    """The states that a parameter of a group needs: those of the variant of the rule that its options select."""
-    if not optimizer.moments.variants:
-        return optimizer.moments
-    return rules.variant(optimizer.rule, options_of(optimizer, group, param)).moments
+    """The states that a parameter of a group needs: those of the variant of the rule that its options select, beside
+    weights of so many bits as they ask for."""
+    options, moments = options_of(optimizer, group, param), optimizer.moments
+    if moments.variants:
+        moments = rules.variant(optimizer.rule, options).moments
+    return moments.beside(options["master_bits"])
 
 
 def bits_wanted(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> int:
@@ -74,21 +76,22 @@ def allocate_states(optimizer: Stateful, wanted: Sequence[tuple[dict[str, Any], 
         optimizer.state.put(param, entry)
 
 
-def convert_states(optimizer: Stateful, wanted: Sequence[tuple[torch.Tensor, int]], name: str = "") -> None:
-    """Lay out the states of parameters anew, each for the parameter as it is now and in the bits given with it.
+def convert_states(optimizer: Stateful, wanted: Sequence[tuple[torch.Tensor, int, int]], name: str = "") -> None:
+    """Lay out the states of parameters anew, each for the parameter as it is now.
 
     Args:
+        wanted: (parameter, bits of its moments, bits of its weight).
         name: for a report, formatted with the parameter's shape; "" for none.
     """
     if not wanted:
         return
     pending.wait()
     targets = []
-    for param, bits in wanted:
+    for param, bits, master_bits in wanted:
         entry = optimizer.state[param]
-        moments = moments_of(optimizer.moments, entry)
+        moments = moments_of(optimizer.moments, entry).beside(master_bits)
         targets.append((Target(local(param), moments, bits, name.format(tuple(param.shape))), entry))
-    for (param, _), entry in zip(wanted, convert(targets, optimizer.memory), strict=True):
+    for (param, *_), entry in zip(wanted, convert(targets, optimizer.memory), strict=True):
         optimizer.state.put(param, entry)
     optimizer.memory.keep_only(optimizer.state.values())
 
@@ -99,10 +102,10 @@ def relay_states(optimizer: Stateful) -> None:
     convert_states(
         optimizer,
         [
-            (param, bits_of(moments, entry))
+            (param, bits_of(moments, entry), master_bits_of(entry))
             for param, entry in optimizer.state.items()
             if isinstance(param, torch.Tensor) and entry
-            if moments_of(moments, entry)[0].values(entry).stride() != dense_stride(local(param))
+            if not layout_of(moments_of(moments, entry), local(param), bits_of(moments, entry)).lies_in(entry)
         ],
     )
 
@@ -122,8 +125,9 @@ def resolve(optimizer: Stateful) -> overrides.Resolved | None:
         for param in group["params"]:
             changes = resolved.by_id.get(id(param), {})
             if optimizer.state.get(param) and not changes.keys().isdisjoint(hypers.EXTRA_DEFAULTS):
-                bits = bits_wanted(optimizer, group, param)
-                if bits != bits_now(optimizer, group, param):
-                    wrong.append((param, bits))
+                bits, master = bits_wanted(optimizer, group, param), moments_wanted(optimizer, group, param).master_bits
+                now = bits_now(optimizer, group, param), master_bits_of(optimizer.state[param])
+                if (bits, master) != now:
+                    wrong.append((param, bits, master))
     convert_states(optimizer, wanted=wrong, name="override of a parameter {} ")
     return resolved

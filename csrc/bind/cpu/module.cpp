@@ -20,6 +20,7 @@ namespace optim8 {
 void bind_step(py::module_& m);
 void bind_functional(py::module_& m);
 void bind_paging(py::module_& m);
+void bind_weights(py::module_& m);
 
 namespace {
 
@@ -203,4 +204,5 @@ PYBIND11_MODULE(_cpu, m) {
     bind_step(m);
     bind_functional(m);
     bind_paging(m);
+    bind_weights(m);
 }

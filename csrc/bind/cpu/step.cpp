@@ -79,7 +79,8 @@ py::object conflict(const std::string& rule, const py::dict& group) {
 }
 
 StepOptions options_of(const std::string& owner, const std::string& rule, const py::dict& group, bool maximize,
-                       double gradient_scale, bool count_on_device, uintptr_t device_lr, bool dithered, bool direct) {
+                       double gradient_scale, bool count_on_device, uintptr_t device_lr, bool dithered, bool direct,
+                       int master_bits, bool dithered_param) {
     StepOptions options = values_of_variant(rule, group, device_lr != 0);
     if (const char* text = rule_of(rule).conflict(options)) throw py::value_error(owner + ": " + text);
     options.maximize = maximize;
@@ -88,6 +89,10 @@ StepOptions options_of(const std::string& owner, const std::string& rule, const 
     options.device_lr = reinterpret_cast<const float*>(device_lr);
     options.rounding = dithered ? Rounding::Dithered : Rounding::Nearest;
     options.direct = direct;
+    options.weight = master_bits == 32   ? Weight::Bits32
+                     : master_bits == 24 ? Weight::Bits24
+                     : dithered_param    ? Weight::Dithered
+                                         : Weight::Plain;
     return options;
 }
 
@@ -128,7 +133,8 @@ void bind_step(py::module_& m) {
     py::class_<StepOptions>(m, "StepOptions", "The options of a parameter group in a step, and what the step adds.")
         .def(py::init(&options_of), py::arg("owner"), py::arg("rule"), py::arg("group"), py::kw_only(),
              py::arg("maximize") = false, py::arg("gradient_scale") = 1.0, py::arg("count_on_device") = false,
-             py::arg("device_lr") = 0, py::arg("dithered") = false, py::arg("direct") = false)
+             py::arg("device_lr") = 0, py::arg("dithered") = false, py::arg("direct") = false,
+             py::arg("master_bits") = 16, py::arg("dithered_param") = false)
         .def_readonly("count_on_device", &StepOptions::count_on_device)
         .def_property_readonly("rule", [](const StepOptions& o) { return rule_info(o.rule).name; });
     py::class_<Lacks>(m, "Lacks", "What a step lacks before it can run: indices of parameters.")

@@ -16,7 +16,20 @@ struct Values {
     unsigned char* at(int64_t i) const { return data + i * bytes_of(storage); }
     Values from(int64_t i) const { return {at(i), storage}; }
 };
-inline Values param_of(const Row& row) { return {static_cast<unsigned char*>(row.param), row.param_storage}; }
+// Those of a parameter, and the low bits beside them.
+struct Weights : Values {
+    unsigned char* low;  // or null
+    Weight weight;
+
+    Weights from(int64_t i) const {
+        return {Values::from(i), low == nullptr ? nullptr : low + i * bytes_of(weight), weight};
+    }
+};
+inline Weights param_of(const Row& row) {
+    return {{static_cast<unsigned char*>(row.param), row.param_storage},
+            static_cast<unsigned char*>(row.param_low),
+            row.weight};
+}
 inline Values grad_of(const Row& row) {
     return {static_cast<unsigned char*>(const_cast<void*>(row.grad)), row.grad_storage};  // which nobody writes to
 }
@@ -33,20 +46,75 @@ struct Group {
             convert(reinterpret_cast<const float16*>(values.at(i)), scratch);
         return scratch;
     }
-    // Back from where `widen` has put it.
-    OPTIM8_HD void narrow(const Values& values, int64_t i) const {
-        if (values.storage == Storage::BFloat16)
-            convert(scratch, reinterpret_cast<bfloat16*>(values.at(i)));
-        else if (values.storage == Storage::Float16)
-            convert(scratch, reinterpret_cast<float16*>(values.at(i)));
+    OPTIM8_HD float* widen(const Weights& weights, int64_t i) {
+        if (weights.low == nullptr) return widen(static_cast<const Values&>(weights), i);
+        join(weights, i);
+        return scratch;
+    }
+    // Back from where `widen` has put it. `start`: the dither of the first value of its block, `at`: its place there.
+    OPTIM8_HD void narrow(const Weights& weights, int64_t i, uint32_t start, int at) const {
+        if (weights.storage == Storage::Float32) return;
+        if (weights.weight != Weight::Plain) return part(weights, i, start, at);
+        if (weights.storage == Storage::BFloat16)
+            convert(scratch, reinterpret_cast<bfloat16*>(weights.at(i)));
+        else
+            convert(scratch, reinterpret_cast<float16*>(weights.at(i)));
     }
 
   private:
+    void join(const Weights& weights, int64_t i);
+    void part(const Weights& weights, int64_t i, uint32_t start, int at) const;
+
+    template <class P, class Low>
+    OPTIM8_HD void join_from(const unsigned char* param, const unsigned char* low) {
+        const P* p = reinterpret_cast<const P*>(param);
+        const Low* l = reinterpret_cast<const Low*>(low);
+        for (int k = 0; k < code_group; ++k) scratch[k] = weight_value<P>(join_weight(p[k].bits, low_of(l[k])));
+    }
+    template <class P>
+    OPTIM8_HD void part_into(const Weights& weights, int64_t i, uint32_t start, int at) const {
+        P* p = reinterpret_cast<P*>(weights.at(i));
+        uint8_t* low = weights.low + i * bytes_of(weights.weight);
+        const uint32_t* of_element = ElementDitherOf<dither_of_param>::all.of_element + at;
+        const auto u = [&](int k) { return start + (of_element[k] << 16); };
+        if (weights.weight == Weight::Dithered) {
+            for (int k = 0; k < code_group; ++k) p[k].bits = dither16(weight_bits<P>(scratch[k]), u(k));
+        } else if (weights.weight == Weight::Bits24) {
+            for (int k = 0; k < code_group; ++k) {
+                const uint32_t weight = dither24(weight_bits<P>(scratch[k]), u(k));
+                p[k].bits = param_of_weight(weight);
+                low[k] = low_of_weight24(weight);
+            }
+        } else {
+            int16_t* l = reinterpret_cast<int16_t*>(low);
+            for (int k = 0; k < code_group; ++k) {
+                const uint32_t weight = weight_bits<P>(scratch[k]);
+                p[k].bits = param_of_weight(weight);
+                l[k] = low_of_weight(weight);
+            }
+        }
+    }
     template <class From, class To>
     OPTIM8_HD static void convert(const From* from, To* to) {
         for (int i = 0; i < code_group; i += width) store(to + i, load(from + i));
     }
 };
+
+// Not inlined, or every rule's step would have them once for each kind of weight.
+__attribute__((noinline)) inline void Group::join(const Weights& weights, int64_t i) {
+    const unsigned char *param = weights.at(i), *low = weights.low + i * bytes_of(weights.weight);
+    const bool bytes = weights.weight == Weight::Bits24;
+    if (weights.storage == Storage::BFloat16)
+        bytes ? join_from<bfloat16, uint8_t>(param, low) : join_from<bfloat16, int16_t>(param, low);
+    else
+        bytes ? join_from<float16, uint8_t>(param, low) : join_from<float16, int16_t>(param, low);
+}
+__attribute__((noinline)) inline void Group::part(const Weights& weights, int64_t i, uint32_t start, int at) const {
+    if (weights.storage == Storage::BFloat16)
+        part_into<bfloat16>(weights, i, start, at);
+    else
+        part_into<float16>(weights, i, start, at);
+}
 
 // The states of a group. A Block has `codes`, `low` and `absmax` of each.
 template <class Coding, int s, class Rule, class Block>

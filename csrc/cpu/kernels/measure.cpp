@@ -86,7 +86,7 @@ struct WideStates {
 // A block whose squares do not add up in float32, or that holds what is not finite. The float32 sum that a block has
 // without such elements is that of the way of all others.
 template <class Rule, class States>
-__attribute__((noinline)) void measure_carefully(const States& states, const Values& param, const Values& grad,
+__attribute__((noinline)) void measure_carefully(const States& states, const Weights& param, const Values& grad,
                                                  const StepScalars<Rule>& scalars, double* sums) {
     Group of_param, of_grad;
     float numbers[norms][step_block];
@@ -112,7 +112,7 @@ __attribute__((noinline)) void measure_carefully(const States& states, const Val
 }
 
 template <class Rule, class States>
-OPTIM8_HD void measure_block(const States& states, const Values& param, const Values& grad,
+OPTIM8_HD void measure_block(const States& states, const Weights& param, const Values& grad,
                              const StepScalars<Rule>& scalars, double* sums) {
     constexpr int half = step_block / 2;
     static_assert(half % code_group == 0);
@@ -162,7 +162,8 @@ OPTIM8_HD void measure_block(const States& states, const Values& param, const Va
 template <class Rule, class States>
 void measure_row(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
-    const Values param = param_of(row), grad = grad_of(row);
+    const Weights param = param_of(row);
+    const Values grad = grad_of(row);
     const int64_t whole = std::min(end, row.size / step_block);
     for (int64_t b = begin; b < whole; ++b)
         measure_block(States(row, b), param.from(b * step_block), grad.from(b * step_block), scalars,
@@ -170,14 +171,16 @@ void measure_row(const Row& row, int64_t begin, int64_t end) {
     if (end > whole) {
         const int64_t at = whole * step_block;
         const size_t n = static_cast<size_t>(row.size - at);
-        alignas(64) unsigned char p[4 * step_block] = {}, g[4 * step_block] = {};
-        std::memcpy(p, param.at(at), n * static_cast<size_t>(bytes_of(param.storage)));
+        const Weights rest = param.from(at);
+        alignas(64) unsigned char p[4 * step_block] = {}, low[2 * step_block] = {}, g[4 * step_block] = {};
+        std::memcpy(p, rest.data, n * static_cast<size_t>(bytes_of(param.storage)));
+        if (rest.low != nullptr) std::memcpy(low, rest.low, n * static_cast<size_t>(bytes_of(row.weight)));
         std::memcpy(g, grad.at(at), n * static_cast<size_t>(bytes_of(grad.storage)));
         States states(row, whole);
         typename States::Tail tail;
         states.pad(tail, n);
-        measure_block(states, Values{p, param.storage}, Values{g, grad.storage}, scalars,
-                      row.of_blocks + norms * whole);
+        const Weights padded{{p, param.storage}, rest.low == nullptr ? nullptr : low, row.weight};
+        measure_block(states, padded, Values{g, grad.storage}, scalars, row.of_blocks + norms * whole);
     }
 }
 

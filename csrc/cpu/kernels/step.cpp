@@ -33,7 +33,7 @@ struct Block {
 // nothing: its moments stay 0.
 template <class Rule>
 struct Tail {
-    alignas(64) unsigned char param[4 * step_block], grad[4 * step_block];
+    alignas(64) unsigned char param[4 * step_block], param_low[2 * step_block], grad[4 * step_block];
     uint8_t codes[state_count<Rule>][step_block], low[state_count<Rule>][step_block];
 };
 
@@ -174,7 +174,7 @@ OPTIM8_HD void seal(const Block<Rule>& block, int at) {
 
 // Advances a block, and seals the one before it where there is one.
 template <class Coding, class Rule>
-OPTIM8_HD void work(Block<Rule>& block, const Values& param, const Values& grad, const StepScalars<Rule>& scalars,
+OPTIM8_HD void work(Block<Rule>& block, const Weights& param, const Values& grad, const StepScalars<Rule>& scalars,
                     const Block<Rule>* before) {
     Pass<Rule> pass(block);
     Group of_param, of_grad;
@@ -183,7 +183,7 @@ OPTIM8_HD void work(Block<Rule>& block, const Values& param, const Values& grad,
         prefetch_group(grad.at(at), bytes_of(grad.storage));
         for (int s = 0; s < state_count<Rule>; ++s) prefetch_group(block.codes[s] + at, 1);
         advance<Coding>(block, pass, of_param.widen(param, at), of_grad.widen(grad, at), scalars, at);
-        of_param.narrow(param, at);
+        of_param.narrow(param, at, block.dither, at);
         if (before != nullptr) seal<Coding>(*before, at);
     }
     normalize<Coding>(block, pass, scalars);
@@ -196,7 +196,8 @@ OPTIM8_HD void seal_all(const Block<Rule>& block) {
 template <class Rule, class Coding>
 void step_codes(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = trusted<Rule>(scalars_of<Rule>(*row.scalars), row.sums);
-    const Values param = param_of(row), grad = grad_of(row);
+    const Weights param = param_of(row);
+    const Values grad = grad_of(row);
     const int64_t whole = std::min(end, row.size / step_block);
     Block<Rule> blocks[2];
 
@@ -206,7 +207,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
             block.low[s] = row.low[s] == nullptr ? nullptr : row.low[s] + b * step_block;
             block.absmax[s] = row.absmax[s] + b;
         }
-        if (Coding::rounding == Rounding::Dithered)
+        if (Coding::rounding == Rounding::Dithered || row.weight != Weight::Plain)
             block.dither = dither_start(row.first_block + static_cast<uint32_t>(b), scalars.dither_time);
     };
     const auto params = [&](int64_t b) { return param.from(b * step_block); };
@@ -224,9 +225,12 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
     if (end > whole) {
         const int64_t at = whole * step_block;
         const size_t n = static_cast<size_t>(row.size - at);
+        const Weights rest = param.from(at);
         const size_t param_bytes = n * static_cast<size_t>(bytes_of(param.storage));
+        const size_t low_bytes = rest.low == nullptr ? 0 : n * static_cast<size_t>(bytes_of(row.weight));
         Tail<Rule> tail{};
-        std::memcpy(tail.param, param.at(at), param_bytes);
+        std::memcpy(tail.param, rest.data, param_bytes);
+        if (low_bytes > 0) std::memcpy(tail.param_low, rest.low, low_bytes);
         std::memcpy(tail.grad, grad.at(at), n * static_cast<size_t>(bytes_of(grad.storage)));
         Block<Rule>& block = blocks[0];
         point(block, whole);
@@ -241,9 +245,11 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
                 block.low[s] = tail.low[s];
             }
         }
-        work<Coding, Rule>(block, {tail.param, param.storage}, {tail.grad, grad.storage}, scalars, nullptr);
+        const Weights padded{{tail.param, param.storage}, low_bytes > 0 ? tail.param_low : nullptr, row.weight};
+        work<Coding, Rule>(block, padded, {tail.grad, grad.storage}, scalars, nullptr);
         seal_all<Coding>(block);
-        std::memcpy(param.at(at), tail.param, param_bytes);
+        std::memcpy(rest.data, tail.param, param_bytes);
+        if (low_bytes > 0) std::memcpy(rest.low, tail.param_low, low_bytes);
         for (int s = 0; s < state_count<Rule>; ++s) {
             std::memcpy(static_cast<uint8_t*>(row.state[s]) + at, tail.codes[s], n);
             if (row.low[s] != nullptr) std::memcpy(row.low[s] + at, tail.low[s], n);
@@ -255,7 +261,8 @@ template <class Rule>
 void step_32bit(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = trusted<Rule>(scalars_of<Rule>(*row.scalars), row.sums);
     const F factor(scalars.gradient_factor);
-    const Values param = param_of(row), grad = grad_of(row);
+    const Weights param = param_of(row);
+    const Values grad = grad_of(row);
     float* state[state_count<Rule>]{};
     for (int s = 0; s < kept_count<Rule>; ++s) state[s] = static_cast<float*>(row.state[s]);
     Group of_param, of_grad;
@@ -270,29 +277,36 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
             for (int s = 0; s < kept_count<Rule>; ++s) store(states[s] + i, now[s]);
         }
     };
+    const auto dither_of_block = [&](int64_t i) {
+        return dither_start(row.first_block + static_cast<uint32_t>(i / step_block), scalars.dither_time);
+    };
     const int64_t last = std::min(end * step_block, row.size);
     int64_t i = begin * step_block;
     for (; i + code_group <= last; i += code_group) {
         float* at[state_count<Rule>]{};
         for (int s = 0; s < kept_count<Rule>; ++s) at[s] = state[s] + i;
         advance_group(of_param.widen(param, i), of_grad.widen(grad, i), at);
-        of_param.narrow(param, i);
+        of_param.narrow(param, i, dither_of_block(i), static_cast<int>(i % step_block));
     }
     if (i < last) {
         const size_t n = static_cast<size_t>(last - i), param_bytes = n * static_cast<size_t>(bytes_of(param.storage));
-        alignas(64) unsigned char p[4 * code_group] = {}, g[4 * code_group] = {};
+        const Weights left = param.from(i);
+        const size_t low_bytes = left.low == nullptr ? 0 : n * static_cast<size_t>(bytes_of(row.weight));
+        alignas(64) unsigned char p[4 * code_group] = {}, low[2 * code_group] = {}, g[4 * code_group] = {};
         alignas(64) float rest[state_count<Rule>][code_group] = {};
         float* at[state_count<Rule>]{};
-        std::memcpy(p, param.at(i), param_bytes);
+        std::memcpy(p, left.data, param_bytes);
+        if (low_bytes > 0) std::memcpy(low, left.low, low_bytes);
         std::memcpy(g, grad.at(i), n * static_cast<size_t>(bytes_of(grad.storage)));
         for (int s = 0; s < kept_count<Rule>; ++s) {
             std::memcpy(rest[s], state[s] + i, n * sizeof(float));
             at[s] = rest[s];
         }
-        const Values padded_param{p, param.storage}, padded_grad{g, grad.storage};
-        advance_group(of_param.widen(padded_param, 0), of_grad.widen(padded_grad, 0), at);
-        of_param.narrow(padded_param, 0);
-        std::memcpy(param.at(i), p, param_bytes);
+        const Weights padded{{p, param.storage}, low_bytes > 0 ? low : nullptr, row.weight};
+        advance_group(of_param.widen(padded, 0), of_grad.widen(Values{g, grad.storage}, 0), at);
+        of_param.narrow(padded, 0, dither_of_block(i), static_cast<int>(i % step_block));
+        std::memcpy(left.data, p, param_bytes);
+        if (low_bytes > 0) std::memcpy(left.low, low, low_bytes);
         for (int s = 0; s < kept_count<Rule>; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));
     }
 }

@@ -29,6 +29,7 @@ void for_each_part(const Row& row, const Visit& visit) {
         if (row.low[s] != nullptr) visit(row.low[s], row.size);
         if (row.absmax[s] != nullptr) visit(row.absmax[s], 4 * blocks_of(row.size, step_block));
     }
+    if (row.param_low != nullptr) visit(row.param_low, row.size * bytes_of(row.weight));
 }
 
 // Every row is in one bucket or spread over consecutive ones. Rows without state in `paged` make up the first bucket,

@@ -46,6 +46,7 @@ int64_t bytes_of(const Row& row) {
         if (row.state[s] != nullptr) of_value += optim8::bytes_of(row.precision);
         if (row.low[s] != nullptr) of_value += 1;
     }
+    if (row.param_low != nullptr) of_value += optim8::bytes_of(row.weight);
     return row.size * of_value;
 }
 
@@ -95,6 +96,7 @@ Row part_of(const Row& row, int64_t begin, int64_t end) {
     part.param = moved(row.param, skipped * bytes_of(row.param_storage));
     part.grad = moved(row.grad, skipped * bytes_of(row.grad_storage));
     part.size = std::min(end * step_block, row.size) - skipped;
+    if (row.param_low != nullptr) part.param_low = moved(row.param_low, skipped * optim8::bytes_of(row.weight));
     part.first_block = row.first_block + static_cast<uint32_t>(begin);
     for (int s = 0; s < max_states; ++s) {
         if (row.state[s] != nullptr) part.state[s] = moved(row.state[s], skipped * bytes_of(row.precision));

@@ -194,12 +194,14 @@ class CopyingStep {
             char* at = in_slot(slot, b, reinterpret_cast<uintptr_t>(pointer));
             return at == nullptr ? pointer : reinterpret_cast<decltype(pointer)>(at);
         };
-        for (Row& row : slot.rows)
+        for (Row& row : slot.rows) {
+            row.param_low = moved(row.param_low);
             for (int s = 0; s < max_states; ++s) {
                 row.state[s] = moved(row.state[s]);
                 row.low[s] = moved(row.low[s]);
                 row.absmax[s] = moved(row.absmax[s]);
             }
+        }
         step_rows_here(slot.rows);
     }
 

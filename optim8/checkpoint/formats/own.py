@@ -10,7 +10,7 @@ import torch
 from optim8 import codec, rules
 from optim8.checkpoint.formats import common, groups
 from optim8.rules import Moments
-from optim8.state.layout import bits_of, dense, is_earlier, moments_in, moments_of, under_present_names
+from optim8.state.layout import LOW_DTYPES, PARAM_LOW, bits_of, dense, is_earlier, moments_in, moments_of, under_present_names
 from optim8.state.moments import Codes, Entry, Tiled, check_low, check_scales
 from optim8.step.hypers import EXTRA_DEFAULTS
 
@@ -81,6 +81,9 @@ def _read_entry(where: str, moments: Moments, param: torch.Tensor, entry: dict[s
                 check_scales(where, moment, codec.flat(dense(values)), scales.to(values.device))
             if low is not None and type(values) is type(low) is torch.Tensor:
                 check_low(where, moment, values, low)
+    if PARAM_LOW in entry:
+        known.append(PARAM_LOW)
+        read[PARAM_LOW] = common.tensor(where, entry, PARAM_LOW, tuple(LOW_DTYPES.values()), param.shape)
     for key, value in entry.items():
         if key not in known:
             if _is_of_moments(key):  # of another rule, or one that was renamed
@@ -111,7 +114,7 @@ def _laid_out(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
 def with_dim_order(moments: Moments, entry: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state to be saved: where codes do not lie row after row, the dict says how."""
     moments = moments_of(moments, entry)
-    if bits_of(moments, entry) == 32 or moments[0].values(entry).is_contiguous():
+    if not moments or bits_of(moments, entry) == 32 or moments[0].values(entry).is_contiguous():
         return entry
     strides = moments[0].values(entry).stride()
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])

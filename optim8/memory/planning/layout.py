@@ -15,10 +15,10 @@ from optim8.paging.pager import Pager
 from optim8.paging.tiers import plan as plan_tiers
 from optim8.rules import Moments
 from optim8.state.allocation import DEVICE, HOST, TIERS, Allocator, Arena, Resident, allocate
-from optim8.state.layout import STEP, bits_of, layout_of, moments_of
+from optim8.state.layout import PARAM_LOW, STEP, bits_of, layout_of, moments_of
 from optim8.state.mapped import PAGE
 from optim8.step import overrides
-from optim8.step.hypers import bits_of_new_state
+from optim8.step.hypers import bits_of_new_state, counts_steps
 
 Bytes = dict[tuple[str, str], int]  # by kind and tier
 # A tensor on the meta device, and the moments and bits of its state.
@@ -59,7 +59,8 @@ def state_requests(
                 moments, bits = moments_of(optimizer.moments, entry), bits_of(optimizer.moments, entry)
             else:
                 moments, bits = rules.variant(optimizer.rule, options).moments, bits_of_new_state(options, param)
-            if not moments:
+                moments = moments.beside(options["master_bits"])
+            if not moments and not counts_steps(options):
                 continue
             requests[-1].append((torch.empty(parts[id(param)], dtype=torch.float32, device="meta"), moments, bits))
             if bits == 32 and bits_of_new_state({**options, "min_8bit_size": 0}, param) != 32:
@@ -144,6 +145,8 @@ def _key(tensor: torch.Tensor) -> int:
 def _kind(name: str, value: torch.Tensor) -> str:
     if name == STEP or any(name == scalar.name for rule in rules.every().values() for scalar in rule.moments.scalars):
         return "step counts"
+    if name == PARAM_LOW:
+        return "low bits of weights"
     if value.dtype == torch.uint8:
         return "codes"
     return "absmax" if name.endswith("_absmax") else "float32 state"

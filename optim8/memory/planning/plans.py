@@ -14,6 +14,7 @@ KINDS = {
     "parameters": "parameters",
     "float32 master copies": "parameters",
     "gradients": "gradients",
+    "low bits of weights": "master",
     "codes": "codes",
     "absmax": "absmax",
     "float32 state": "state32",
@@ -27,6 +28,7 @@ KINDS = {
     "model's buffers": "buffers",
 }
 STATE = (
+    "low bits of weights",
     "codes",
     "absmax",
     "float32 state",
@@ -83,8 +85,8 @@ class Plan:
     def bytes(self) -> dict[str, int]:
         """Bytes on one device, in all tiers, by kind: `parameters` (with master copies), `gradients`, `codes`,
         `absmax`, `state32` (float32 state and counts of steps) and `buffers` (for paging, the model's own, tables of
-        codes, and alignment between tensors of state). `state16` and `state64` are moments that another library keeps
-        in 16 or 64 bits."""
+        codes, and alignment between tensors of state). `master` is what weights have beyond their parameters, where it
+        is state; `state16` and `state64` are moments that another library keeps in 16 or 64 bits."""
         found = dict.fromkeys(("parameters", "gradients", "codes", "absmax", "state32", "buffers"), 0)
         for row in self.rows:
             found[KINDS[row.kind]] = found.get(KINDS[row.kind], 0) + row.nbytes
