@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from optim8 import convert, functional, memory, nn, optim, paging
 from optim8.convert import from_torch
 from optim8.health import monitor
+from optim8.master import load_master_state_dict, master_state_dict
 from optim8.optim import (
     Adadelta8bit,
     Adagrad8bit,
@@ -85,6 +86,8 @@ __all__ = [
     "convert",
     "from_torch",
     "functional",
+    "load_master_state_dict",
+    "master_state_dict",
     "memory",
     "monitor",
     "muon_groups",

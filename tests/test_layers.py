@@ -25,6 +25,7 @@ PYTHON_LAYERS = [
     "checkpoint",
     "optim",
     "convert",
+    "master",
     "nn",
     "memory",
     "health",
@@ -33,7 +34,18 @@ PYTHON_LAYERS = [
 ]
 # The same within a package: modules and folders, from the ground up.
 INNER_LAYERS = {
-    "state": ["layout", "mapped", "report", "states", "allocation", "moments", "conversion", "tiles", "shards"],
+    "state": [
+        "layout",
+        "mapped",
+        "report",
+        "states",
+        "allocation",
+        "moments",
+        "weights",
+        "conversion",
+        "tiles",
+        "shards",
+    ],
     "step": [
         *("orthogonal", "hypers", "arguments", "overrides", "pending", "norms", "run", "scaling", "parts", "arrays"),
         *("memory", "supply", "ranks", "matrices", "stepper"),

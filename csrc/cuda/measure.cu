@@ -66,10 +66,10 @@ template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE void measure_block(const StepRow<Rule>& row, int64_t number, const StepScalars<Rule>& scalars) {
     constexpr int span = packet_span<P>;
     const Block<Rule, P, G> block(row, number);
-    P param[per_lane];
+    float param[per_lane];
     G grad[per_lane];
     float state[per_lane][state_count<Rule>], numbers[norms][per_lane];
-    load_tile<span>(block.param, block.count, block.well, P{}, param);
+    load_weights<span>(block, param);
     load_tile<span>(block.grad, block.count, block.well, G{}, grad);
     load_states<Coding>(row, block, number * step_block, state);
     bool good = true;

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_at_least<Rule>)
         const LaneStates<Rule, Coding> lane_states;
         each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
             const Block<Rule, P, G> at(row, block);
-            const bool done = row.precision != Precision::Bits32 && row.weight == Weight::Plain && at.well &&
+            const bool done = row.precision != Precision::Bits32 && at.weight == Weight::Plain && at.well &&
                               step_quickly<Coding>(at, scalars, lane_states);
             left_over |= done ? 0u : 1u << i;
         });

@@ -18,12 +18,13 @@ OPTIM8_DEVICE float decode_either(uint8_t of, uint8_t low) {
 template <class Rule, class P, class G>
 OPTIM8_DEVICE float load_weight(const Block<Rule, P, G>& block, int i) {
     if constexpr (sizeof(P) == 2) {
-        if (block.weight == Weight::Bits24)
-            return weight_value<P>(
-                join_weight(block.param[i].bits, low_of(static_cast<const uint8_t*>(block.param_low)[i])));
-        if (block.weight == Weight::Bits32)
-            return weight_value<P>(
-                join_weight(block.param[i].bits, low_of(static_cast<const int16_t*>(block.param_low)[i])));
+        if (block.weight == Weight::Bits24 || block.weight == Weight::Bits32) {
+            const int64_t at = block.begin + i;
+            const int32_t low = block.weight == Weight::Bits24
+                                    ? low_of(static_cast<const uint8_t*>(block.param_low)[at])
+                                    : low_of(static_cast<const int16_t*>(block.param_low)[at]);
+            return weight_value<P>(join_weight(block.param[i].bits, low));
+        }
     }
     return to_float(block.param[i]);
 }
@@ -48,7 +49,6 @@ OPTIM8_DEVICE void store_weights(const Block<Rule, P, G>& block, uint32_t time, 
     if constexpr (sizeof(P) == 2) {
         if (block.weight != Weight::Plain) {
             const uint32_t start = dither_start(block.number, time);
-            void* param_low = const_cast<void*>(block.param_low);
 #pragma unroll 1
             for (int k = 0; k < per_lane; ++k) {
                 const int i = place<span>(k);
@@ -61,9 +61,9 @@ OPTIM8_DEVICE void store_weights(const Block<Rule, P, G>& block, uint32_t time, 
                 }
                 if (block.weight == Weight::Bits24) {
                     weight = dither24(weight, u);
-                    static_cast<uint8_t*>(param_low)[i] = low_of_weight24(weight);
+                    static_cast<uint8_t*>(block.param_low)[block.begin + i] = low_of_weight24(weight);
                 } else {
-                    static_cast<int16_t*>(param_low)[i] = low_of_weight(weight);
+                    static_cast<int16_t*>(block.param_low)[block.begin + i] = low_of_weight(weight);
                 }
                 block.param[i].bits = param_of_weight(weight);
             }

@@ -158,7 +158,8 @@ struct Block {
     uint8_t* codes[state_count<Rule>];
     uint8_t* low[state_count<Rule>];
     float* absmax[state_count<Rule>];
-    const void* param_low;  // of the block, where its weights are wider
+    void* param_low;  // of the whole row, of which the block begins at:
+    int64_t begin;
     Weight weight;
     int count;
     uint32_t number;  // in the whole parameter
@@ -173,8 +174,9 @@ struct Block {
             low[s] = row.low[s] + at;
             absmax[s] = row.absmax[s] + block;
         }
-        param_low = static_cast<const uint8_t*>(row.param_low) + at * bytes_of(row.weight);
-        weight = row.weight;
+        param_low = row.param_low;
+        begin = at;
+        weight = sizeof(P) == 2 ? row.weight : Weight::Plain;
         count = values_in_tile(row.size, at);
         number = row.first_block + static_cast<uint32_t>(block);
         well = row.packed_well && count == step_block;

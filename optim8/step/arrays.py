@@ -20,6 +20,8 @@ def step_array(
     entry: dict[str, Any],
     scale: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
+    pinned_spans: Sequence[tuple[int, int]] = (),
+    first: int = 0,
 ) -> None:
     """One step, in place.
 
@@ -31,15 +33,23 @@ def step_array(
         entry: the state under the keys of the rule, with the count of steps before this one.
         scale: float32 of one element; the gradient is divided by it where steps are counted on its device.
         sums: of a rule with norms, those that `measure_array` gave; None: they are measured.
+        pinned_spans: host memory that CUDA kernels may use.
+        first: where `param` begins in a larger parameter, in values.
 
     Raises:
         ValueError: a tensor does not fit; nothing was changed.
     """
     table = _native.cpu().StepTable()
-    if table.add([param], {param: entry}, options, who, 0, {0: grad}).step:
-        move_steps([(param, entry)], rules.every()[options.rule].moments)  # counted on the device from now on
+
+    def gather() -> Any:
         table.clear()
-        table.add([param], {param: entry}, options, who, 0, {0: grad})
+        if pinned_spans:
+            table.allow_host(pinned_spans)
+        return table.add([param], {param: entry}, options, who, 0, {0: grad}, None, {0: first})
+
+    if gather().step:
+        move_steps([(param, entry)], rules.every()[options.rule].moments)  # counted on the device from now on
+        gather()
     run.run_step(table, who, scale, sums=sums)
 
 

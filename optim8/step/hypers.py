@@ -24,13 +24,15 @@ Rounding: TypeAlias = Literal["dithered", "nearest"]
 MasterBits: TypeAlias = Literal[16, 24, 32]
 BITS, ROUNDINGS, MASTER_BITS = get_args(Bits), get_args(Rounding), get_args(MasterBits)
 
+# Of weights that are their parameters, rounded to nearest.
+PLAIN_WEIGHTS: dict[str, Any] = {"master_bits": 16, "param_rounding": "nearest"}
+
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
 EXTRA_DEFAULTS: dict[str, Any] = {
     "min_8bit_size": MIN_8BIT_SIZE,
     "optim_bits": 8,
     "rounding": "dithered",
-    "master_bits": 16,
-    "param_rounding": "nearest",
+    **PLAIN_WEIGHTS,
 }
 
 
@@ -244,13 +246,13 @@ def check_params(owner: str, group_index: int, group: dict[str, Any]) -> None:
         if param.dtype == torch.float32 and not _has_plain_weights(group):
             raise ValueError(
                 f"{owner}: {name_of(group, index)} of group {group_index} must be bfloat16 or float16 for "
-                f"{_what_weights(group)}, got float32 {tuple(param.shape)}. A float32 parameter lacks no bits: give it a "
-                "group with master_bits=16 and param_rounding='nearest', or convert the model first."
+                f"{_what_weights(group)}, got float32 {tuple(param.shape)}. float32 parameters lack no bits: give "
+                "them a group with master_bits=16 and param_rounding='nearest', or convert the model first."
             )
 
 
 def _has_plain_weights(options: dict[str, Any]) -> bool:
-    return bool(options["master_bits"] == 16 and options["param_rounding"] == "nearest")
+    return all(options[name] == value for name, value in PLAIN_WEIGHTS.items())
 
 
 def _what_weights(options: dict[str, Any]) -> str:

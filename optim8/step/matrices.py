@@ -7,14 +7,16 @@ bucket at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from optim8 import rules
+from optim8.state.layout import PARAM_LOW, STEP, dense, dense_grad
 from optim8.state.shards import is_dtensor, local
-from optim8.step import hypers, orthogonal, ranks
+from optim8.step import arrays, hypers, orthogonal, ranks
 from optim8.step.parts import Part
 from optim8.step.scaling import Scaling
 
@@ -80,7 +82,14 @@ def buckets(part: Part, whole: Sequence[torch.Tensor]) -> Iterator[Bucket]:
             yield Bucket(chosen, [whole[i] for i in chosen], [part.params[i] for i in chosen])
 
 
-def step(part: Part, whole: Sequence[torch.Tensor], scaling: Scaling, emit: Emit) -> None:
+def step(
+    part: Part,
+    whole: Sequence[torch.Tensor],
+    scaling: Scaling,
+    emit: Emit,
+    state: Mapping[Any, dict[str, Any]],
+    pinned_spans: Sequence[tuple[int, int]] = (),
+) -> None:
     """Step the parameters of a part that have a gradient.
 
     Args:
@@ -88,6 +97,8 @@ def step(part: Part, whole: Sequence[torch.Tensor], scaling: Scaling, emit: Emit
         whole: the optimizer's own parameters, in the order of the part.
         scaling: where it has found an infinity on a device, nothing moves.
         emit: makes the new states, and writes directions into stand-ins.
+        state: of the optimizer.
+        pinned_spans: host memory that CUDA kernels may use.
     """
     # On the CPU one has looked already (Scaling.skips).
     found = None if scaling.found_inf is None or scaling.found_inf.device.type == "cpu" else scaling.found_inf
@@ -108,7 +119,13 @@ def step(part: Part, whole: Sequence[torch.Tensor], scaling: Scaling, emit: Emit
         targets = [local(param) if is_dtensor(param) else param.detach() for param in bucket.params]
         updates = _updates(bucket, flat, directions, part.given)
         del flat, directions
-        move(targets, updates, part.given, tuple(bucket.params[0].shape), found)
+        shape = tuple(bucket.params[0].shape)
+        if hypers.counts_steps(part.given):
+            entries = [state[param] for param in bucket.params]
+            begins = [firsts.get(at, 0) for at in range(len(targets))]
+            move_weights(targets, updates, part.given, shape, found, entries, begins, pinned_spans)
+        else:
+            move(targets, updates, part.given, shape, found)
 
 
 def _scratch(bucket: Bucket, may_stay: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -162,12 +179,8 @@ def move(
         shape: of the whole parameters.
         found_inf: float32 of one element; where it is not 0, nothing moves.
     """
-    lr, decay = options["lr"], options["weight_decay"]
-    if not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu"):
-        lr = float(lr)
-    if found_inf is not None:
-        lr = torch.where(found_inf.to(targets[0].device) == 0, lr, 0.0)
-    length = lr * orthogonal.lr_factor(options["adjust_lr_fn"], shape)
+    decay = options["weight_decay"]
+    lr, length = _lengths(targets[0], options, shape, found_inf)
     for target, update in zip(targets, updates, strict=True):
         wide = target.float()  # itself where it is float32
         if float(decay) != 0:
@@ -178,3 +191,50 @@ def move(
             wide.add_(update, alpha=-length)
         if wide is not target:
             target.copy_(wide)
+
+
+def _lengths(
+    target: torch.Tensor, options: dict[str, Any], shape: Sequence[int], found_inf: torch.Tensor | None
+) -> Any:
+    """The learning rate, and that times the factor of a matrix; on the device where one of them is."""
+    lr = options["lr"]
+    if not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu"):
+        lr = float(lr)
+    if found_inf is not None:
+        lr = torch.where(found_inf.to(target.device) == 0, lr, 0.0)
+    return lr, lr * orthogonal.lr_factor(options["adjust_lr_fn"], shape)
+
+
+def move_weights(
+    targets: Sequence[torch.Tensor],
+    updates: Sequence[torch.Tensor],
+    options: dict[str, Any],
+    shape: Sequence[int],
+    found_inf: torch.Tensor | None,
+    entries: Sequence[Mapping[str, Any]],
+    firsts: Sequence[int],
+    pinned_spans: Sequence[tuple[int, int]],
+) -> None:
+    """The same for weights that are dithered, or wider than their parameters: native steps of gradient descent.
+
+    Args:
+        targets, updates, options, shape, found_inf: as for `move`.
+        entries: the states of the parameters, in which this step is counted.
+        firsts: where each target begins in its parameter, in values.
+        pinned_spans: host memory that CUDA kernels may use.
+    """
+    lr, length = map(float, _lengths(targets[0], options, shape, found_inf))
+    # p - length * (update + decay * p)
+    decay = lr * float(options["weight_decay"]) / length if length else 0.0
+    descent = {hyper.name: hyper.default for hyper in rules.rule("sgd").hypers}
+    descent = {**options, **descent, "lr": length, "weight_decay": decay, "maximize": False, "capturable": False}
+    native = hypers.step_options("Muon8bit", rules.rule("sgd"), {**descent, "params": []}, None, None)
+    for target, update, entry, first in zip(targets, updates, entries, firsts, strict=True):
+        whole, low = dense(target), entry.get(PARAM_LOW)
+        before = {STEP: torch.tensor(float(local(entry[STEP])) - 1)}
+        if low is not None:
+            before[PARAM_LOW] = low
+        grad = dense_grad(whole, update.float())
+        arrays.step_array("Muon8bit", native, whole, grad, before, pinned_spans=pinned_spans, first=first)
+        if whole is not target:
+            target.copy_(whole)

@@ -56,7 +56,8 @@ class Stepper:
                     local_step.copy_back()
                 for number in with_matrices:
                     part, wholes = local_step.parts[number], local_step.wholes(number)
-                    matrices.step(part, wholes, scaling, self._emit(optimizer, local_step, number, scaling))
+                    emit = self._emit(optimizer, local_step, number, scaling)
+                    matrices.step(part, wholes, scaling, emit, optimizer.state, memory.pinned_spans)
             local_step.mark_stepped()
 
     @contextmanager
@@ -107,7 +108,7 @@ class Stepper:
         values, gradient = _sample(whole, blocks), _sample(grad, blocks).float()
         low = None if PARAM_LOW not in entry else _sample(local(entry[PARAM_LOW]), blocks)
         values = values.float() if low is None else join(values, low)
-        group = {**group, "master_bits": 16, "param_rounding": "nearest"}
+        group = {**group, **hypers.PLAIN_WEIGHTS}
         state: dict[str, torch.Tensor] = {"step": local(entry["step"]).clone()}
         state.update({scalar.name: local(entry[scalar.name]).clone() for scalar in optimizer.moments.scalars})
         moments = moments_of(optimizer.moments, entry)
@@ -186,13 +187,15 @@ class Stepper:
     def _emit(self, optimizer: Stateful, local_step: LocalStep, number: int, scaling: Scaling) -> matrices.Emit:
         """The native step of parameters of a part, over tensors that stand in for them."""
         part, state, owner = local_step.parts[number], local_step.states[number], type(optimizer).__name__
+        # Directions are rounded once; what the weights have beyond 16 bits is for their own step.
+        options = _options(owner, rules.rule(optimizer.rule), {**part.given, **hypers.PLAIN_WEIGHTS}, scaling)
 
         def emit(
             directions: list[torch.Tensor], indices: list[int], grads: dict[int, torch.Tensor], firsts: dict[int, int]
         ) -> None:
             self._clear(optimizer)
             entries = {each: state[part.params[index]] for each, index in zip(directions, indices, strict=True)}
-            self._table.add(directions, entries, part.options, owner, part.group, grads, None, firsts)
+            self._table.add(directions, entries, options, owner, part.group, grads, None, firsts)
             optimizer.memory.run_step(self._table, owner, scaling)
             self._table.clear()
 

@@ -10,7 +10,16 @@ import torch
 from optim8 import codec, rules
 from optim8.checkpoint.formats import common, groups
 from optim8.rules import Moments
-from optim8.state.layout import LOW_DTYPES, PARAM_LOW, bits_of, dense, is_earlier, moments_in, moments_of, under_present_names
+from optim8.state.layout import (
+    LOW_DTYPES,
+    PARAM_LOW,
+    bits_of,
+    dense,
+    is_earlier,
+    moments_in,
+    moments_of,
+    under_present_names,
+)
 from optim8.state.moments import Codes, Entry, Tiled, check_low, check_scales
 from optim8.step.hypers import EXTRA_DEFAULTS
 

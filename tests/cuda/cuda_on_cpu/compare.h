@@ -97,8 +97,9 @@ void fill(const Buffer<T>& values, Kind kind) {
         values[i] = from_float<T>(x);
     }
 }
-inline void fill_codes(const Buffer<uint8_t>& codes) {
-    for (int64_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(generator());
+template <class T>
+void fill_codes(const Buffer<T>& codes) {
+    for (int64_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<T>(generator());
 }
 
 template <class T>

@@ -14,12 +14,25 @@ struct Form {
     Precision precision;
     Rounding rounding;
     bool direct = false;
+    Weight weight = Weight::Plain;
 };
-constexpr Form dithered{Precision::Bits8, Rounding::Dithered}, nearest{Precision::Bits8, Rounding::Nearest},
+constexpr Form dithered{Precision::Bits8, Rounding::Dithered},
+    dithered_param{Precision::Bits8, Rounding::Dithered, false, Weight::Dithered},
+    bits24{Precision::Bits8, Rounding::Nearest, false, Weight::Bits24},
+    bits32{Precision::Bits16, Rounding::Dithered, false, Weight::Bits32},
+    wide24{Precision::Bits32, Rounding::Nearest, false, Weight::Bits24},
+    wide32{Precision::Bits32, Rounding::Nearest, false, Weight::Bits32}, nearest{Precision::Bits8, Rounding::Nearest},
     direct{Precision::Bits8, Rounding::Nearest, true}, dithered16{Precision::Bits16, Rounding::Dithered},
     nearest16{Precision::Bits16, Rounding::Nearest}, wide{Precision::Bits32, Rounding::Nearest};
 
 const RuleInfo& info_of(RuleId rule) { return rule_info(rule); }
+
+Buffer<uint8_t> low24_of(int64_t size, int64_t offset, Form form) {
+    return {form.weight == Weight::Bits24 ? size : 0, offset};
+}
+Buffer<int16_t> low32_of(int64_t size, int64_t offset, Form form) {
+    return {form.weight == Weight::Bits32 ? size : 0, offset};
+}
 
 // One tensor of a step, twice: what the kernels on trial work on, and what the CPU's do.
 template <class P, class G>
@@ -28,6 +41,8 @@ struct Tensor {
         Buffer<P> param;
         std::vector<Buffer<uint8_t>> codes, low;
         std::vector<Buffer<float>> absmax, wide;
+        Buffer<uint8_t> low24;
+        Buffer<int16_t> low32;
         Buffer<float> step{1}, running{1};
         Row row{};
     };
@@ -36,8 +51,9 @@ struct Tensor {
 
     Tensor(int64_t size, int64_t offset, Kind kind, RuleId rule, Form form)
         : grad(size, offset),
-          actual{Buffer<P>(size, offset), {}, {}, {}, {}},
-          expected{Buffer<P>(size, offset), {}, {}, {}, {}} {
+          actual{Buffer<P>(size, offset), {}, {}, {}, {}, low24_of(size, offset, form), low32_of(size, offset, form)},
+          expected{Buffer<P>(size, offset),     {}, {}, {}, {}, low24_of(size, offset, form),
+                   low32_of(size, offset, form)} {
         const bool coded = form.precision != Precision::Bits32;
         fill(grad, kind);
         fill(actual.param, Kind::Plain);
@@ -63,7 +79,11 @@ struct Tensor {
             expected.absmax.push_back(actual.absmax[s].copy());
             expected.wide.push_back(actual.wide[s].copy());
         }
+        fill_codes(actual.low24);
+        fill_codes(actual.low32);
         expected.param = actual.param.copy();
+        expected.low24 = actual.low24.copy();
+        expected.low32 = actual.low32.copy();
         for (Side* side : {&actual, &expected}) {
             Row& row = side->row;
             row.param = side->param.data();
@@ -75,6 +95,9 @@ struct Tensor {
             row.precision = form.precision;
             row.rounding = form.rounding;
             row.direct = form.direct;
+            row.weight = form.weight;
+            if (form.weight == Weight::Bits24) row.param_low = side->low24.data();
+            if (form.weight == Weight::Bits32) row.param_low = side->low32.data();
             row.first_block = static_cast<uint32_t>(1000 * size + offset);
             for (size_t s = 0; s < side->codes.size(); ++s) {
                 row.state[s] = coded ? static_cast<void*>(side->codes[s].data()) : side->wide[s].data();
@@ -85,6 +108,8 @@ struct Tensor {
     }
     void compare(const std::string& what) const {
         expect_same(what + " param", actual.param, expected.param);
+        expect_same(what + " low24", actual.low24, expected.low24);
+        expect_same(what + " low32", actual.low32, expected.low32);
         expect_same(what + " step", actual.step, expected.step);
         expect_same(what + " running", actual.running, expected.running);
         for (size_t s = 0; s < actual.codes.size(); ++s) {
@@ -145,7 +170,7 @@ void compare_tensors(RuleId rule, std::vector<Tensor<P, G>>& tensors, Scalar sca
         auto& [grad, actual, expected] = tensors[i];
         StepOptions& options = all[i % all.size()];
         const RuleInfo& info = info_of(rule);
-        const bool counts = info.states > 0;
+        const bool counts = info.states > 0 || actual.row.weight != Weight::Plain;
         actual.step[0] = expected.step[0] = counts ? static_cast<float>(i % 5) : 0.0f;
         actual.running[0] = expected.running[0] = info.running_start - 0.01f * static_cast<float>(i % 3);
         if (scalar == Scalar::Host) {
@@ -209,11 +234,15 @@ void compare_types(RuleId rule) {
         for (const Form& form : {dithered, nearest, direct, dithered16, nearest16, wide})
             for (int64_t size : sizes)
                 for (int64_t offset : {0, 1}) tensors.emplace_back(size, offset, kind, rule, form);
+        for (const Form& form : {dithered_param, bits24, bits32, wide24, wide32})
+            for (int64_t size : sizes)
+                if (sizeof(P) == 2) tensors.emplace_back(size, size % 2, kind, rule, form);
         compare_tensors(rule, tensors, Scalar::Host, types + " kind " + std::to_string(static_cast<int>(kind)));
     }
     for (Scalar scalar : {Scalar::Device, Scalar::Skipped}) {
         std::vector<Tensor<P, G>> tensors;
         for (int64_t size : sizes) tensors.emplace_back(size, 0, Kind::Plain, rule, dithered);
+        if (sizeof(P) == 2) tensors.emplace_back(300, 0, Kind::Plain, rule, bits24);
         compare_tensors(rule, tensors, scalar, types + " scalars on the device");
     }
 }
