@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bench_monitoring
+import bf16
 import comparison
 import gpu_budget
 import memory_models
@@ -131,6 +132,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "bench_step": bench_step,
     "bench_functional": bench_functional,
     "bench_monitoring": bench_monitoring.render,
+    "bf16": bf16.render,
     "gpu_budget": gpu_budget_table,
     "long_run": slow_state.report.render,
     "roofline": kernels,
@@ -155,6 +157,7 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 # The picture's name: the result it is drawn from, and by what.
 FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
     "train_lm-loss": ("train_lm", draw_loss),
+    "bf16": ("bf16", bf16.draw),
     "roofline": ("roofline", roofline.draw),
     "long_run": ("long_run", slow_state.report.draw),
     "long_run-spread": ("long_run", slow_state.spread.draw),

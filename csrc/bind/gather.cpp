@@ -96,15 +96,15 @@ View state_view(PyObject* value, const Key& key, const Place& place, Hint& hint)
     return view;
 }
 
-// The block of the whole parameter that the local one begins in.
-uint32_t first_block_of(const py::dict& firsts, int64_t index) {
+// Where in the whole parameter the local one begins, in values.
+int64_t first_of(const py::dict& firsts, int64_t index) {
     if (firsts.size() == 0) return 0;
     PyObject* first = PyDict_GetItemWithError(firsts.ptr(), py::int_(index).ptr());
     if (first == nullptr) {
         if (PyErr_Occurred()) throw py::error_already_set();
         return 0;
     }
-    return static_cast<uint32_t>(py::cast<int64_t>(first) / step_block);
+    return py::cast<int64_t>(first);
 }
 
 }  // namespace
@@ -298,7 +298,9 @@ Lacks StepTable::add(py::list params, py::dict state, const StepOptions& options
         row.rounding = options.rounding;
         row.direct = options.direct;
         row.weight = options.weight;
-        row.first_block = first_block_of(firsts, i);
+        const int64_t first = first_of(firsts, i);
+        row.first_block = static_cast<uint32_t>(first / step_block);
+        row.first_in_block = static_cast<uint32_t>(first % step_block);
         row.precision = Precision::Bits32;
         bool moved = false;
         Counts counts;

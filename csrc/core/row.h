@@ -19,6 +19,7 @@ struct Row {
     float* absmax[max_states];   // one for each block of step_block values; null with 32-bit state
     int64_t size;                // values
     uint32_t first_block;        // where its blocks begin in the whole parameter, of which the tensor may be a part
+    uint32_t first_in_block;     // and at which value of that block the tensor begins
     const AnyScalars* scalars;   // unless derived on the device:
     float* device_step;          // the count of steps in device memory; null where it is on the host, or not kept
     float* device_running;       // the scalar `running` of the rule, beside that

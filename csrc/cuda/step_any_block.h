@@ -28,44 +28,49 @@ OPTIM8_DEVICE float load_weight(const Block<Rule, P, G>& block, int i) {
     }
     return to_float(block.param[i]);
 }
+// The lane's k-th value, where k is no constant: an array with an address would be in memory.
+OPTIM8_DEVICE float value_at(const float (&values)[per_lane], int k) {
+    float x = values[0];
+#pragma unroll
+    for (int j = 1; j < per_lane; ++j) x = k == j ? values[j] : x;
+    return x;
+}
+// The parameters of the lane. Weights that are wider come one at a time, in few instructions: they are not most.
 template <int span, class Rule, class P, class G>
 OPTIM8_DEVICE void load_weights(const Block<Rule, P, G>& block, float (&param)[per_lane]) {
-    if (block.weight == Weight::Bits24 || block.weight == Weight::Bits32) {
-#pragma unroll 1  // not the way of most
+    P narrow[per_lane];
+    load_tile<span>(block.param, block.count, block.well, P{}, narrow);
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) param[k] = to_float(narrow[k]);
+    if constexpr (sizeof(P) == 2) {
+        if (block.weight != Weight::Bits24 && block.weight != Weight::Bits32) return;
+#pragma unroll 1
         for (int k = 0; k < per_lane; ++k) {
             const int i = place<span>(k);
-            param[k] = i < block.count ? load_weight(block, i) : 0.0f;
-        }
-        return;
-    }
-    P raw[per_lane];
-    load_tile<span>(block.param, block.count, block.well, P{}, raw);
+            const float x = i < block.count ? load_weight(block, i) : 0.0f;
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) param[k] = to_float(raw[k]);
+            for (int j = 0; j < per_lane; ++j) param[j] = k == j ? x : param[j];
+        }
+    }
 }
 // Stores them; `time`: of the dither.
 template <int span, class Rule, class P, class G>
 OPTIM8_DEVICE void store_weights(const Block<Rule, P, G>& block, uint32_t time, const float (&param)[per_lane]) {
     if constexpr (sizeof(P) == 2) {
         if (block.weight != Weight::Plain) {
-            const uint32_t start = dither_start(block.number, time);
 #pragma unroll 1
             for (int k = 0; k < per_lane; ++k) {
                 const int i = place<span>(k);
                 if (i >= block.count) continue;
-                const uint32_t u = dither<dither_of_param>(start, static_cast<uint32_t>(i));
-                uint32_t weight = weight_bits<P>(param[k]);
-                if (block.weight == Weight::Dithered) {
-                    block.param[i].bits = dither16(weight, u);
-                    continue;
-                }
-                if (block.weight == Weight::Bits24) {
-                    weight = dither24(weight, u);
-                    static_cast<uint8_t*>(block.param_low)[block.begin + i] = low_of_weight24(weight);
-                } else {
-                    static_cast<int16_t*>(block.param_low)[block.begin + i] = low_of_weight(weight);
-                }
+                const uint32_t at = block.first_in_block + static_cast<uint32_t>(i);
+                const uint32_t u =
+                    dither<dither_of_param>(dither_start(block.number + at / step_block, time), at % step_block);
+                const uint32_t weight = keep_weight(block.weight, weight_bits<P>(value_at(param, k)), u);
                 block.param[i].bits = param_of_weight(weight);
+                if (block.weight == Weight::Bits24)
+                    static_cast<uint8_t*>(block.param_low)[block.begin + i] = low_of_weight24(weight);
+                if (block.weight == Weight::Bits32)
+                    static_cast<int16_t*>(block.param_low)[block.begin + i] = low_of_weight(weight);
             }
             return;
         }

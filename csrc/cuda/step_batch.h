@@ -108,6 +108,7 @@ class Batcher {
                            row.size,
                            scalars,
                            row.first_block,
+                           row.first_in_block,
                            row.precision,
                            row.weight,
                            fits_packets(row)};

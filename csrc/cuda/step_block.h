@@ -25,8 +25,8 @@ struct StepRow : RowNorms<Rule::has_norms> {
     uint8_t* low[state_count<Rule>];
     float* absmax[state_count<Rule>];
     int64_t size;
-    int32_t scalars;       // index
-    uint32_t first_block;  // in the whole parameter
+    int32_t scalars;                       // index
+    uint32_t first_block, first_in_block;  // in the whole parameter
     Precision precision;
     Weight weight;
     bool packed_well;  // every address fits 16-byte packets
@@ -160,6 +160,7 @@ struct Block {
     float* absmax[state_count<Rule>];
     void* param_low;  // of the whole row, of which the block begins at:
     int64_t begin;
+    uint32_t first_in_block;
     Weight weight;
     int count;
     uint32_t number;  // in the whole parameter
@@ -176,6 +177,7 @@ struct Block {
         }
         param_low = row.param_low;
         begin = at;
+        first_in_block = row.first_in_block;
         weight = sizeof(P) == 2 ? row.weight : Weight::Plain;
         count = values_in_tile(row.size, at);
         number = row.first_block + static_cast<uint32_t>(block);

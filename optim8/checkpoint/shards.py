@@ -26,6 +26,9 @@ from optim8.state.shards import (
     wrap,
 )
 
+# Neither gloo nor NCCL can send int16, so sharded dicts have the same bits under a dtype that they send.
+CARRIERS = {torch.int16: torch.float16, torch.uint8: torch.uint8}
+
 
 def check_can_save(owner: str, groups: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError where FullyShardedDataParallel would gather 8-bit state as if it were values. Every rank
@@ -76,7 +79,7 @@ def _saved_entry(where: str, moments: Moments, param: Any, entry: dict[str, Any]
             saved[moment.absmax] = wrap(inbox, whole, contiguous_stride(whole), param)
             windows.add(inbox, Window(where, moment, values, low, entry[moment.absmax], cut, lead, size))
     if PARAM_LOW in entry:
-        inbox = Inbox.around(alone(entry[PARAM_LOW]), id(saved))
+        inbox = Inbox.around(alone(entry[PARAM_LOW]).view(CARRIERS[entry[PARAM_LOW].dtype]), id(saved))
         saved[PARAM_LOW] = wrap(inbox, shape, dense_stride(param), param)
     for key in absent_keys(moments, bits):
         empty = nothing(param, local(param).device)  # torch takes all tensors to be on one device
@@ -106,9 +109,10 @@ def of_shard(where: str, moments: Sequence[Moment], param: torch.Tensor, read: d
 
 def _low_of_shard(where: str, param: Any, low: torch.Tensor) -> torch.Tensor:
     if is_dtensor(param):
-        return shard_of(where, PARAM_LOW, low, param)
-    _check_plain(where, PARAM_LOW, low)
-    return low
+        low = shard_of(where, PARAM_LOW, low, param)
+    else:
+        _check_plain(where, PARAM_LOW, low)
+    return low.view(next((dtype for dtype, carrier in CARRIERS.items() if carrier == low.dtype), low.dtype))
 
 
 def _check_plain(where: str, key: str, value: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from optim8.state.allocation import DISK, HOST, Arena
 from optim8.state.mapped import PAGE, limit
 
-_NUMPY = {torch.uint8: np.uint8, torch.float32: np.float32}
+_NUMPY = {torch.uint8: np.uint8, torch.int16: np.int16, torch.float32: np.float32}
 _CHUNK = 2**20  # bytes written at a time to fill a file
 
 

@@ -71,6 +71,10 @@ CARRIERS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
 }
 
 
+# Of 16-bit parameters; each way of carrying a checkpoint takes another.
+WEIGHTS: tuple[dict[str, Any], ...] = ({"master_bits": 24}, {"master_bits": 32}, {"param_rounding": "dithered"}, {})
+
+
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("optim_bits", [8, 16, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +84,8 @@ def test_resume_has_the_same_bits(
 ) -> None:
     """Three steps, a checkpoint into a fresh optimizer with other options, three more: as six steps without."""
     params = hostile_parameters(SHAPES, DTYPES[dtype], device)
-    optimizer = case.make(params, optim_bits=optim_bits)
+    weights = WEIGHTS[list(CARRIERS).index(carrier) % len(WEIGHTS)] if dtype != "float32" else {}
+    optimizer = case.make(params, optim_bits=optim_bits, **weights)
     _steps(params, optimizer, 0, 3)
     saved = CARRIERS[carrier](optimizer.state_dict(), tmp_path)
     others = [parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
@@ -153,8 +158,9 @@ def test_before_the_first_step_and_with_partial_state(case: Case, optim_bits: in
 @ALL
 def test_deepcopy_and_pickle(case: Case, how: str, optim_bits: int, device: torch.device) -> None:
     """A copy has parameters and state of its own, with the same future."""
-    model = torch.nn.ParameterList(hostile_parameters(SHAPES, torch.float32, device))
-    optimizer = case.make(model.parameters(), optim_bits=optim_bits)
+    dtype, master_bits = {8: (torch.bfloat16, 24), 16: (torch.float16, 32), 32: (torch.float32, 16)}[optim_bits]
+    model = torch.nn.ParameterList(hostile_parameters(SHAPES, dtype, device))
+    optimizer = case.make(model.parameters(), optim_bits=optim_bits, master_bits=master_bits)
     _steps(list(model), optimizer, 0, 2)
     pair = model, optimizer
     twin, copied = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))

@@ -38,6 +38,8 @@ STAGES = [
     ("tensor_parallel_checkpoint", 2),
     ("torch_optim_to_shards", 2),
     ("refusals", 2),
+    ("wide_weights", 2),
+    ("wide_weights", 3),
     ("paged", 2),
     ("whole_from_rank_0", 2),
     ("gathered_from_rank_0", 2),

@@ -85,10 +85,11 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     for state in optimizer.state.values():
         for name, tensor in state.items():
             kind = "codes" if tensor.dtype == torch.uint8 else "absmax" if name.endswith("absmax") else "state32"
-            found[kind] += tensor.nbytes
+            kind = "master" if name == "param_low" else kind
+            found[kind] = found.get(kind, 0) + tensor.nbytes
             storage = tensor.untyped_storage()
             if not any(segment.holds(tensor) for segment in segments):
                 storages[storage.data_ptr()] = storage.nbytes()
-    state_bytes = found["codes"] + found["absmax"] + found["state32"]
+    state_bytes = sum(found.get(kind, 0) for kind in ("codes", "absmax", "state32", "master"))
     found["buffers"] = sum(storages.values()) - state_bytes + sum(b.nbytes for b in model.buffers())
     return found

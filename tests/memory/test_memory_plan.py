@@ -16,6 +16,7 @@ from optim8.paging import Pager
 
 OPTIMIZERS = {"adam8bit": optim8.Adam8bit, "adamw8bit": optim8.AdamW8bit, "lion8bit": optim8.Lion8bit}
 OPTIONS: tuple[dict[str, Any], ...] = ({}, {"min_8bit_size": 0}, {"min_8bit_size": 2000}, {"optim_bits": 32})
+WEIGHTS: tuple[dict[str, Any], ...] = ({"master_bits": 24}, {"master_bits": 32})  # of 16-bit parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -23,7 +24,7 @@ OPTIONS: tuple[dict[str, Any], ...] = ({}, {"min_8bit_size": 0}, {"min_8bit_size
 def test_planned_bytes_are_measured_bytes(name: str, dtype: torch.dtype, device: torch.device) -> None:
     make, data = MODELS[name]
     for kind, cls in OPTIMIZERS.items():
-        for options in OPTIONS:
+        for options in (*OPTIONS, *(WEIGHTS if dtype == torch.bfloat16 else ())):
             model = make().to(device, dtype)
             planned = optim8.memory.plan(model, kind, **options)
             optimizer = cls(model.parameters(), **options)

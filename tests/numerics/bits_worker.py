@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from functools import cache
+from typing import Any
 
 import torch
 from cases import EVERY, Case
@@ -36,12 +37,12 @@ def tensors(p_dtype: str, g_dtype: str, round_: int) -> tuple[tuple[torch.Tensor
     return tuple(made)
 
 
-def step_hash(case: Case, row: int, p_dtype: str, g_dtype: str, state_bits: int) -> str:
+def step_hash(case: Case, row: int, p_dtype: str, g_dtype: str, state_bits: int, **weights: Any) -> str:
     params = []
     for data, _ in tensors(p_dtype, g_dtype, 0):
         copy = torch.empty(data.numel() + 1, dtype=data.dtype)[1:]  # clone() would align it
         params.append(parameter(copy.copy_(data)))
-    optimizer = case.make(params, case.hypers[row], optim_bits=state_bits)
+    optimizer = case.make(params, case.hypers[row], optim_bits=state_bits, **weights)
     digest = hashlib.sha256()
     for round_ in range(3):
         for p, (_, grad) in zip(params, tensors(p_dtype, g_dtype, round_), strict=True):
@@ -51,7 +52,8 @@ def step_hash(case: Case, row: int, p_dtype: str, g_dtype: str, state_bits: int)
             # Bits of a NaN are not fixed by IEEE 754 (its sign and payload depend on the order of operands).
             digest.update(bits(torch.nan_to_num(p.detach(), nan=12345.0)))
             for key, value in sorted(optimizer.state[p].items()):
-                digest.update(key.encode() + bits(torch.nan_to_num(value, nan=12345.0)))
+                value = torch.nan_to_num(value, nan=12345.0) if value.is_floating_point() else value
+                digest.update(key.encode() + bits(value))
     return digest.hexdigest()
 
 
@@ -97,6 +99,10 @@ def main() -> None:
                     for state_bits in (8, 16, 32):
                         key = f"{case} row {row} {p_dtype} {state_bits}-bit"
                         table[key] = step_hash(case, row, p_dtype, g_dtype, state_bits)
+            for p_dtype in ("bfloat16", "float16"):
+                for state_bits, weights in ((8, {"param_rounding": "dithered"}), (8, {"master_bits": 24})):
+                    table[f"{case} {p_dtype} {weights}"] = step_hash(case, 0, p_dtype, p_dtype, state_bits, **weights)
+                table[f"{case} {p_dtype} 32 bits"] = step_hash(case, 0, p_dtype, p_dtype, 32, master_bits=32)
             if hasattr(torch.Tensor, "grad_dtype"):
                 for p_dtype in ("bfloat16", "float16"):
                     table[f"{case} {p_dtype}, float32 gradient"] = step_hash(case, 0, p_dtype, "float32", 8)

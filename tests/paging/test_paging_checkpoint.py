@@ -19,10 +19,14 @@ from optim8.paging import Pager
 SHAPES = ((70_001,), (3,), (0,), (2, 3, 70, 90), (300, 300))
 
 
-def _model() -> torch.nn.ParameterList:
+# Of the parameters and their weights, by where the state is that is carried.
+FORMS: dict[str, tuple[torch.dtype, int]] = {"paged": (torch.bfloat16, 24), "resident": (torch.float32, 16)}
+
+
+def _model(dtype: torch.dtype = torch.float32) -> torch.nn.ParameterList:
     params = []
     for i, shape in enumerate(SHAPES):
-        data = hostile(torch.Size(shape).numel(), torch.float32, seed=i, small=-2, large=0).view(shape)
+        data = hostile(torch.Size(shape).numel(), dtype, seed=i, small=-2, large=0).view(shape)
         params.append(parameter(data.contiguous(memory_format=torch.channels_last) if data.ndim == 4 else data))
     return torch.nn.ParameterList(params)
 
@@ -61,7 +65,7 @@ def _loaded(paged: bool, through_file: bool) -> Callable[[Pair, Path, Case], Pai
 def _loaded_over(pair: Pair, folder: Path, case: Case) -> Pair:
     """Into an optimizer that has stepped with the same states: its state is filled where it is."""
     hyper = {**case.hypers[1], **{option: case.hypers[0][option] for option in case.only_with.values()}}
-    model, used, before = _used(folder, case, hyper)
+    model, used, before = _used(pair, folder, case, hyper)
     _load_into(used, model, pair)
     late = 4  # had no state in the checkpoint of step 2
     assert [used.moments[0].values(used.state[p]).data_ptr() for p in model if used.state.get(p)] == before[:late]
@@ -70,15 +74,18 @@ def _loaded_over(pair: Pair, folder: Path, case: Case) -> Pair:
 
 def _loaded_over_others(pair: Pair, folder: Path, case: Case) -> Pair:
     """The same with options that may ask for other states, which then give way to those that are loaded."""
-    model, used, _ = _used(folder, case, case.hypers[1])
+    model, used, _ = _used(pair, folder, case, case.hypers[1])
     _load_into(used, model, pair)
     return model, used
 
 
-def _used(folder: Path, case: Case, hyper: Mapping[str, Any]) -> tuple[torch.nn.ParameterList, Any, list[int]]:
+def _used(
+    pair: Pair, folder: Path, case: Case, hyper: Mapping[str, Any]
+) -> tuple[torch.nn.ParameterList, Any, list[int]]:
     """A model, its optimizer after four steps, and where the first moment of each parameter lies."""
-    model = _model()
-    used = case.make(model.parameters(), hyper, min_8bit_size=100, paged=_pager(folder))
+    model = _model(pair[0][0].dtype)
+    master_bits = pair[1].param_groups[0]["master_bits"]
+    used = case.make(model.parameters(), hyper, min_8bit_size=100, master_bits=master_bits, paged=_pager(folder))
     _steps(model, used, 0, 4)
     return model, used, [used.moments[0].values(used.state[p]).data_ptr() for p in model]
 
@@ -110,8 +117,9 @@ CARRIERS: dict[str, Callable[[Pair, Path, Case], Pair]] = {
 @ALL
 def test_the_future_is_the_same(case: Case, source: str, carrier: str, tmp_path: Path) -> None:
     """8-bit and 32-bit state, two steps, a copy, two more: the copy has the original's bits, and memory of its own."""
-    model = _model()
-    optimizer = case.make(model.parameters(), min_8bit_size=100, paged=_pager(tmp_path) if source == "paged" else None)
+    dtype, master_bits = FORMS[source]
+    model, paged_by = _model(dtype), _pager(tmp_path) if source == "paged" else None
+    optimizer = case.make(model.parameters(), min_8bit_size=100, master_bits=master_bits, paged=paged_by)
     _steps(model, optimizer, 0, 2)
     twin, other = CARRIERS[carrier]((model, optimizer), tmp_path, case)
     at_copy = snapshot(other)

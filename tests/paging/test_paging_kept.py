@@ -25,14 +25,14 @@ ADAMW = CASES["AdamW8bit"]
 SIZES = (3, 70_001, 0, 4096)
 
 
-def new_params(sizes: tuple[int, ...] = SIZES) -> list[torch.nn.Parameter]:
-    return [parameter(hostile(n, torch.float32, seed=i, small=-2, large=0)) for i, n in enumerate(sizes)]
+def new_params(sizes: tuple[int, ...] = SIZES, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    return [parameter(hostile(n, dtype, seed=i, small=-2, large=0)) for i, n in enumerate(sizes)]
 
 
 def steps(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: int) -> None:
     for t in range(first, last):
         for i, p in enumerate(params):
-            p.grad = hostile(p.numel(), torch.float32, seed=10 * t + i) if t != 1 or i != 3 else None
+            p.grad = hostile(p.numel(), p.dtype, seed=10 * t + i) if t != 1 or i != 3 else None
         optimizer.step()
 
 
@@ -47,9 +47,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
 ) -> None:
     """Mixed state, late first gradients and a group added late, a schedule; twice resumed, without a copy of a file."""
     more = {"host_budget": budget, "bucket": "64KiB"}
-    params, twins = new_params(), new_params()
+    dtype, weights = (torch.bfloat16, {"master_bits": 32}) if budget else (torch.float32, {})
+    params, twins = new_params(dtype=dtype), new_params(dtype=dtype)
     optimizers = [
-        case.make(new[:2], min_8bit_size=100, paged=paged)
+        case.make(new[:2], min_8bit_size=100, paged=paged, **weights)
         for new, paged in ((twins, None), (params, keep(tmp_path, **more)))
     ]
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in optimizers]

@@ -67,6 +67,8 @@ def test_bits_are_those_of_a_resident_step(
     dtype = list(DTYPES.values())[(len(case.name) + optim_bits + threads) % 3]
     resident, paged = params_of(dtype), params_of(dtype)
     options = {"optim_bits": optim_bits, "min_8bit_size": 256}
+    if dtype != torch.float32:
+        options["master_bits"] = (16, 24, 32)[list(PAGERS).index(pager) % 3]
     a, b = case.make(resident, **options), case.make(paged, **options, paged=PAGERS[pager](tmp_path))
     for t in range(4):
         for params, optimizer in ((resident, a), (paged, b)):

@@ -60,8 +60,9 @@ void part_weights(py::handle param, py::handle low, py::handle wide, int threads
     const WeightArrays of = arrays_of("part_weights", param, low, wide);
     const py::gil_scoped_release release;
     each_value(of, threads, [](auto& p, auto& l, float& w) {
-        uint32_t weight = weight_bits<std::remove_reference_t<decltype(p)>>(w);
-        if (sizeof l == 1) weight = dither24(weight, u_of_nearest24);
+        const Weight kind = sizeof l == 1 ? Weight::Bits24 : Weight::Bits32;
+        const uint32_t bits = weight_bits<std::remove_reference_t<decltype(p)>>(w);
+        const uint32_t weight = keep_weight(kind, bits, u_of_nearest24);
         p.bits = param_of_weight(weight);
         put_low(weight, l);
     });

@@ -20,15 +20,23 @@ struct Values {
 struct Weights : Values {
     unsigned char* low;  // or null
     Weight weight;
+    uint32_t dither_time;
+    int64_t first;  // index in the whole parameter
 
     Weights from(int64_t i) const {
-        return {Values::from(i), low == nullptr ? nullptr : low + i * bytes_of(weight), weight};
+        return {Values::from(i), low == nullptr ? nullptr : low + i * bytes_of(weight), weight, dither_time, first + i};
+    }
+    // The same in other memory.
+    Weights in(unsigned char* data_there, unsigned char* low_there) const {
+        return {{data_there, storage}, low == nullptr ? nullptr : low_there, weight, dither_time, first};
     }
 };
-inline Weights param_of(const Row& row) {
+inline Weights param_of(const Row& row, uint32_t dither_time) {
     return {{static_cast<unsigned char*>(row.param), row.param_storage},
             static_cast<unsigned char*>(row.param_low),
-            row.weight};
+            row.weight,
+            dither_time,
+            int64_t{row.first_block} * step_block + row.first_in_block};
 }
 inline Values grad_of(const Row& row) {
     return {static_cast<unsigned char*>(const_cast<void*>(row.grad)), row.grad_storage};  // which nobody writes to
@@ -51,10 +59,10 @@ struct Group {
         join(weights, i);
         return scratch;
     }
-    // Back from where `widen` has put it. `start`: the dither of the first value of its block, `at`: its place there.
-    OPTIM8_HD void narrow(const Weights& weights, int64_t i, uint32_t start, int at) const {
+    // Back from where `widen` has put it.
+    OPTIM8_HD void narrow(const Weights& weights, int64_t i) const {
         if (weights.storage == Storage::Float32) return;
-        if (weights.weight != Weight::Plain) return part(weights, i, start, at);
+        if (weights.weight != Weight::Plain) return part(weights, i);
         if (weights.storage == Storage::BFloat16)
             convert(scratch, reinterpret_cast<bfloat16*>(weights.at(i)));
         else
@@ -63,7 +71,7 @@ struct Group {
 
   private:
     void join(const Weights& weights, int64_t i);
-    void part(const Weights& weights, int64_t i, uint32_t start, int at) const;
+    void part(const Weights& weights, int64_t i) const;
 
     template <class P, class Low>
     OPTIM8_HD void join_from(const unsigned char* param, const unsigned char* low) {
@@ -72,28 +80,43 @@ struct Group {
         for (int k = 0; k < code_group; ++k) scratch[k] = weight_value<P>(join_weight(p[k].bits, low_of(l[k])));
     }
     template <class P>
-    OPTIM8_HD void part_into(const Weights& weights, int64_t i, uint32_t start, int at) const {
+    OPTIM8_HD void part_into(const Weights& weights, int64_t i) const {
+        const int64_t index = weights.first + i;
+        const uint32_t block = static_cast<uint32_t>(index / step_block);
+        const int at = static_cast<int>(index % step_block), of_block = step_block - at;
+        if (__builtin_expect(of_block >= code_group, 1))
+            return part_some<P>(weights, i, 0, code_group, dither_start(block, weights.dither_time), at);
+        // Shards may begin anywhere in a block, and so the group is of two.
+        part_some<P>(weights, i, 0, of_block, dither_start(block, weights.dither_time), at);
+        part_some<P>(weights, i, of_block, code_group, dither_start(block + 1, weights.dither_time), -of_block);
+    }
+    // Values [begin, end) of the group. `start`: the dither of the first value of their block; `at`: where the group
+    // begins there.
+    template <class P>
+    OPTIM8_HD void part_some(const Weights& weights, int64_t i, int begin, int end, uint32_t start, int at) const {
         P* p = reinterpret_cast<P*>(weights.at(i));
         uint8_t* low = weights.low + i * bytes_of(weights.weight);
-        const uint32_t* of_element = ElementDitherOf<dither_of_param>::all.of_element + at;
-        const auto u = [&](int k) { return start + (of_element[k] << 16); };
+        const auto& all = ElementDitherOf<dither_of_param>::all;
+        const auto u = [&](int k) { return start + (all.of_element[at + k] << 16); };
         if (weights.weight == Weight::Dithered) {
-            for (int k = 0; k < code_group; ++k) p[k].bits = dither16(weight_bits<P>(scratch[k]), u(k));
+            for (int k = begin; k < end; ++k)
+                p[k].bits = param_of_weight(keep_weight(Weight::Dithered, weight_bits<P>(scratch[k]), u(k)));
         } else if (weights.weight == Weight::Bits24) {
-            for (int k = 0; k < code_group; ++k) {
-                const uint32_t weight = dither24(weight_bits<P>(scratch[k]), u(k));
+            for (int k = begin; k < end; ++k) {
+                const uint32_t weight = keep_weight(Weight::Bits24, weight_bits<P>(scratch[k]), u(k));
                 p[k].bits = param_of_weight(weight);
                 low[k] = low_of_weight24(weight);
             }
         } else {
             int16_t* l = reinterpret_cast<int16_t*>(low);
-            for (int k = 0; k < code_group; ++k) {
-                const uint32_t weight = weight_bits<P>(scratch[k]);
+            for (int k = begin; k < end; ++k) {
+                const uint32_t weight = keep_weight(Weight::Bits32, weight_bits<P>(scratch[k]), 0);
                 p[k].bits = param_of_weight(weight);
                 l[k] = low_of_weight(weight);
             }
         }
     }
+
     template <class From, class To>
     OPTIM8_HD static void convert(const From* from, To* to) {
         for (int i = 0; i < code_group; i += width) store(to + i, load(from + i));
@@ -109,11 +132,11 @@ __attribute__((noinline)) inline void Group::join(const Weights& weights, int64_
     else
         bytes ? join_from<float16, uint8_t>(param, low) : join_from<float16, int16_t>(param, low);
 }
-__attribute__((noinline)) inline void Group::part(const Weights& weights, int64_t i, uint32_t start, int at) const {
+__attribute__((noinline)) inline void Group::part(const Weights& weights, int64_t i) const {
     if (weights.storage == Storage::BFloat16)
-        part_into<bfloat16>(weights, i, start, at);
+        part_into<bfloat16>(weights, i);
     else
-        part_into<float16>(weights, i, start, at);
+        part_into<float16>(weights, i);
 }
 
 // The states of a group. A Block has `codes`, `low` and `absmax` of each.

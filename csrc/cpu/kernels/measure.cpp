@@ -162,7 +162,7 @@ OPTIM8_HD void measure_block(const States& states, const Weights& param, const V
 template <class Rule, class States>
 void measure_row(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = scalars_of<Rule>(*row.scalars);
-    const Weights param = param_of(row);
+    const Weights param = param_of(row, scalars.dither_time);
     const Values grad = grad_of(row);
     const int64_t whole = std::min(end, row.size / step_block);
     for (int64_t b = begin; b < whole; ++b)
@@ -179,7 +179,7 @@ void measure_row(const Row& row, int64_t begin, int64_t end) {
         States states(row, whole);
         typename States::Tail tail;
         states.pad(tail, n);
-        const Weights padded{{p, param.storage}, rest.low == nullptr ? nullptr : low, row.weight};
+        const Weights padded = rest.in(p, low);
         measure_block(states, padded, Values{g, grad.storage}, scalars, row.of_blocks + norms * whole);
     }
 }

@@ -183,7 +183,7 @@ OPTIM8_HD void work(Block<Rule>& block, const Weights& param, const Values& grad
         prefetch_group(grad.at(at), bytes_of(grad.storage));
         for (int s = 0; s < state_count<Rule>; ++s) prefetch_group(block.codes[s] + at, 1);
         advance<Coding>(block, pass, of_param.widen(param, at), of_grad.widen(grad, at), scalars, at);
-        of_param.narrow(param, at, block.dither, at);
+        of_param.narrow(param, at);
         if (before != nullptr) seal<Coding>(*before, at);
     }
     normalize<Coding>(block, pass, scalars);
@@ -196,7 +196,7 @@ OPTIM8_HD void seal_all(const Block<Rule>& block) {
 template <class Rule, class Coding>
 void step_codes(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = trusted<Rule>(scalars_of<Rule>(*row.scalars), row.sums);
-    const Weights param = param_of(row);
+    const Weights param = param_of(row, scalars.dither_time);
     const Values grad = grad_of(row);
     const int64_t whole = std::min(end, row.size / step_block);
     Block<Rule> blocks[2];
@@ -207,7 +207,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
             block.low[s] = row.low[s] == nullptr ? nullptr : row.low[s] + b * step_block;
             block.absmax[s] = row.absmax[s] + b;
         }
-        if (Coding::rounding == Rounding::Dithered || row.weight != Weight::Plain)
+        if (Coding::rounding == Rounding::Dithered)
             block.dither = dither_start(row.first_block + static_cast<uint32_t>(b), scalars.dither_time);
     };
     const auto params = [&](int64_t b) { return param.from(b * step_block); };
@@ -245,7 +245,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
                 block.low[s] = tail.low[s];
             }
         }
-        const Weights padded{{tail.param, param.storage}, low_bytes > 0 ? tail.param_low : nullptr, row.weight};
+        const Weights padded = rest.in(tail.param, tail.param_low);
         work<Coding, Rule>(block, padded, {tail.grad, grad.storage}, scalars, nullptr);
         seal_all<Coding>(block);
         std::memcpy(rest.data, tail.param, param_bytes);
@@ -261,7 +261,7 @@ template <class Rule>
 void step_32bit(const Row& row, int64_t begin, int64_t end) {
     const StepScalars<Rule> scalars = trusted<Rule>(scalars_of<Rule>(*row.scalars), row.sums);
     const F factor(scalars.gradient_factor);
-    const Weights param = param_of(row);
+    const Weights param = param_of(row, scalars.dither_time);
     const Values grad = grad_of(row);
     float* state[state_count<Rule>]{};
     for (int s = 0; s < kept_count<Rule>; ++s) state[s] = static_cast<float*>(row.state[s]);
@@ -277,16 +277,13 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
             for (int s = 0; s < kept_count<Rule>; ++s) store(states[s] + i, now[s]);
         }
     };
-    const auto dither_of_block = [&](int64_t i) {
-        return dither_start(row.first_block + static_cast<uint32_t>(i / step_block), scalars.dither_time);
-    };
     const int64_t last = std::min(end * step_block, row.size);
     int64_t i = begin * step_block;
     for (; i + code_group <= last; i += code_group) {
         float* at[state_count<Rule>]{};
         for (int s = 0; s < kept_count<Rule>; ++s) at[s] = state[s] + i;
         advance_group(of_param.widen(param, i), of_grad.widen(grad, i), at);
-        of_param.narrow(param, i, dither_of_block(i), static_cast<int>(i % step_block));
+        of_param.narrow(param, i);
     }
     if (i < last) {
         const size_t n = static_cast<size_t>(last - i), param_bytes = n * static_cast<size_t>(bytes_of(param.storage));
@@ -302,9 +299,9 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
             std::memcpy(rest[s], state[s] + i, n * sizeof(float));
             at[s] = rest[s];
         }
-        const Weights padded{{p, param.storage}, low_bytes > 0 ? low : nullptr, row.weight};
+        const Weights padded = left.in(p, low);
         advance_group(of_param.widen(padded, 0), of_grad.widen(Values{g, grad.storage}, 0), at);
-        of_param.narrow(padded, 0, dither_of_block(i), static_cast<int>(i % step_block));
+        of_param.narrow(padded, 0);
         std::memcpy(left.data, p, param_bytes);
         if (low_bytes > 0) std::memcpy(left.low, low, low_bytes);
         for (int s = 0; s < kept_count<Rule>; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));

@@ -92,7 +92,9 @@ def _read_entry(where: str, moments: Moments, param: torch.Tensor, entry: dict[s
                 check_low(where, moment, values, low)
     if PARAM_LOW in entry:
         known.append(PARAM_LOW)
-        read[PARAM_LOW] = common.tensor(where, entry, PARAM_LOW, tuple(LOW_DTYPES.values()), param.shape)
+        # float16: as sharded dicts have it.
+        dtypes = (*LOW_DTYPES.values(), torch.float16)
+        read[PARAM_LOW] = common.tensor(where, entry, PARAM_LOW, dtypes, param.shape)
     for key, value in entry.items():
         if key not in known:
             if _is_of_moments(key):  # of another rule, or one that was renamed

@@ -38,6 +38,7 @@ def plan(
     sharding: str = "ddp",
     min_8bit_size: int | None = None,
     optim_bits: int | None = None,
+    master_bits: int | None = None,
     paged: bool | Pager | None = None,
     device: str | None = None,
     budget: int | str | None = None,
@@ -70,6 +71,7 @@ def plan(
             first dimension as `torch.distributed.fsdp.fully_shard` does. What is 8-bit depends on the whole parameter.
         min_8bit_size, optim_bits: as for the optimizer; None for its defaults. By these, tensors of fewer than 4096
             values, as adapters of LoRA often are, have float32 state; the plan notes it where that is a good part.
+        master_bits: as for the optimizer: 24 or 32 keep what 16-bit parameters lack of a weight, as state.
         paged: True, or an optim8.paging.Pager with budgets, as for the optimizer.
         device: "cuda" or "cpu", where the parameters are; None for the device of the module, "cuda" for sizes alone.
         budget: memory of a device, bytes or a text such as "24GiB". Paged state has there what parameters, gradients
@@ -108,7 +110,7 @@ def plan(
         ("gradients", tier): sum(p.size * (grads or p.dtype).itemsize for p in trained),
         ("model's buffers", tier): model.buffer_bytes,
     }
-    options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
+    options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits, "master_bits": master_bits}
     given = {name: value for name, value in options.items() if value is not None}
     free = 0 if budget is None else max(0, budget_bytes(budget) - sum(rows.values()))
     state = _state(optimizer, held, trained, stepped, given, paged, device, free)

@@ -12,7 +12,7 @@ from optim8.paging.directory.records import Records
 from optim8.paging.files import Segment, part
 from optim8.state.mapped import PAGE
 
-_DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
+_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
 
 
 def header(run: str, name: str) -> bytes:

@@ -28,10 +28,10 @@ constexpr Form dithered{Precision::Bits8, Rounding::Dithered},
 const RuleInfo& info_of(RuleId rule) { return rule_info(rule); }
 
 Buffer<uint8_t> low24_of(int64_t size, int64_t offset, Form form) {
-    return {form.weight == Weight::Bits24 ? size : 0, offset};
+    return Buffer<uint8_t>(form.weight == Weight::Bits24 ? size : 0, offset);
 }
 Buffer<int16_t> low32_of(int64_t size, int64_t offset, Form form) {
-    return {form.weight == Weight::Bits32 ? size : 0, offset};
+    return Buffer<int16_t>(form.weight == Weight::Bits32 ? size : 0, offset);
 }
 
 // One tensor of a step, twice: what the kernels on trial work on, and what the CPU's do.
@@ -99,6 +99,7 @@ struct Tensor {
             if (form.weight == Weight::Bits24) row.param_low = side->low24.data();
             if (form.weight == Weight::Bits32) row.param_low = side->low32.data();
             row.first_block = static_cast<uint32_t>(1000 * size + offset);
+            row.first_in_block = static_cast<uint32_t>(size % 3 == 0 ? 0 : size % step_block);
             for (size_t s = 0; s < side->codes.size(); ++s) {
                 row.state[s] = coded ? static_cast<void*>(side->codes[s].data()) : side->wide[s].data();
                 row.low[s] = side->low[s].size() > 0 ? side->low[s].data() : nullptr;
