@@ -21,10 +21,12 @@ from shared.subjects import (
     cases,
     least_traffic,
     make_parameters,
+    namesake_subjects,
     optim8_subjects,
     peer_subjects,
     peer_versions,
     torch_subjects,
+    weight_subjects,
 )
 
 ISAS = ("scalar", "avx2", "avx512")
@@ -38,6 +40,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of parameters and gradients")
     parser.add_argument("--threads", default=",".join(map(str, sorted({1, every}))), help="numbers of threads")
     parser.add_argument("--no-peers", action="store_true", help="leave bitsandbytes and torchao out")
+    parser.add_argument("--namesakes", action="store_true", help="measure each class of torch.optim in every form too")
     parser.add_argument("--isa", choices=ISAS, help="force optim8's instruction set (a child process does the work)")
     add_json(parser, "bench_step")
     return parser.parse_args(argv)
@@ -114,6 +117,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
         for threads in map(int, arguments.threads.split(",")):
             for case in cases(arguments.quick):
                 subjects = {**torch_subjects(), **optim8_subjects(case.small), **peers}
+                if arguments.namesakes:
+                    subjects |= namesake_subjects()
+                if dtype != "float32":
+                    subjects |= weight_subjects()
                 found = measure(case, getattr(torch, dtype), threads, subjects, arguments.repeats)
                 result["timings"] += found["timings"]
                 result["failed"].update(found["failed"])

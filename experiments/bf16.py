@@ -29,7 +29,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIZES = {"steps": 2000, "batch": 8, "layers": 2, "width": 64, "context": 64}
+SIZES = {"steps": 2000, "batch": 4, "layers": 1, "width": 64, "context": 32}
 QUICK = {"steps": 4, "batch": 2, "layers": 1, "width": 32, "context": 16}
 LAST = 0.1  # the share of steps at the end whose training losses count
 DRAWN = 100  # points of a curve
@@ -124,7 +124,7 @@ def train(job: tuple[Mapping[str, int], str, float, int]) -> tuple[str, float, i
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     each = max(1, len(losses) // DRAWN)
     figures = {
         "training_loss": float(np.mean(losses[-max(1, round(LAST * len(losses))) :])),
@@ -175,7 +175,7 @@ def render(result: Mapping[str, Any]) -> str:
             *tables,
             f"GPT of {result['parameters']:,} parameters, {arguments['steps']} steps of "
             f"{arguments['batch'] * arguments['context']} bytes, {plural(arguments['seeds'], 'seed')}; losses in nats "
-            f"per byte, of training over the last {LAST:.0%} of the steps. ± is the standard error of the mean over seeds.",
+            f"per byte, of training over the last {LAST:.0%} of the steps. ± is the standard error of the mean.",
             origin(result),
         ]
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import small_gradients
 from shared.common import origin, plural, table
-from shared.subjects import REFERENCE, with_version
+from shared.subjects import COPY, REFERENCE, namesakes, with_version
 
 Result = Mapping[str, Any]
 
@@ -92,3 +92,52 @@ def peers(memory: Result, step: Result, avx2: Result, gradients: Result) -> str:
             f"{plural(threads, 'thread')}. On a GPU nothing is measured yet.",
         ]
     )
+
+
+def suite(result: Result) -> str:
+    """Every optimizer beside the fastest form of its namesake in torch.optim, and beside torch's fused AdamW."""
+    cases = dict.fromkeys((row["case"], row["dtype"]) for row in result["timings"])
+    milliseconds = {
+        (row["case"], row["dtype"], row["subject"]): row["median_ms"] for row in result["timings"] if row["threads"] > 1
+    }
+    forms = [subject for _, _, subject in milliseconds if subject.startswith("torch ")]
+
+    def times(case: tuple[str, str], ours: str, theirs: Sequence[str]) -> str:
+        measured = [milliseconds[(*case, form)] for form in theirs if (*case, form) in milliseconds]
+        return f"{min(measured) / milliseconds[(*case, ours)]:.2f}" if measured else ""
+
+    rows = []
+    for subject in dict.fromkeys(subject for _, _, subject in milliseconds if subject.startswith("optim8 ")):
+        name = subject.removeprefix("optim8 ")
+        there = [case for case in cases if (*case, subject) in milliseconds]
+        theirs = namesakes().get(name, "AdamW" if name == "AdamW8bit" else "")
+        of_same = [form for form in forms if theirs and form.startswith(f"torch {theirs} ") and form != COPY]
+        cells = [
+            f"{times(c, subject, of_same)} / {times(c, subject, [REFERENCE])}" if c in there else "" for c in cases
+        ]
+        rows.append([name, *cells])
+    headers = ["optimizer", *(f"{case}, {dtype}" for case, dtype in cases)]
+    return "\n\n".join(
+        [
+            table(headers, rows),
+            "How many times as fast as the fastest form of the same class in torch.optim (fused, foreach, one tensor "
+            "after the other) / as torch's fused AdamW, in the same rounds, on all threads. Empty: torch has no such "
+            "class.",
+            _weights(milliseconds),
+            origin(result),
+        ]
+    )
+
+
+def _weights(milliseconds: Mapping[tuple[str, str, str], float]) -> str:
+    """The steps of weights that are wider or dithered, against that of plain ones."""
+    case = next(case for case, dtype, _ in milliseconds if case.startswith("transformer") and dtype == "bfloat16")
+    plain = milliseconds[case, "bfloat16", "optim8 AdamW8bit"]
+    copy = milliseconds[case, "bfloat16", COPY]
+    parts = [
+        f"{name.removeprefix('optim8 AdamW8bit ')} {ms / plain:.2f} times the time of plain AdamW8bit and "
+        f"{copy / ms:.2f} times as fast as the copy"
+        for (of, dtype, name), ms in milliseconds.items()
+        if (of, dtype) == (case, "bfloat16") and name.startswith(("optim8 AdamW8bit master", "optim8 AdamW8bit param"))
+    ]
+    return f"Weights of bfloat16 parameters, {case}; the copy is {COPY}: {'; '.join(parts)}."

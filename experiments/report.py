@@ -150,6 +150,7 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "optimizers": ((), suite.render),
     "long_run-16bit": (("long_run-16bit",), slow_state.report.render16),
     "steps": (("bench_step", "bench_step-avx2", "bench_step-peers"), comparison.steps),
+    "suite": (("bench_step-suite",), comparison.suite),
     "spread": (("long_run",), slow_state.spread.render),
     "peers": (("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients"), comparison.peers),
 }

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,64 @@ def torch_subjects() -> dict[str, Make]:
         REFERENCE: lambda parameters: torch.optim.AdamW(parameters, fused=True),
         "torch AdamW foreach": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
     }
+
+
+def namesakes() -> dict[str, str]:
+    """The class of torch.optim with the same rule, by ours; without AdamW, which all are compared with anyway."""
+    from optim8 import rules
+
+    named = {made.__name__: rules.rule(made.rule).torch_name for made in optimizers()}  # type: ignore[attr-defined]
+    return {ours: theirs for ours, theirs in named.items() if theirs not in (None, "AdamW")}
+
+
+def namesake_subjects() -> dict[str, Make]:
+    """Those classes in every form that torch has for a CPU: fused, over lists of tensors, and one after the other."""
+    subjects: dict[str, Make] = {}
+    for theirs in namesakes().values():
+        cls = getattr(torch.optim, theirs)
+        more = {"momentum": 0.9} if theirs == "SGD" else {}
+        forms = {"foreach": {"foreach": True}, "one by one": {"foreach": False}}
+        if "fused" in inspect.signature(cls).parameters:
+            forms["fused"] = {"fused": True}
+        for form, options in forms.items():
+            subjects[f"torch {theirs} {form}"] = functools.partial(cls, **more, **options)
+    return subjects
+
+
+COPY = "torch AdamW fused, float32 copy"
+
+
+def weight_subjects() -> dict[str, Make]:
+    """Of 16-bit parameters: AdamW8bit with weights that are wider or dithered, and torch's over a float32 copy."""
+    import optim8
+
+    ways: dict[str, dict[str, Any]] = {
+        "master_bits=24": {"master_bits": 24},
+        "master_bits=32": {"master_bits": 32},
+        "param_rounding=dithered": {"param_rounding": "dithered"},
+    }
+    ours: dict[str, Make] = {
+        f"optim8 AdamW8bit {name}": functools.partial(optim8.AdamW8bit, **options) for name, options in ways.items()
+    }
+    return {**ours, COPY: _WithCopy}
+
+
+class _WithCopy(torch.optim.Optimizer):
+    """torch's fused AdamW over float32 copies, from which the parameters are rounded."""
+
+    def __init__(self, params: list[Parameter]) -> None:
+        super().__init__(params, {})
+        self.params, self.copies = params, [Parameter(p.detach().float()) for p in params]
+        self.inner = torch.optim.AdamW(self.copies, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p, copy in zip(self.params, self.copies, strict=True):
+            copy.grad = None if p.grad is None else p.grad.float()
+        self.inner.step()
+        for p, copy in zip(self.params, self.copies, strict=True):
+            p.copy_(copy)
+            self.state[p] = {**self.inner.state[copy], "copy": copy.detach()}
 
 
 def peer_subjects() -> dict[str, Make]:
