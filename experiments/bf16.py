@@ -90,6 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_outputs(parser, "bf16")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, at least 2")
     parser.add_argument("--rates", default="1e-3,1e-5", help="learning rates")
+    parser.add_argument("--ways", help=f"some of {' | '.join(WAYS)}, with | between; by default all that are installed")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="trainings at a time, of one thread each")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"by default {value}, with --quick {QUICK[name]}")
@@ -99,6 +100,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(arguments, name, value)
     if arguments.seeds < 2 or min(getattr(arguments, name) for name in SIZES) < 1:
         parser.error("--seeds must be at least 2, and sizes at least 1")
+    there = [way for way in WAYS if not way.startswith("torchao") or importlib.util.find_spec("torchao")]
+    arguments.ways = arguments.ways.split("|") if arguments.ways else there
+    if REFERENCE not in arguments.ways or not set(arguments.ways) <= WAYS.keys():
+        parser.error(f"--ways must be among {' | '.join(WAYS)}, and {REFERENCE} one of them")
     return arguments
 
 
@@ -183,7 +188,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 def draw(result: Mapping[str, Any]) -> Figure:
     """Training loss over the steps, a panel for each learning rate."""
-    shown = [REFERENCE, "master_bits=24", "dithered", "nearest"]
+    shown = [way for way in (REFERENCE, "master_bits=24", "dithered", "nearest") if way in result["arguments"]["ways"]]
     figure, axes = new_figure(len(result["rates"]))
     for axis, (rate, found) in zip(axes, result["rates"].items(), strict=True):
         for style, way in zip(STYLES, shown, strict=False):
@@ -201,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     head = provenance(vars(arguments))
     sizes = {name: getattr(arguments, name) for name in SIZES}
-    ways = [way for way in WAYS if not way.startswith("torchao") or importlib.util.find_spec("torchao")]
+    ways: list[str] = arguments.ways
     rates = arguments.rates.split(",")
     jobs = [(sizes, way, float(rate), seed) for rate in rates for seed in range(arguments.seeds) for way in ways]
     runs: dict[float, dict[str, dict[int, Any]]] = {float(rate): {way: {} for way in ways} for rate in rates}

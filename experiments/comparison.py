@@ -102,14 +102,18 @@ def suite(result: Result) -> str:
     }
     forms = [subject for _, _, subject in milliseconds if subject.startswith("torch ")]
 
+    def measured(case: tuple[str, str], subject: str) -> float | None:
+        return milliseconds.get((*case, subject))
+
     def times(case: tuple[str, str], ours: str, theirs: Sequence[str]) -> str:
-        measured = [milliseconds[(*case, form)] for form in theirs if (*case, form) in milliseconds]
-        return f"{min(measured) / milliseconds[(*case, ours)]:.2f}" if measured else ""
+        own, others = measured(case, ours), [measured(case, form) for form in theirs]
+        known = [ms for ms in others if ms is not None]
+        return f"{min(known) / own:.2f}" if own is not None and known else ""
 
     rows = []
     for subject in dict.fromkeys(subject for _, _, subject in milliseconds if subject.startswith("optim8 ")):
         name = subject.removeprefix("optim8 ")
-        there = [case for case in cases if (*case, subject) in milliseconds]
+        there = [case for case in cases if measured(case, subject) is not None]
         theirs = namesakes().get(name, "AdamW" if name == "AdamW8bit" else "")
         of_same = [form for form in forms if theirs and form.startswith(f"torch {theirs} ") and form != COPY]
         cells = [

@@ -20,8 +20,8 @@ from optim8.state.mapped import tensors_of
 from optim8.state.moments import Entry, bits_of_sources, check_values
 from optim8.state.shards import copy_beside, local
 from optim8.step import supply
-from optim8.step.hypers import counts_steps
 from optim8.step.supply import Stateful
+from optim8.step.weight_options import counts_steps
 
 
 def merge_groups(owner: str, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:

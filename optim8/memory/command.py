@@ -15,11 +15,15 @@ from optim8.memory.planning import budget
 from optim8.memory.planning.peers import PEERS
 from optim8.memory.planning.planner import OURS, SHARDINGS, plan
 from optim8.paging.pager import Pager
-from optim8.step.hypers import BITS, MASTER_BITS, MIN_8BIT_SIZE
+from optim8.step.hypers import BITS, MIN_8BIT_SIZE
+from optim8.step.weight_options import MASTER_BITS
 
 EXIT = "Ends with 0; with 1 where the plan does not fit --budget; with 2 where an argument or a file is wrong."
 _SOURCE = "a config as JSON, safetensors files of one model, its folder, or its name if the hub's cache has the config"
 _SMALL = f"tensors of fewer values keep float32 state (default: {MIN_8BIT_SIZE})"
+
+
+_MASTER = "of 16-bit weights: 16, or 24 or 32 with what the parameter lacks as state (default: 16)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-8bit-size", type=int, help=_SMALL)
     parser.add_argument("--optim-bits", type=int, choices=BITS, help="8, 16, or 32 for state in float32 (default: 8)")
-    parser.add_argument(
-        "--master-bits", type=int, choices=MASTER_BITS, help="of 16-bit weights: 16, or 24 or 32 with low bits as state"
-    )
+    parser.add_argument("--master-bits", type=int, choices=MASTER_BITS, help=_MASTER)
     parser.add_argument("--paged", action="store_true", help="state may live in host memory or on the disk")
     parser.add_argument("--host-budget", help="with --paged: host memory for state, such as 64GiB (default: no limit)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="where the parameters are (default: cuda)")

@@ -10,7 +10,8 @@ from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
-from optim8.step.hypers import MIN_8BIT_SIZE, Bits, MasterBits, Rounding
+from optim8.step.hypers import MIN_8BIT_SIZE, Bits, Rounding
+from optim8.step.weight_options import MasterBits
 
 
 class RMSprop8bit(BlockwiseOptimizer):

@@ -13,6 +13,7 @@ import torch
 from optim8 import _native, rules
 from optim8.rules import Hyper, Rule
 from optim8.step import orthogonal
+from optim8.step.weight_options import MASTER_BITS, PLAIN_WEIGHTS, has_plain_weights, narrow_only
 
 MIN_8BIT_SIZE = 4096
 
@@ -21,11 +22,7 @@ Number: TypeAlias = float | torch.Tensor
 Betas: TypeAlias = Sequence[Number] | str
 Bits: TypeAlias = Literal[8, 16, 32]
 Rounding: TypeAlias = Literal["dithered", "nearest"]
-MasterBits: TypeAlias = Literal[16, 24, 32]
-BITS, ROUNDINGS, MASTER_BITS = get_args(Bits), get_args(Rounding), get_args(MasterBits)
-
-# Of weights that are their parameters, rounded to nearest.
-PLAIN_WEIGHTS: dict[str, Any] = {"master_bits": 16, "param_rounding": "nearest"}
+BITS, ROUNDINGS = get_args(Bits), get_args(Rounding)
 
 # Set by group; filled in where a checkpoint of another optimizer lacks them.
 EXTRA_DEFAULTS: dict[str, Any] = {
@@ -243,27 +240,9 @@ def check_params(owner: str, group_index: int, group: dict[str, Any]) -> None:
                 f"{owner}: {name_of(group, index)} of group {group_index} must be dense and float32, bfloat16 or "
                 f"float16, got {kind.removeprefix('torch.')} {tuple(param.shape)}. Convert it, or leave it out."
             )
-        if param.dtype == torch.float32 and not _has_plain_weights(group):
-            raise ValueError(
-                f"{owner}: {name_of(group, index)} of group {group_index} must be bfloat16 or float16 for "
-                f"{_what_weights(group)}, got float32 {tuple(param.shape)}. float32 parameters lack no bits: give "
-                "them a group with master_bits=16 and param_rounding='nearest', or convert the model first."
-            )
-
-
-def _has_plain_weights(options: dict[str, Any]) -> bool:
-    return all(options[name] == value for name, value in PLAIN_WEIGHTS.items())
-
-
-def _what_weights(options: dict[str, Any]) -> str:
-    bits = options["master_bits"]
-    return f"master_bits={bits}" if bits != 16 else f"param_rounding={options['param_rounding']!r}"
-
-
-def counts_steps(options: dict[str, Any]) -> bool:
-    """Whether a parameter under these options has a count of steps although its rule keeps nothing: a dither needs
-    it."""
-    return not _has_plain_weights(options)
+        if param.dtype == torch.float32 and not has_plain_weights(group):
+            where = f"{owner}: {name_of(group, index)} of group {group_index}"
+            raise ValueError(narrow_only(where, group, tuple(param.shape)))
 
 
 def bits_of_new_state(options: dict[str, Any], param: torch.Tensor) -> int:

@@ -19,6 +19,7 @@ from optim8.state.shards import is_dtensor, local
 from optim8.step import arrays, hypers, orthogonal, ranks
 from optim8.step.parts import Part
 from optim8.step.scaling import Scaling
+from optim8.step.weight_options import counts_steps
 
 # Bytes of the directions of a bucket, but for one that has a single parameter. Enough for kernels to have work, and
 # little beside the parameters of a model that needs 8-bit state.
@@ -120,7 +121,7 @@ def step(
         updates = _updates(bucket, flat, directions, part.given)
         del flat, directions
         shape = tuple(bucket.params[0].shape)
-        if hypers.counts_steps(part.given):
+        if counts_steps(part.given):
             entries = [state[param] for param in bucket.params]
             begins = [firsts.get(at, 0) for at in range(len(targets))]
             move_weights(targets, updates, part.given, shape, found, entries, begins, pinned_spans)
@@ -226,9 +227,11 @@ def move_weights(
     lr, length = map(float, _lengths(targets[0], options, shape, found_inf))
     # p - length * (update + decay * p)
     decay = lr * float(options["weight_decay"]) / length if length else 0.0
-    descent = {hyper.name: hyper.default for hyper in rules.rule("sgd").hypers}
-    descent = {**options, **descent, "lr": length, "weight_decay": decay, "maximize": False, "capturable": False}
-    native = hypers.step_options("Muon8bit", rules.rule("sgd"), {**descent, "params": []}, None, None)
+    keeps_nothing = next(rule for rule in rules.every().values() if not rule.moments and not rule.has_norms)
+    descent = rules.rule(keeps_nothing.family)
+    given = {hyper.name: hyper.default for hyper in descent.hypers}
+    given |= {"lr": length, "weight_decay": decay, "maximize": False, "capturable": False, "params": []}
+    native = hypers.step_options("Muon8bit", descent, {**options, **given}, None, None)
     for target, update, entry, first in zip(targets, updates, entries, firsts, strict=True):
         whole, low = dense(target), entry.get(PARAM_LOW)
         before = {STEP: torch.tensor(float(local(entry[STEP])) - 1)}

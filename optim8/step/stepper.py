@@ -22,6 +22,7 @@ from optim8.step.norms import check_whole
 from optim8.step.parts import LocalStep, Part
 from optim8.step.scaling import UNSCALED, Scaling
 from optim8.step.supply import Stateful
+from optim8.step.weight_options import PLAIN_WEIGHTS
 
 
 class Stepper:
@@ -108,7 +109,7 @@ class Stepper:
         values, gradient = _sample(whole, blocks), _sample(grad, blocks).float()
         low = None if PARAM_LOW not in entry else _sample(local(entry[PARAM_LOW]), blocks)
         values = values.float() if low is None else join(values, low)
-        group = {**group, **hypers.PLAIN_WEIGHTS}
+        group = {**group, **PLAIN_WEIGHTS}
         state: dict[str, torch.Tensor] = {"step": local(entry["step"]).clone()}
         state.update({scalar.name: local(entry[scalar.name]).clone() for scalar in optimizer.moments.scalars})
         moments = moments_of(optimizer.moments, entry)
@@ -188,7 +189,7 @@ class Stepper:
         """The native step of parameters of a part, over tensors that stand in for them."""
         part, state, owner = local_step.parts[number], local_step.states[number], type(optimizer).__name__
         # Directions are rounded once; what the weights have beyond 16 bits is for their own step.
-        options = _options(owner, rules.rule(optimizer.rule), {**part.given, **hypers.PLAIN_WEIGHTS}, scaling)
+        options = _options(owner, rules.rule(optimizer.rule), {**part.given, **PLAIN_WEIGHTS}, scaling)
 
         def emit(
             directions: list[torch.Tensor], indices: list[int], grads: dict[int, torch.Tensor], firsts: dict[int, int]

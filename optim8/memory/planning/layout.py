@@ -18,7 +18,8 @@ from optim8.state.allocation import DEVICE, HOST, TIERS, Allocator, Arena, Resid
 from optim8.state.layout import PARAM_LOW, STEP, bits_of, layout_of, moments_of
 from optim8.state.mapped import PAGE
 from optim8.step import overrides
-from optim8.step.hypers import bits_of_new_state, counts_steps
+from optim8.step.hypers import bits_of_new_state
+from optim8.step.weight_options import counts_steps
 
 Bytes = dict[tuple[str, str], int]  # by kind and tier
 # A tensor on the meta device, and the moments and bits of its state.
