@@ -229,7 +229,7 @@ def move_weights(
     decay = lr * float(options["weight_decay"]) / length if length else 0.0
     keeps_nothing = next(rule for rule in rules.every().values() if not rule.moments and not rule.has_norms)
     descent = rules.rule(keeps_nothing.family)
-    given = {hyper.name: hyper.default for hyper in descent.hypers}
+    given: dict[str, Any] = {hyper.name: hyper.default for hyper in descent.hypers}
     given |= {"lr": length, "weight_decay": decay, "maximize": False, "capturable": False, "params": []}
     native = hypers.step_options("Muon8bit", descent, {**options, **given}, None, None)
     for target, update, entry, first in zip(targets, updates, entries, firsts, strict=True):

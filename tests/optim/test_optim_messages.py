@@ -154,7 +154,7 @@ def test_repr(tmp_path: Path, device: torch.device) -> None:
     optimizer = optim8.AdamW8bit(model.named_parameters(), lr=0.25)
     text = repr(optimizer)
     theirs = repr(torch.optim.AdamW(model.parameters(), lr=0.25))
-    own = ("State", "    min_8bit", "    optim_bits", "    rounding")
+    own = ("State", "    master_bits", "    min_8bit", "    optim_bits", "    param_rounding", "    rounding")
     ours = [line for line in text.splitlines() if not line.startswith(own)]
     assert [line for line in theirs.splitlines() if "decoupled" not in line] == [ours[0].replace("8bit", ""), *ours[1:]]
     assert "param_names" not in text
