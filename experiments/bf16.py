@@ -188,7 +188,8 @@ def render(result: Mapping[str, Any]) -> str:
 
 def draw(result: Mapping[str, Any]) -> Figure:
     """Training loss over the steps, a panel for each learning rate."""
-    shown = [way for way in (REFERENCE, "master_bits=24", "dithered", "nearest") if way in result["arguments"]["ways"]]
+    first = next(iter(result["rates"].values()))
+    shown = [way for way in (REFERENCE, "master_bits=24", "dithered", "nearest") if way in first]
     figure, axes = new_figure(len(result["rates"]))
     for axis, (rate, found) in zip(axes, result["rates"].items(), strict=True):
         for style, way in zip(STYLES, shown, strict=False):
