@@ -72,8 +72,8 @@ OPTIM8_HD uint32_t join_weight(uint16_t param, int32_t low) {
 OPTIM8_HD int32_t low_of(uint8_t byte) { return static_cast<int32_t>(static_cast<int8_t>(byte)) * 256; }
 OPTIM8_HD int32_t low_of(int16_t bytes) { return bytes; }
 
-// What is kept of a weight; `u`: of the element, in units of 2^-32. What is 0 stays so, and what is infinite. Of one that
-// has no low bits only the parameter counts, whose rounding to nearest then ends in a truncation.
+// What is kept of a weight; `u`: of the element, in units of 2^-32. What is 0 stays so, and what is infinite. Of one
+// that has no low bits only the parameter counts, whose rounding to nearest then ends in a truncation.
 OPTIM8_HD uint32_t keep_weight(Weight kind, uint32_t weight, uint32_t u) {
     if (kind == Weight::Bits32) return weight;
     return kind == Weight::Bits24 ? (weight + (u >> 24)) & ~0xffu : weight + (u >> 16) - 0x8000u;
