@@ -55,7 +55,8 @@ def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[st
                 init_method=f"file://{folder}/{name}.store",
                 rank=rank,
                 world_size=world,
-                timeout=timedelta(seconds=60),
+                # A rank that has no part in the stage before waits here for those that have.
+                timeout=timedelta(seconds=300),
             )
             if device_type == "cuda":
                 torch.cuda.set_device(device)
