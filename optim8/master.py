@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from optim8.checkpoint.adopt import adopt_states
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.state.layout import PARAM_LOW, dense_stride
+from optim8.state.layout import PARAM_LOW, dense_stride, master_bits_of
 from optim8.state.shards import is_dtensor, local, shard_of, wrap
 from optim8.state.weights import join, part
 from optim8.step import pending, supply
@@ -69,38 +69,50 @@ def load_master_state_dict(model: torch.nn.Module, optimizer: Optimizers, state_
 
     Raises:
         TypeError: an optimizer is not one of this library.
-        ValueError: a name or a shape does not fit; nothing was changed.
+        ValueError: a name, a shape, or the width of a state's low bits does not fit; nothing was changed.
     """
     who = "load_master_state_dict"
     optimizers = _ready(who, optimizer)
     _check(who, model, state_dict)
     params = dict(model.named_parameters(remove_duplicate=False))
+    named = {id(param): name for name, param in params.items()}
+    for each in optimizers:
+        _check_lows(who, each, named)
     placed = {name: _as_placed(who, params.get(name), name, value) for name, value in state_dict.items()}
     model.load_state_dict(placed)
-    named = {id(param): name for name, param in params.items()}
     for each in optimizers:
         with each.turn, each.memory.rewriting(each.param_groups, each.state):
             _load_lows(who, each, named, state_dict)
 
 
-def _load_lows(who: str, optimizer: Any, named: Mapping[int, str], state_dict: Mapping[str, Any]) -> None:
+def _wide_params(optimizer: Any, named: Mapping[int, str]) -> Iterator[tuple[dict[str, Any], torch.Tensor, int]]:
+    """The parameters of the model that have low bits by their options: their group, and the bits of their weights."""
     for group in optimizer.param_groups:
         for param in group["params"]:
-            name = named.get(id(param))
-            wanted = supply.moments_wanted(optimizer, group, param).master_bits
-            if name is None or wanted == 16:
-                continue
-            if not optimizer.state.get(param):
-                supply.allocate_states(optimizer, [(group, param)])
-            low = optimizer.state[param].get(PARAM_LOW)
-            if low is None:
-                raise ValueError(
-                    f"{who}: the state of {name!r} has no low bits although master_bits is {wanted}. Load the "
-                    "optimizer's checkpoint with load_state_dict, which gives it some."
-                )
-            value = state_dict[name]
-            wide = shard_of(who, name, value, param) if is_dtensor(param) else value
-            part(wide.detach().float(), local(param), local(low))
+            master_bits = supply.moments_wanted(optimizer, group, param).master_bits
+            if id(param) in named and master_bits != 16:
+                yield group, param, master_bits
+
+
+def _check_lows(who: str, optimizer: Any, named: Mapping[int, str]) -> None:
+    for _, param, master_bits in _wide_params(optimizer, named):
+        entry = optimizer.state.get(param)
+        if entry and master_bits_of(entry) != master_bits:
+            raise ValueError(
+                f"{who}: the state of {named[id(param)]!r} must be that of a weight of {master_bits} bits, got "
+                f"{master_bits_of(entry)}. Bring it there with optimizer.load_state_dict(optimizer.state_dict()). "
+                "Nothing was changed."
+            )
+
+
+def _load_lows(who: str, optimizer: Any, named: Mapping[int, str], state_dict: Mapping[str, Any]) -> None:
+    for group, param, _ in _wide_params(optimizer, named):
+        if not optimizer.state.get(param):
+            supply.allocate_states(optimizer, [(group, param)])
+        name, low = named[id(param)], optimizer.state[param][PARAM_LOW]
+        value = state_dict[name]
+        wide = shard_of(who, name, value, param) if is_dtensor(param) else value
+        part(wide.detach().float(), local(param), local(low))
 
 
 def _as_placed(who: str, param: torch.Tensor | None, name: str, value: Any) -> Any:

@@ -260,7 +260,7 @@ Lacks StepTable::add(py::list params, py::dict state, const StepOptions& options
         check_param(p, place);
         if (options.weight != Weight::Plain && p.storage() == Storage::Float32)
             place.fail("must be bfloat16 or float16 for master_bits or a dithered param_rounding, got " + p.describe() +
-                       ". Put it into a group, or an override, with master_bits=None.");
+                       ". Put it into a group with master_bits=16 and param_rounding='nearest'.");
         const View g = view_of(grad, place, "has a gradient that",
                                "Use sparse=False in the embedding, or torch.optim.SparseAdam for it.");
         const bool lazy = queries_.is_lazy(grad, g);

@@ -156,8 +156,7 @@ void bind_step(py::module_& m) {
             "take_sums", [](DeviceRows& d, uintptr_t sums) { d.take_sums(reinterpret_cast<double*>(sums)); },
             py::arg("sums"),
             "Rows on the CPU: where the sums of their squares stand, the address of float64 [rows, 2]. The step takes "
-            "them "
-            "from there, as they are then.")
+            "them from there, as they are then.")
         .def("measure", &DeviceRows::measure, py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
              "Measures all rows: fills the sums.")
         .def("__len__", [](const DeviceRows& d) { return d.rows.size(); });
