@@ -20,6 +20,8 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 # Without a GPU the environment leaves the CUDA module out, which takes minutes to compile; `cuda-check` compiles it.
 export OPTIM8_CUDA ?= $(if $(wildcard /dev/nvidia* /dev/dxg),,0)
+# What is built here is what is developed here: no warning passes.
+export OPTIM8_WERROR ?= 1
 
 .PHONY: help
 help: ## list the targets
@@ -109,6 +111,7 @@ cuda-check: $(VENV)/.built ## compile the CUDA module (needs nvcc, no GPU) and i
 
 # Runs on the Python it is given: no network and no environment of its own there.
 .PHONY: gpu-report
+gpu-report: export OPTIM8_WERROR = 0
 gpu-report: ## on a machine with a GPU: build, test, check, measure (ARGS=check for one part); needs torch, pybind11, ninja
 	$(PYTHON) experiments/gpu_report.py $(ARGS)
 

@@ -10,10 +10,13 @@ Environment:
                      decides, whether or not the build is isolated from it: the module is built for a torch that is
                      built for CUDA, GPU or not, and for no other. Without a torch there it is built where there is a
                      GPU. Minutes of compiling, so a build that leaves it out says so, as does `python -m optim8`.
-  OPTIM8_CUDA_ARCHS  architectures such as "80;90;120+PTX", or "native" for the GPUs present;
-                     default: those of 80;90;100;120+PTX that nvcc knows.
+  OPTIM8_CUDA_ARCHS  architectures from 75 on, such as "80;90;120+PTX", or "native" for the GPUs present;
+                     default: those of 80;90;100;120 that nvcc knows, the last of them as PTX too, for newer GPUs.
+  CUDA_HOME          where nvcc is looked for if it is not on the PATH; after it /usr/local/cuda and the packages
+                     nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl of pip.
   OPTIM8_SANITIZE    sanitizers for the CPU module, such as "address,undefined"; objects get a folder of their own.
-  OPTIM8_WERROR      0 lets compiler warnings pass; default: a warning is an error.
+  OPTIM8_WERROR      1 makes warnings of the compilers errors, registers that a kernel spills among them; the targets
+                     of the Makefile set it.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi")
 PYTHON = sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
 ISA_FLAGS = {"scalar": [], "avx2": AVX2, "avx512": AVX512} if IS_X86 else {"scalar": []}
 
-DEFAULT_ARCHS = "80;90;100;120+PTX"
+DEFAULT_ARCHS = (80, 90, 100, 120)
+OLDEST_ARCH = 75
+OLDEST_NVCC = (12, 1)  # a launch of the step has more than the 4 KB of parameters that were allowed before
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
 
 
@@ -71,7 +76,7 @@ def cxx() -> str:
 
 
 def werror(*flags: str) -> list[str]:
-    return [] if setting("OPTIM8_WERROR", ("0", "1")) == "0" else list(flags)
+    return list(flags) if setting("OPTIM8_WERROR", ("0", "1")) == "1" else []
 
 
 def ninja() -> str:
@@ -157,27 +162,43 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
     plan.link(output, objects, ["-fopenmp", *sanitizer_flags()])
 
 
-def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return shutil.which("nvcc") or next(
-        (path for home in homes if home and (path := shutil.which(f"{home}/bin/nvcc"))), None
-    )
-
-
-def torch_version() -> dict[str, Any] | None:
-    """The names in torch/version.py, `__version__` and `cuda` among them, without the seconds that importing torch
-    takes; None where there is no torch.
+def package_folders(name: str) -> list[Path]:
+    """Where a package of the environment lies, without importing it.
 
     An isolated build does not see the environment that it builds for, but runs its Python: pip hides the packages
     with PYTHONPATH.
     """
-    find = "import importlib.util as u; s = u.find_spec('torch'); print(*(s.submodule_search_locations if s else []))"
+    find = (
+        f"import importlib.util as u; s = u.find_spec({name!r}); "
+        "print(*(s and s.submodule_search_locations or []), sep='\\n')"
+    )
     open_to_all = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    folders = []
     for environment in (None, open_to_all):
         run = subprocess.run([sys.executable, "-c", find], env=environment, capture_output=True, text=True, check=False)
-        path = Path(run.stdout.strip(), "version.py")
-        if run.returncode == 0 and path.is_absolute() and path.is_file():
-            return runpy.run_path(str(path))
+        folders += [Path(line) for line in run.stdout.splitlines() if run.returncode == 0]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+@functools.cache
+def find_nvcc() -> str | None:
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    on_path = shutil.which("nvcc") or next(
+        (path for home in homes if (path := shutil.which(str(home / "bin/nvcc")))), None
+    )
+    if on_path:
+        return on_path
+    # The packages for CUDA 13 and newer; those for CUDA 12 have no nvcc.
+    packaged = [path for folder in package_folders("nvidia") for path in sorted(folder.glob("cu[0-9]*/bin/nvcc"))]
+    return str(packaged[-1]) if packaged else None
+
+
+def torch_version() -> dict[str, Any] | None:
+    """The names in torch/version.py, `__version__` and `cuda` among them, without the seconds that importing torch
+    takes; None where there is no torch."""
+    for folder in package_folders("torch"):
+        if (folder / "version.py").is_file():
+            return runpy.run_path(str(folder / "version.py"))
     return None
 
 
@@ -186,7 +207,11 @@ def cuda_wanted() -> bool:
     choice = setting("OPTIM8_CUDA", ("0", "1"))
     kernels, nvcc = sources("cuda", pattern="*.cu"), find_nvcc()
     if choice == "1" and not (kernels and nvcc):
-        missing = "nvcc is neither on the PATH nor under CUDA_HOME" if kernels else "there is no csrc/cuda/*.cu"
+        missing = (
+            "nvcc is neither on the PATH nor under CUDA_HOME nor among the packages of pip"
+            if kernels
+            else "there is no csrc/cuda/*.cu"
+        )
         fail(f"OPTIM8_CUDA=1 demands the CUDA module, but {missing}. Install the CUDA toolkit or unset OPTIM8_CUDA.")
     if choice or not (kernels and nvcc):
         return choice == "1"
@@ -214,20 +239,48 @@ def toolkit_file(nvcc: str, *patterns: str) -> Path:
     fail(f"the CUDA toolkit in {root} has no {' or '.join(patterns)}. Install the CUDA runtime's development files.")
 
 
-def arch_flags(nvcc: str) -> list[str]:
+def nvcc_version(nvcc: str) -> tuple[int, int]:
+    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    if not release:
+        fail(f"`{nvcc} --version` names no release: {run.stderr.strip() or run.stdout.strip()}")
+    return int(release[1]), int(release[2])
+
+
+def default_archs(nvcc: str) -> list[str]:
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [str(arch) for arch in DEFAULT_ARCHS if f"sm_{arch}" in known]
+    dropped = [str(arch) for arch in DEFAULT_ARCHS if str(arch) not in archs]
+    if not archs:
+        fail(f"{nvcc} knows none of the architectures {', '.join(dropped)}. Name others in OPTIM8_CUDA_ARCHS.")
+    if dropped:
+        print(
+            f"optim8 setup: {nvcc} does not know architectures {', '.join(dropped)}; building without them. Their GPUs "
+            f"take the PTX of {archs[-1]}."
+        )
+    return [*archs[:-1], f"{archs[-1]}+PTX"]
+
+
+def archs_of(nvcc: str) -> list[str]:
+    """Architectures such as "90" and "120+PTX", or ["native"]."""
     asked = os.environ.get("OPTIM8_CUDA_ARCHS", "")
     if asked == "native":
-        return ["-arch=native"]
-    archs = [arch.strip() for arch in (asked or DEFAULT_ARCHS).split(";") if arch.strip()]
+        return [asked]
+    archs = [arch.strip() for arch in asked.split(";") if arch.strip()]
     for arch in archs:
-        if not re.fullmatch(r"\d+[af]?(\+PTX)?", arch):
+        number = re.fullmatch(r"(\d+)[af]?(\+PTX)?", arch)
+        if not number:
             fail(f'OPTIM8_CUDA_ARCHS must look like "80;90;120+PTX" or "native", got {arch!r} in {asked!r}.')
-    if not asked:
-        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-        dropped = [arch for arch in archs if f"sm_{arch.removesuffix('+PTX')}" not in known]
-        if dropped:
-            print(f"optim8 setup: {nvcc} does not know architectures {', '.join(dropped)}; building without them.")
-        archs = [arch for arch in archs if arch not in dropped]
+        if int(number[1]) < OLDEST_ARCH:
+            fail(
+                f"OPTIM8_CUDA_ARCHS must name architectures from {OLDEST_ARCH} (Turing) on, got {arch!r} in {asked!r}."
+            )
+    return archs or default_archs(nvcc)
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    if archs == ["native"]:
+        return ["-arch=native"]
     flags = []
     for arch in archs:
         name = arch.removesuffix("+PTX")
@@ -238,18 +291,25 @@ def arch_flags(nvcc: str) -> list[str]:
 
 def plan_cuda(plan: Plan, folder: Path, output: Path, version: str) -> None:
     nvcc = find_nvcc()
+    if (version := nvcc_version(nvcc)) < OLDEST_NVCC:
+        fail(
+            f"the CUDA module needs nvcc {'.'.join(map(str, OLDEST_NVCC))} or newer, got {'.'.join(map(str, version))} "
+            f"({nvcc}). Put a newer one on the PATH, or set OPTIM8_CUDA=0."
+        )
     include = toolkit_file(nvcc, "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
     library = toolkit_file(
         nvcc, "lib64/libcudart_static.a", "lib/libcudart_static.a", "targets/*/lib/libcudart_static.a"
     )
-    # Spills and local memory are warnings, warnings are errors: a kernel that outgrows its registers does not build.
+    # Spills and local memory are warnings: with OPTIM8_WERROR a kernel that outgrows its registers does not build.
     gates = ["-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage", *werror("-Werror", "all-warnings")]
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra"]
     size = ["-Xfatbin", "-compress-all", "-cudart", "static"]
-    flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", *gates, *host, *size, *arch_flags(nvcc)]
+    archs = archs_of(nvcc)
+    flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", *gates, *host, *size, *arch_flags(archs)]
+    facts = [f'-DOPTIM8_VERSION="{version}"', f'-DOPTIM8_CUDA_ARCHS="{";".join(archs)}"']
     objects = []
     for source in sources("tensors", "bind/cuda"):
-        extra = [*werror("-Werror"), *binding_flags(), "-isystem", str(include), f'-DOPTIM8_VERSION="{version}"']
+        extra = [*werror("-Werror"), *binding_flags(), "-isystem", str(include), *facts]
         objects.append(plan.compile(cxx(), source, object_file(folder, source, PYTHON), [*BASE, *extra]))
     for source in sources("cuda", pattern="*.cu"):
         objects.append(plan.compile(nvcc, source, object_file(folder, source, ".cu"), [*flags, "-ccbin", cxx()]))
@@ -291,10 +351,8 @@ class NinjaBuild(build_ext):
             (folder / "build.ninja").write_text("\n".join(plan.lines) + "\n")
             jobs = ["-j", str(self.parallel)] if self.parallel else []
             if subprocess.run([ninja(), "-C", str(folder), *jobs], check=False).returncode:
-                fail(
-                    f"{ext.name} did not compile; the compiler's message stands above. If it is only a warning of a "
-                    "newer compiler, OPTIM8_WERROR=0 lets it pass."
-                )
+                strict = " If it is only a warning, OPTIM8_WERROR=0 lets it pass." if werror("strict") else ""
+                fail(f"{ext.name} did not compile; the compiler's message stands above.{strict}")
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(output), str(target))

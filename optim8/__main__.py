@@ -25,17 +25,31 @@ def describe_cpu() -> tuple[str, str | None]:
     return f"built; {'; '.join(parts)}; used {isa['used']}", None
 
 
+def cuda_version(number: int) -> str:
+    """A version as CUDA counts it, 1000 * major + 10 * minor."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def describe_cuda() -> tuple[str, str | None]:
-    """One line on optim8._cuda, and what to do where torch sees a GPU and the module cannot be used."""
-    if _native.cuda_or_none() is not None:
-        return "built", None
-    if not torch.cuda.is_available():
+    """One line on optim8._cuda, and what to do where torch sees a GPU and the module does not run there."""
+    module = _native.cuda_or_none()
+    if module is None and not torch.cuda.is_available():
         return "not built; nothing here needs it (to have it all the same, install with OPTIM8_CUDA=1)", None
     try:
-        _native.module_for(torch.device("cuda"), "optim8._cuda")
-    except ImportError as error:
+        module = _native.module_for(torch.device("cuda"), "optim8._cuda")
+        built = f"built by CUDA {cuda_version(module.toolkit)} for {module.architectures.replace(';', ' ')}"
+        if not torch.cuda.is_available():
+            return f"{built}; not tried, as torch sees no GPU", None
+        found = [module.probe(index) for index in range(torch.cuda.device_count())]
+    except (ImportError, RuntimeError) as error:
         return "not usable", str(error)
-    return "built", None
+    kernels = {
+        f"sm_{each['binary']}" + ("" if each["binary"] == each["ptx"] else f" from PTX {each['ptx']}") for each in found
+    }
+    return (
+        f"{built}; runs here as {', '.join(sorted(kernels))}; driver for CUDA {cuda_version(found[0]['driver'])}",
+        None,
+    )
 
 
 def describe_gpu() -> tuple[str, str | None]:

@@ -50,7 +50,7 @@ OPTIM8_HD float from_float<float>(float x) {
 
 template <>
 OPTIM8_HD bfloat16 from_float<bfloat16>(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     bfloat16 narrow;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
     return narrow;

@@ -111,6 +111,12 @@ void optim8::cuda_quantize(QuantizeJob job, float* code_info, cudaStream_t strea
     });
 }
 
+optim8::KernelImage optim8::cuda_image() {
+    cudaFuncAttributes attributes{};
+    check_cuda("optim8._cuda", cudaFuncGetAttributes(&attributes, dequantize_tiles<float>));
+    return {attributes.binaryVersion, attributes.ptxVersion};
+}
+
 void optim8::cuda_dequantize(const DequantizeJob& job, cudaStream_t stream) {
     with_storage(job.storage, [&](auto stored) {
         launch("dequantize_blockwise", dequantize_tiles<typename decltype(stored)::type>, tiles_of(job.size), stream,

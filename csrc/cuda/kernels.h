@@ -33,6 +33,13 @@ constexpr int code_info_size = 256;
 void cuda_quantize(QuantizeJob job, float* code_info, cudaStream_t stream);
 void cuda_dequantize(const DequantizeJob& job, cudaStream_t stream);
 
+// For which architecture the current device's kernels are compiled, ten times its number as in 90, and from which PTX.
+// Loads the module there; throws where it cannot run there.
+struct KernelImage {
+    int binary, ptx;
+};
+KernelImage cuda_image();
+
 void cuda_quantize_4bit(const Quantize4Job& job, cudaStream_t stream);
 void cuda_dequantize_4bit(const Dequantize4Job& job, Fourbit type, cudaStream_t stream);  // job.table is not read
 

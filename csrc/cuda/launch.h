@@ -15,14 +15,39 @@ constexpr int warp_size = 32;
 constexpr int warps_per_block = 4;
 constexpr int threads_per_block = warp_size * warps_per_block;
 
+// Drivers that take more than 4 KB of parameters at a launch: R530, which came with CUDA 12.1.
+constexpr int oldest_driver = 12010;
+
+// What to do about an error; empty where CUDA's own words say it.
+inline const char* advice_for(cudaError_t status) {
+    switch (status) {
+        case cudaErrorNoKernelImageForDevice:
+            return " The module was not built for this GPU: reinstall with OPTIM8_CUDA_ARCHS naming its architecture.";
+        case cudaErrorInsufficientDriver:
+            return " The driver is older than the CUDA toolkit that the module was built with, or there is none: "
+                   "update "
+                   "the driver, or reinstall with an older toolkit.";
+        case cudaErrorUnsupportedPtxVersion:
+            return " The driver is older than the CUDA toolkit that the module was built with, and the module has only "
+                   "PTX for this GPU: update the driver, or reinstall with OPTIM8_CUDA_ARCHS naming its architecture.";
+        case cudaErrorIllegalAddress:
+            return " A kernel, of optim8 or of any other library, and perhaps of an earlier call, read or wrote memory "
+                   "that is not there; this process cannot use the GPU any more. CUDA_LAUNCH_BLOCKING=1 shows the "
+                   "call.";
+        default: {
+            int driver = 0;
+            if (cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0 && driver < oldest_driver)
+                return " optim8 needs a driver for CUDA 12.1 or newer (R530): update it.";
+            return "";
+        }
+    }
+}
+
 inline void check_cuda(const char* who, cudaError_t status) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // an error that does not stay must not surface in a later call of somebody else
-    std::string message =
-        std::string(who) + ": CUDA says " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status) + ".";
-    if (status == cudaErrorNoKernelImageForDevice)
-        message += " The module was not built for this GPU: reinstall with OPTIM8_CUDA_ARCHS naming its architecture.";
-    throw std::runtime_error(message);
+    throw std::runtime_error(std::string(who) + ": CUDA says " + cudaGetErrorName(status) + ", " +
+                             cudaGetErrorString(status) + "." + advice_for(status));
 }
 
 // One launch with at least `warps` warps; none where there is nothing to do.

@@ -65,11 +65,12 @@ OPTIM8_DEVICE Quick square_root(Quick a) {
     return Quick(corrected, a.in_range && bits_of(a.x) < limit);
 }
 
-// By one step of Newton's iteration.
+// By one step of Newton's iteration. Neither the number nor its reciprocal may be subnormal, and it may not be 0.
 OPTIM8_DEVICE Quick reciprocal(Quick a) {
     const float inverse = reciprocal_approximately(a.x);
     const float rest = fma(-a.x, inverse, 1.0f);
-    return Quick(fma(inverse, rest, inverse), a.in_range && a.x < 0x1p126f);  // its reciprocal is normal
+    const float size = fabsf(a.x);
+    return Quick(fma(inverse, rest, inverse), a.in_range && size >= smallest_normal && size < 0x1p126f);
 }
 
 static_assert(Vocabulary<Quick>::complete);

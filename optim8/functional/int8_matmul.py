@@ -167,12 +167,20 @@ def _product(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | None, shape: 
     _check.memory("int8_linear_matmul", "B", B)
     A, B = _check.plain(A), _check.plain(B)
     out = torch.empty(shape, dtype=torch.int32, device=A.device) if out is None else out
-    if A.device.type == "cpu" and _torch_is_exact(*(extent == 1 for extent in (*A.shape, B.shape[0]))):
+    if _torch_serves(A.device.type, A.shape[0], A.shape[1], B.shape[0]):
         torch._int_mm(A, B.t(), out=out.view(A.shape[0], B.shape[0]))
     else:
         module = _native.module_for(A.device, "int8_linear_matmul")
         module.int8_linear_matmul(A, B, out, _native.threads())
     return out
+
+
+def _torch_serves(device: str, rows: int, inner: int, columns: int) -> bool:
+    """Whether torch's int8 product is to be used: with a GPU's tensor cores for the shapes that it takes there, on a
+    CPU where it is right."""
+    if device == "cuda":
+        return hasattr(torch, "_int_mm") and rows > 16 and inner > 0 and inner % 8 == columns % 8 == 0 < columns
+    return _torch_is_exact(rows == 1, inner == 1, columns == 1)
 
 
 @cache

@@ -15,10 +15,18 @@ _events: dict[tuple[int, int], Any] = {}
 _captured: set[int] = set()
 
 
+def is_captured(device: int) -> bool:
+    """Whether a CUDA graph captures the current stream of a device, which need not be the current device."""
+    if device == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def note(devices: Iterable[int]) -> None:
     """A step over state in pinned memory was launched on the current streams of CUDA devices."""
     for device in devices:
-        if torch.cuda.is_current_stream_capturing():
+        if is_captured(device):
             _captured.add(device)
             continue
         stream = torch.cuda.current_stream(device)

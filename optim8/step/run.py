@@ -10,6 +10,7 @@ import torch
 
 from optim8 import _native
 from optim8.step.norms import Reduce, measured
+from optim8.step.pending import is_captured
 
 
 def is_capturing() -> bool:
@@ -20,7 +21,7 @@ def is_capturing() -> bool:
 def check_not_capturing(who: str, params: Iterable[torch.Tensor]) -> None:
     """Raise RuntimeError where a CUDA graph captures a step that first makes or moves state of `params`: every replay
     would do that again, and begin with the state of that moment."""
-    if any(param.is_cuda for param in params) and torch.cuda.is_current_stream_capturing():
+    if any(map(is_captured, {param.get_device() for param in params if param.is_cuda})):
         raise RuntimeError(
             f"{who}: a step that a CUDA graph captures needs state that is there already. "
             "Make a step with capturable=True before the capture."
@@ -116,7 +117,7 @@ def steps_elsewhere(
     elsewhere = table.elsewhere()
     modules = [_native.module_for(torch.device("cuda", rows.device), who) for rows in elsewhere]
     for rows in elsewhere:
-        if not rows.count_on_device and torch.cuda.is_current_stream_capturing():
+        if not rows.count_on_device and is_captured(rows.device):
             raise RuntimeError(
                 f"{who}: a step that a CUDA graph captures must be counted on the device. Pass capturable=True."
             )

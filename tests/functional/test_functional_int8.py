@@ -10,6 +10,7 @@ from support.harness import DTYPES, bits, torch_threads
 from support.rounding import half_ulp
 
 from optim8 import functional as F
+from optim8.functional.int8_matmul import _torch_serves
 
 SHAPES = [(0, 5), (5, 0), (1, 1), (3, 7), (4, 63), (4, 64), (5, 65), (2, 3, 130), (9,), (300, 257)]
 
@@ -129,7 +130,17 @@ def test_double_quant_fills_its_buffers(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     "left, columns",
-    [((3, 5), 4), ((1, 1), 1), ((0, 8), 3), ((3, 0), 2), ((3, 8), 0), ((2, 3, 17), 33), ((64,), 5), ((17, 2048), 16)],
+    [
+        ((3, 5), 4),
+        ((1, 1), 1),
+        ((0, 8), 3),
+        ((3, 0), 2),
+        ((3, 8), 0),
+        ((2, 3, 17), 33),
+        ((64,), 5),
+        ((17, 2048), 16),
+        ((33, 64), 24),
+    ],
     ids=str,
 )
 def test_linear_matmul_is_exact(device: torch.device, left: tuple[int, ...], columns: int) -> None:
@@ -162,11 +173,25 @@ def test_the_native_product_is_the_same(device: torch.device, monkeypatch: pytes
     a = torch.randint(-128, 128, (9, 700), dtype=torch.int8, device=device)
     b = torch.randint(-128, 128, (21, 700), dtype=torch.int8, device=device)
     expected = F.int8_linear_matmul(a, b)
-    monkeypatch.setattr("optim8.functional.int8_matmul._torch_is_exact", lambda *_: False)
+    monkeypatch.setattr("optim8.functional.int8_matmul._torch_serves", lambda *_: False)
     assert torch.equal(F.int8_linear_matmul(a, b), expected)
     out = torch.empty_like(expected)
     assert F.int8_linear_matmul(a[:, ::2], b[:, ::2], out=out) is out
     assert torch.equal(out.cpu(), (a[:, ::2].cpu().long() @ b[:, ::2].cpu().long().t()).int())
+
+
+@pytest.mark.parametrize(
+    "extents, serves",
+    [
+        ((17, 8, 8), True),
+        ((4096, 4096, 1024), True),
+        *[(extents, False) for extents in ((16, 8, 8), (17, 7, 8), (17, 8, 12), (17, 0, 8), (17, 8, 0), (0, 8, 8))],
+    ],
+    ids=str,
+)
+def test_on_a_gpu_torchs_product_has_the_shapes_that_it_takes(extents: tuple[int, int, int], serves: bool) -> None:
+    """More than 16 rows, and multiples of 8; other shapes are those of the module's own kernel."""
+    assert _torch_serves("cuda", *extents) == serves
 
 
 @pytest.mark.parametrize("bias", [None, "float32", "bfloat16", "float16"])

@@ -229,5 +229,6 @@ def test_rows_on_a_gpu_are_stepped_too(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr(_native, "module_for", lambda device, who: Module())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     Store("AdamW8bit", "adamw", Pager(directory=tmp_path)).run_step(Table(), "AdamW8bit")
     assert calls == [(4096, 2, 0, None, None, None), "counted"]

@@ -146,6 +146,7 @@ def install(path: str) -> Gpu:
     torch.cuda.current_stream = lambda device=None: gpu  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: gpu.drain()
     torch.cuda.is_current_stream_capturing = lambda: gpu.capturing
+    torch.cuda.current_device = lambda: 0
     torch.cuda.mem_get_info = lambda device=None: (2**40, 2**40)
     _native.module_for = lambda device, who: gpu if device.type == "cuda" else _native.cpu()  # type: ignore[assignment, return-value]
     return gpu

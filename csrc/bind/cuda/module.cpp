@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 // The tests run this module on memory of the CPU, over a shim of CUDA.
@@ -21,19 +22,29 @@ namespace {
 
 constexpr int32_t device_type = OPTIM8_DEVICE_TYPE;
 
-// A device made current for the time of a call, and torch's stream there.
+// A device made current for the time of a call, and torch's stream there. torch makes it current, and the one before
+// again: it knows which devices are in use, and cudaSetDevice would take memory for a context on one that is not.
 class Device {
   public:
     Device(const char* who, int index) {
-        check_cuda(who, cudaGetDevice(&before_));
-        now_ = index < 0 ? before_ : index;
-        if (now_ != before_) check_cuda(who, cudaSetDevice(now_));
-        if (device_type != dlpack::cuda) return;
-        const auto torch_stream = py::module_::import("torch").attr("cuda").attr("current_stream")(now_);
-        stream = reinterpret_cast<cudaStream_t>(torch_stream.attr("cuda_stream").cast<uintptr_t>());
+        int current = 0;
+        check_cuda(who, cudaGetDevice(&current));
+        const int chosen = index < 0 ? current : index;
+        const auto cuda = py::module_::import("torch").attr("cuda");
+        stream =
+            reinterpret_cast<cudaStream_t>(cuda.attr("current_stream")(chosen).attr("cuda_stream").cast<uintptr_t>());
+        if (chosen == current) return;
+        py::object guard = cuda.attr("device")(chosen);
+        guard.attr("__enter__")();
+        guard_ = std::move(guard);  // after what may throw
     }
     ~Device() {
-        if (now_ != before_) cudaSetDevice(before_);
+        if (!guard_) return;
+        try {
+            guard_.attr("__exit__")(py::none(), py::none(), py::none());
+        } catch (py::error_already_set& error) {
+            error.discard_as_unraisable("optim8._cuda");
+        }
     }
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
@@ -41,8 +52,27 @@ class Device {
     cudaStream_t stream = nullptr;
 
   private:
-    int before_ = 0, now_ = 0;
+    py::object guard_;
 };
+
+// What the module is built of, and whether it runs on a device.
+py::dict probe(int device_index) {
+    const Device device("optim8._cuda", device_index);
+    int driver = 0, toolkit = 0;
+    check_cuda("optim8._cuda", cudaDriverGetVersion(&driver));
+    check_cuda("optim8._cuda", cudaRuntimeGetVersion(&toolkit));
+    if (driver < oldest_driver)
+        throw std::runtime_error("optim8._cuda: needs a driver for CUDA 12.1 or newer (R530), got one for CUDA " +
+                                 std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+                                 ". Update the driver.");
+    const KernelImage image = cuda_image();
+    py::dict found;
+    found["driver"] = driver;
+    found["toolkit"] = toolkit;
+    found["binary"] = image.binary;
+    found["ptx"] = image.ptx;
+    return found;
+}
 
 // Device memory of torch's allocator, beside `near`. Kernels on the stream may use it when the object is gone.
 py::object float_scratch(py::handle near, int64_t size) { return near.attr("new_empty")(size); }
@@ -189,6 +219,13 @@ PYBIND11_MODULE(_cuda, m) {
         "with optim8._cpu.";
     m.attr("version") = OPTIM8_VERSION;
     bind_codec(m);
+    m.attr("architectures") = OPTIM8_CUDA_ARCHS;
+    m.attr("toolkit") = CUDART_VERSION;
+    m.def(
+        "probe", &probe, arg("device"),
+        "What runs on a device: `driver` and `toolkit`, versions as 1000 * major + 10 * minor; `binary` and `ptx`, the "
+        "architectures that kernels are compiled for, as 10 * major + minor. Raises RuntimeError, with advice, where "
+        "the module does not run there.");
     m.attr("row_size") = sizeof(Row);
     m.attr("scalars_offset") = offsetof(Row, scalars);
     m.attr("scalars_size") = scalars_size;

@@ -85,7 +85,7 @@ def module() -> Path:
     folder = ROOT / "build" / "cuda_on_cpu" / "plain"
     bindings = [sysconfig.get_path("include"), pybind11.get_include()]
     bound = [*PIC, *(f"-isystem {path}" for path in bindings)]
-    bound += ["-DOPTIM8_DEVICE_TYPE=dlpack::cpu", "-DOPTIM8_VERSION='\"shim\"'"]
+    bound += ["-DOPTIM8_DEVICE_TYPE=dlpack::cpu", "-DOPTIM8_VERSION='\"shim\"'", "-DOPTIM8_CUDA_ARCHS='\"90\"'"]
     objects = [(HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC)]
     for source in (*sorted((ROOT / "csrc/bind/cuda").glob("*.cpp")), *sorted((ROOT / "csrc/tensors").glob("*.cpp"))):
         objects.append((source, folder / f"{source.stem}.module.o", bound))

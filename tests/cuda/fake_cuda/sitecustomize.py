@@ -64,6 +64,7 @@ class _CUDAGraph:
 fakes: dict[str, Any] = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
+    "current_device": lambda: 0,
     "get_device_name": lambda *device: "Fake GPU",
     "get_device_capability": lambda *device: (9, 0),
     "mem_get_info": lambda *device: (64 << 30, 64 << 30),

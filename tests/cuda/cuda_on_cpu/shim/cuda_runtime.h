@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -151,7 +152,23 @@ inline int __dp4a(int a, int b, int sum) {
     return sum;
 }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorUnsupportedPtxVersion = 222,
+    cudaErrorIllegalAddress = 700
+};
+#define CUDART_VERSION 13000
+namespace cuda_on_cpu {
+// A test's: which error the next launch or question gives, and the driver's version. From the environment, since a
+// module is loaded by Python.
+inline int setting(const char* name, int otherwise) {
+    const char* text = std::getenv(name);
+    return text == nullptr ? otherwise : std::atoi(text);
+}
+inline cudaError_t error() { return static_cast<cudaError_t>(setting("CUDA_ON_CPU_ERROR", cudaSuccess)); }
+}  // namespace cuda_on_cpu
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 struct cudaLaunchConfig_t {
@@ -160,16 +177,28 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream = nullptr;
 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheTest"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "as the test asked for"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    return *version = cuda_on_cpu::setting("CUDA_ON_CPU_DRIVER", CUDART_VERSION), cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+struct cudaFuncAttributes {
+    int binaryVersion, ptxVersion;
+};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+    *attributes = {90, 90};
+    return cuda_on_cpu::error();
+}
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
     return std::memset(at, value, bytes), cudaSuccess;
 }
 
 template <class... Needed, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Needed...), const Given&... given) {
+    if (cuda_on_cpu::error() != cudaSuccess) return cuda_on_cpu::error();
     // As on the device, every thread sees one copy of the parameters, made at the launch.
     const auto call = [&](Needed... copied) {
         auto body = [&] { kernel(copied...); };
