@@ -17,6 +17,7 @@ from optim8.checkpoint.adopt import adopt_states
 from optim8.checkpoint.formats import groups as foreign_groups
 from optim8.checkpoint.windows import Windows
 from optim8.optim.access import StateAccess
+from optim8.optim.optimizer import refuse_hooks
 from optim8.optim.summary import summary
 from optim8.paging import Store
 from optim8.paging.pager import pager_of
@@ -41,6 +42,10 @@ class BlockwiseOptimizer(StateAccess):
     _step_supports_amp_scaling = False
 
     state_checked: bool  # whether all state was made or looked at here
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_hooks(cls)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         owner = type(self).__name__
