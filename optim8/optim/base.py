@@ -183,8 +183,8 @@ class BlockwiseOptimizer(StateAccess):
         """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.
 
         State saved here keeps its precision, and brings back what others keep in it, on the parameter's device. Dicts
-        of torch.optim's namesake, bitsandbytes, torchao and lion-pytorch are recognised (docs/migrate.md): their state
-        is converted to the precision that `precision` tells; codes of the same table and block size are taken over as
+        of torch.optim's namesake and of the libraries in docs/migrate.md are recognised: their state is converted to
+        the precision that `precision` tells; codes of the same table and block size are taken over as
         they are. The whole dict is checked before the optimizer changes. Blocks run in memory order: if a parameter
         lies otherwise in memory than it did, its codes are quantized anew. The state of a channels-last parameter
         records its order (`dim_order`), so you may make its codes contiguous on the way, as safetensors asks.
