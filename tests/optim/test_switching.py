@@ -133,6 +133,22 @@ def test_lamb_and_lars_have_a_ratio_whatever_the_decay_and_the_shape(cls: Any) -
         assert updates(cls, [gradient], start=start, **more)[0] == pytest.approx(start, rel=2e-3)
 
 
+@pytest.mark.parametrize("weight_decay", [1e-3, 0.5, 10.0])
+def test_without_a_gradient_lamb_shrinks_by_lr_whatever_the_decay(weight_decay: float) -> None:
+    assert updates(optim8.LAMB8bit, [0.0], start=2.0, weight_decay=weight_decay)[0] == pytest.approx(2.0, rel=1e-3)
+    assert updates(optim8.LAMB8bit, [0.0], start=2.0)[0] == 0.0
+
+
+def test_muon_steps_matrices_without_values() -> None:
+    params = [parameter(torch.ones(shape)) for shape in ((0, 3), (3, 0), (3, 3))]
+    optimizer = optim8.Muon8bit(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert float(params[2].detach().max()) < 1.0
+    assert [tuple(p.shape) for p in params] == [(0, 3), (3, 0), (3, 3)]
+
+
 def test_a_change_of_lr_acts_at_once_on_a_momentum() -> None:
     for cls in (optim8.LARS8bit, optim8.RMSprop8bit, optim8.SGD8bit):
         p = parameter(torch.ones(64))
