@@ -78,6 +78,11 @@ def test_the_names_that_packages_import(module: str) -> None:
         assert getattr(found, name) is getattr(bnb.optim, name)
 
 
+def test_pickles_of_earlier_versions_find_the_names() -> None:
+    for module in ("optim8.optim.names", "optim8.optim.aliases"):
+        assert importlib.import_module(module).Lion32bit is bnb.optim.Lion32bit
+
+
 @pytest.mark.peers
 def test_every_module_of_bitsandbytes_optim_answers() -> None:
     theirs = pytest.importorskip("bitsandbytes").optim
