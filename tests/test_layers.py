@@ -48,9 +48,10 @@ INNER_LAYERS = {
         *("copying", "read", "save", "load"),
     ],
     "optim": [
-        *("absent", "override", "reset", "summary", "access", "manager", "base", "docstring"),
+        *("absent", "override", "reset", "summary", "access", "manager", "optimizer", "base", "docstring"),
+        "precision",
         "*",  # the families of optimizers
-        "aliases",
+        "adamw",
     ],
     "memory": ["models", "profiling", "planning", "command"],
 }

@@ -17,10 +17,12 @@ _FORMER: dict[str, Mapping[str, object]] = {
     "optim8.paging.options": {"Pager": Pager},
 }
 
+_OF_OPTIMIZERS = ("optim8.optim.names", "optim8.optim.aliases")  # 0.1.0, and until 2026-11
+
 
 def register(optimizers: Mapping[str, object]) -> None:
-    """Let pickle find what stood in modules that are gone; `optimizers`: those with bitsandbytes' names."""
-    for name, contents in {**_FORMER, "optim8.optim.names": optimizers}.items():
+    """Let pickle find what stood in modules that are gone; `optimizers`: all, by name."""
+    for name, contents in {**_FORMER, **dict.fromkeys(_OF_OPTIMIZERS, optimizers)}.items():
         module = ModuleType(name, "Gone; its names are here for pickles of earlier versions.")
         vars(module).update(contents)
         sys.modules.setdefault(name, module)

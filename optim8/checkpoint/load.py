@@ -49,7 +49,7 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any]) -> None:
         hypers.normalize_group(owner, rule, group)
     with optimizer.turn:
         supply.resolve(optimizer)
-        state = read.read_state(owner, optimizer, known, state_dict, groups)
+        state = read.read_state(owner, optimizer, known, known.unpack(state_dict), groups)
         optimizer.__setstate__({"state": state, "param_groups": groups})
         optimizer.known_overrides = None
         optimizer.state_checked = True

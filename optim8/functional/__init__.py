@@ -1,6 +1,7 @@
 """Functions on quantized tensors, without state: names, parameters and results are those of `bitsandbytes.functional`,
 on CPU and on CUDA. docs/functional.md lists them."""
 
+from optim8.functional import lib as lib  # bitsandbytes' name
 from optim8.functional import ops as _ops  # noqa: F401  registers torch.ops.optim8
 from optim8.functional import ops_matmul as _ops_matmul  # noqa: F401
 from optim8.functional.blockwise import dequantize_blockwise, quantize_blockwise

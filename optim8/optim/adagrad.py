@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
+from optim8.optim.precision import in_32_bits
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
 from optim8.step.hypers import MIN_8BIT_SIZE, Bits, Rounding
@@ -58,3 +59,7 @@ class PagedAdagrad8bit(Adagrad8bit):
     """Adagrad8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a mapped file."""
 
     always_paged = True
+
+
+Adagrad, Adagrad32bit = in_32_bits(Adagrad8bit)
+PagedAdagrad, PagedAdagrad32bit = in_32_bits(PagedAdagrad8bit)

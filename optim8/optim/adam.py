@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
+from optim8.optim.precision import in_32_bits
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
 from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, Rounding
@@ -101,3 +102,9 @@ class PagedAdamW8bit(AdamW8bit):
     """AdamW8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a memory-mapped file."""
 
     always_paged = True
+
+
+Adam, Adam32bit = in_32_bits(Adam8bit)
+AdamW, AdamW32bit = in_32_bits(AdamW8bit)
+PagedAdam, PagedAdam32bit = in_32_bits(PagedAdam8bit)
+PagedAdamW, PagedAdamW32bit = in_32_bits(PagedAdamW8bit)

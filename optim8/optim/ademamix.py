@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
+from optim8.optim.precision import in_32_bits
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
 from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, Rounding
@@ -63,3 +64,7 @@ class PagedAdEMAMix8bit(AdEMAMix8bit):
     """AdEMAMix8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a mapped file."""
 
     always_paged = True
+
+
+AdEMAMix, AdEMAMix32bit = in_32_bits(AdEMAMix8bit)
+PagedAdEMAMix, PagedAdEMAMix32bit = in_32_bits(PagedAdEMAMix8bit)

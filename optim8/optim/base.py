@@ -17,6 +17,7 @@ from optim8.checkpoint.adopt import adopt_states
 from optim8.checkpoint.formats import groups as foreign_groups
 from optim8.checkpoint.windows import Windows
 from optim8.optim.access import StateAccess
+from optim8.optim.optimizer import refuse_hooks
 from optim8.optim.summary import summary
 from optim8.paging import Store
 from optim8.paging.pager import pager_of
@@ -41,6 +42,10 @@ class BlockwiseOptimizer(StateAccess):
     _step_supports_amp_scaling = False
 
     state_checked: bool  # whether all state was made or looked at here
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_hooks(cls)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         owner = type(self).__name__
@@ -178,8 +183,8 @@ class BlockwiseOptimizer(StateAccess):
         """Load what `state_dict` gave, bit for bit, or convert what another library's optimizer gave.
 
         State saved here keeps its precision, and brings back what others keep in it, on the parameter's device. Dicts
-        of torch.optim's namesake, bitsandbytes, torchao and lion-pytorch are recognised (docs/migrate.md): their state
-        is converted to the precision that `precision` tells; codes of the same table and block size are taken over as
+        of torch.optim's namesake and of the libraries in docs/migrate.md are recognised: their state is converted to
+        the precision that `precision` tells; codes of the same table and block size are taken over as
         they are. The whole dict is checked before the optimizer changes. Blocks run in memory order: if a parameter
         lies otherwise in memory than it did, its codes are quantized anew. The state of a channels-last parameter
         records its order (`dim_order`), so you may make its codes contiguous on the way, as safetensors asks.

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
+from optim8.optim.precision import in_32_bits
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
 from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, Rounding
@@ -61,3 +62,7 @@ class PagedLAMB8bit(LAMB8bit):
     """LAMB8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a memory-mapped file."""
 
     always_paged = True
+
+
+LAMB, LAMB32bit = in_32_bits(LAMB8bit)
+PagedLAMB, PagedLAMB32bit = in_32_bits(PagedLAMB8bit)

@@ -6,8 +6,10 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from optim8.optim.absent import ABSENT
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
+from optim8.optim.precision import in_32_bits
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
 from optim8.step.hypers import MIN_8BIT_SIZE, Bits, Rounding
@@ -65,3 +67,8 @@ class PagedLARS8bit(LARS8bit):
     """LARS8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a memory-mapped file."""
 
     always_paged = True
+
+
+LARS, LARS32bit = in_32_bits(LARS8bit)
+PagedLARS, PagedLARS32bit = in_32_bits(PagedLARS8bit)
+PytorchLARS = ABSENT["PytorchLARS"]

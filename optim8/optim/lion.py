@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
+from optim8.optim.precision import in_32_bits
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
 from optim8.step.hypers import MIN_8BIT_SIZE, Betas, Bits, Rounding
@@ -54,3 +55,7 @@ class PagedLion8bit(Lion8bit):
     """Lion8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a memory-mapped file."""
 
     always_paged = True
+
+
+Lion, Lion32bit = in_32_bits(Lion8bit)
+PagedLion, PagedLion32bit = in_32_bits(PagedLion8bit)

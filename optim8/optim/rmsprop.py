@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from optim8.optim.base import BlockwiseOptimizer
 from optim8.optim.docstring import docstring
+from optim8.optim.precision import in_32_bits
 from optim8.paging import Pager
 from optim8.step.arguments import BitsandbytesArguments
 from optim8.step.hypers import MIN_8BIT_SIZE, Bits, Rounding
@@ -62,3 +63,7 @@ class PagedRMSprop8bit(RMSprop8bit):
     """RMSprop8bit whose state lives where `paged`, an optim8.paging.Pager, says; by default in a mapped file."""
 
     always_paged = True
+
+
+RMSprop, RMSprop32bit = in_32_bits(RMSprop8bit)
+PagedRMSprop, PagedRMSprop32bit = in_32_bits(PagedRMSprop8bit)

@@ -28,6 +28,30 @@ def part(wide: torch.Tensor, param: torch.Tensor, low: torch.Tensor) -> None:
         copy(low, to_low)
 
 
+@torch.no_grad()
+def low_of(param: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """The low bits, int16, of weights that are `param + rest`. The parameter stays what it is: of a rest of half its
+    last bit or more they keep a part, of one that is larger than that bit nothing.
+
+    Args:
+        param: bfloat16 or float16.
+        rest: of the parameter's shape, in any float dtype.
+    """
+    exact, rest = param.detach().float(), rest.to(param.device, torch.float32)
+    goal = torch.zeros_like(param, dtype=torch.int16)
+    left = torch.ones_like(param, dtype=torch.bool)
+    # Whole; a tie; one beside the power of two, where the last bit is half as large on one side; and what is more.
+    for share in (1.0, 1 - 2.0**-7, 0.5 - 2.0**-7):
+        rounded, low = torch.empty_like(param.detach()), torch.empty_like(goal)
+        part(exact + share * rest, rounded, low)
+        fits = left & (rounded == param)
+        goal = torch.where(fits, low, goal)
+        left &= ~fits
+        if not bool(left.any()):
+            break
+    return goal
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous()
 

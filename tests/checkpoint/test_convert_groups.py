@@ -59,6 +59,65 @@ def test_a_decoupled_decay_is_not_taken_for_that_of_sgd(option: str) -> None:
     check("SGD8bit", state_dict, None)
 
 
+# Of timm 1.0.31, pytorch_optimizer 4.1.0 and torch_optimizer 0.3.0: the state of one here, and another step.
+PLAIN: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+SGD: dict[str, Any] = {**PLAIN, "dampening": 0, "nesterov": False}
+WITH_A_MOMENTUM: dict[str, tuple[str, dict[str, Any], str]] = {
+    "timm's Lars": (
+        "SGD8bit",
+        {**SGD, "trust_coeff": 1e-3, "eps": 1e-8, "trust_clip": False, "always_adapt": False, "foreach": None},
+        r"\['trust_coeff'\] is 0\.001",
+    ),
+    "pytorch_optimizer's LARS": (
+        "SGD8bit",
+        {**SGD, "trust_coefficient": 1e-3, "foreach": None, "step": 3},
+        r"\['trust_coefficient'\] is 0\.001, an option of lars",
+    ),
+    "timm's SGDW": (
+        "SGD8bit",
+        {**SGD, "caution": False, "corrected_weight_decay": False, "max_lr_snapshot": 0.01, "maximize": False},
+        r"\['corrected_weight_decay'\] is of timm's decoupled decay and weight_decay is 0\.1, which is an L2 penalty",
+    ),
+    "SignSGD": (
+        "Muon8bit",
+        {**PLAIN, "weight_decouple": True, "foreach": None, "step": 3},
+        r"\['weight_decouple'\] is no option of this optimizer",
+    ),
+    "SpectralSphere": (
+        "Muon8bit",
+        {**PLAIN, "nesterov": True, "weight_decouple": True, "foreach": None, "step": 3},
+        r"\['nesterov'\] is no option of this optimizer",
+    ),
+    "AccSGD": (
+        "Muon8bit",
+        {"lr": 0.1, "weight_decay": 0.1, "kappa": 1000.0, "xi": 10.0, "small_const": 0.7},
+        r"\['momentum'\] is missing",
+    ),
+    "QHM": ("Muon8bit", {**PLAIN, "nu": 0.7, "weight_decay_type": "grad"}, r"\['nu'\] is no option of this optimizer"),
+}
+
+
+@pytest.mark.parametrize("what", WITH_A_MOMENTUM)
+def test_a_relative_of_sgd_with_the_same_state_is_refused(what: str) -> None:
+    name, group, message = WITH_A_MOMENTUM[what]
+    params = [torch.nn.Parameter(torch.ones(70, 70))]
+    state_dict = {"state": {0: {"momentum_buffer": torch.ones(70, 70)}}, "param_groups": [{**group, "params": [0]}]}
+    optimizer = getattr(optim8, name)(params)
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=rf"{name}\.load_state_dict: param_groups\[0\]{message}"):
+        optimizer.load_state_dict(state_dict)
+    assert snapshot(optimizer, params) == before
+
+
+def test_timms_adamw_is_no_adam() -> None:
+    state_dict = saved(torch.optim.AdamW)
+    group = state_dict["param_groups"][0]
+    group.pop("decoupled_weight_decay", None)
+    group.update(caution=False, corrected_weight_decay=False, weight_decay=0.1)
+    check("Adam8bit", state_dict, r"\['corrected_weight_decay'\] is of timm's decoupled decay .* AdamW8bit")
+    check("AdamW8bit", state_dict, None)
+
+
 # What pytorch_optimizer 4.1, timm 1.0 and others write beside the options that are honoured.
 ADAM: dict[str, tuple[dict[str, Any], str | None]] = {
     "a cautious one": ({"caution": True}, r"\['caution'\] is True, which changes the update"),

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from optim8.checkpoint.formats import bitsandbytes, common, groups, own, torch_optim, torchao
+from optim8.checkpoint.formats import bitsandbytes, common, groups, heavyball, optimi, own, torch_optim, torchao
 from optim8.checkpoint.formats.common import Format, check_rule, fail
 
 # The first that claims a dict reads it. torch.optim claims dicts without state, since every library has its options.
-FORMATS: tuple[Format, ...] = (own.FORMAT, bitsandbytes.FORMAT, torchao.FORMAT, torch_optim.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    *(own.FORMAT, bitsandbytes.FORMAT, torchao.FORMAT, optimi.FORMAT, heavyball.FORMAT),
+    torch_optim.FORMAT,
+)
+
+_KNOWN = "optim8, torch.optim, bitsandbytes, torchao, optimi, heavyball or lion-pytorch"
 
 
 def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
@@ -36,7 +41,7 @@ def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:
         key, entry = next(iter(entries.items()))
         strange = next((name for name in entry if name != "step"), "step")  # every optimizer has a step
         which = f"state[{key!r}][{strange!r}]"
-        fail(owner, which, "is no state of optim8, torch.optim, bitsandbytes, torchao or lion-pytorch")
+        fail(owner, which, f"is no state of {_KNOWN}")
     check_rule(owner, claimed, rule)
     for index, group in enumerate(saved):
         if not entries.keys().isdisjoint(group["params"]):

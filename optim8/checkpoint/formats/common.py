@@ -27,6 +27,7 @@ class Format:
     options: rule -> the options that every group of such a dict has; a dict without them is another optimizer's.
     has: rule -> whether the library has an optimizer with this rule.
     namesakes: rule -> what its optimizer of that name does, where it is another rule.
+    unpack: state_dict -> the same with all that read_entry needs in the states: some count steps by group.
     """
 
     library: str
@@ -37,6 +38,7 @@ class Format:
     options: Callable[[str], Sequence[str]] = lambda rule: ()
     has: Callable[[str], bool] = lambda rule: True
     namesakes: Mapping[str, str] = field(default_factory=dict)
+    unpack: Callable[[dict[str, Any]], dict[str, Any]] = lambda state_dict: state_dict
 
 
 def fail(where: str, key: str, what: str, advice: str = "") -> NoReturn:

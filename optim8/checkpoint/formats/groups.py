@@ -47,6 +47,8 @@ _NEUTRAL: dict[str, Any] = {
     "t_alpha": None,
     "t_beta3": None,
     "momentum_decay": None,  # of NAdam, which never has None
+    "trust_coefficient": None,  # of LARS, and so is timm's name for it
+    "trust_coeff": None,
 }
 # Options that are no numbers, of Muon.
 BESIDE = {"muon": ("ns_coefficients", "ns_steps", "adjust_lr_fn")}
@@ -115,6 +117,16 @@ def check_owner(where: str, rule: str, group: Mapping[str, Any], options: Mappin
             common.fail(where, f"[{strange[0]!r}]", what, _ADVICE)
 
 
+def check_only(where: str, group: Mapping[str, Any], own: Sequence[str]) -> None:
+    """Raise ValueError where a group lacks an option of `own`, or has another that is no note: with so few options only
+    a group of no others is certainly of this optimizer."""
+    check_complete(where, "such an optimizer", group, own)
+    for name in group:
+        if name not in (*own, *_NOTES, "params"):
+            advice = "If it is a note of your own, delete it from the dict."
+            common.fail(where, f"[{name!r}]", "is no option of this optimizer", advice)
+
+
 def adds_decay(rule: str, group: Mapping[str, Any]) -> bool:
     """Whether weight decay is added to the gradient, and not taken off the parameter."""
     if rules.rule(rule).has(_DECAYS[0]):
@@ -131,6 +143,8 @@ def _check_decay(where: str, rule: str, group: Mapping[str, Any]) -> None:
             continue  # lion-pytorch means something else by it
         if bool(value) == adds_decay(rule, group):
             _refuse(where, rule, name, f"is {bool(value)}", decay, group)
+    if "corrected_weight_decay" in group and decay and adds_decay(rule, group):
+        _refuse(where, rule, "corrected_weight_decay", "is of timm's decoupled decay", decay, group)
     if rule == "adam" and decay and "t_alpha" in group:
         _refuse(where, rule, "weight_decay", "is decoupled in bitsandbytes", decay, group)
 

@@ -28,6 +28,8 @@ _OURS = {"muon": ("use_muon", "betas")}
 # What not every library writes whose Muon is torch's: those of muon-optimizer have neither nesterov nor eps, those of
 # pytorch_optimizer no ns_coefficients. Where they are missing the optimizer keeps its own.
 _MAY_LACK = {"muon": ("momentum", "nesterov", "eps", *groups.BESIDE["muon"])}
+# All that muon-optimizer writes for Muon. Signed, quasi-hyperbolic and accelerated SGD have the same state.
+_BARE = {"muon": ("lr", "momentum", "weight_decay")}
 
 
 def _claims(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> bool:
@@ -50,6 +52,8 @@ def read_group(where: str, rule: str, group: dict[str, Any]) -> dict[str, Any]:
     known[rule] = (*known[rule], *_OURS.get(rule, ()))  # muon-optimizer also has groups for its AdamW
     groups.check_owner(where, rule, group, known)
     groups.check(where, rule, group)
+    if rule in _BARE and group.keys().isdisjoint((*groups.BESIDE[rule], *_OURS[rule])):
+        groups.check_only(where, group, _BARE[rule])
     return {name: value for name, value in groups.known_only(rule, group).items() if name not in WAYS_TO_RUN}
 
 

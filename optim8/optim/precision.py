@@ -1,9 +1,7 @@
-"""The names of bitsandbytes.optim, for code that was written for it: `import optim8 as bnb`.
+"""The names that bitsandbytes has beside each `<Name>8bit`, for code that was written for it: `import optim8 as bnb`.
 
-`Adam`, `AdamW`, `Lion`, `SGD`, `RMSprop`, `Adagrad`, `AdEMAMix`, `LAMB` and `LARS` keep state in 32 bits unless
-`optim_bits=8`; names that end in `32bit` always do. Names that begin with `Paged` keep state in a file
-(optim8.paging). An argument means what it means in torch.optim: Adam's weight decay is an L2 penalty here.
-docs/migrate.md lists what differs.
+`<Name>` keeps state in 32 bits unless `optim_bits=8`, `<Name>32bit` always does. An argument means what it means in
+torch.optim: Adam's weight decay is an L2 penalty here. docs/migrate.md lists what differs.
 """
 
 from __future__ import annotations
@@ -11,15 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from optim8.optim.adagrad import Adagrad8bit, PagedAdagrad8bit
-from optim8.optim.adam import Adam8bit, AdamW8bit, PagedAdam8bit, PagedAdamW8bit
-from optim8.optim.ademamix import AdEMAMix8bit, PagedAdEMAMix8bit
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.optim.lamb import LAMB8bit, PagedLAMB8bit
-from optim8.optim.lars import LARS8bit, PagedLARS8bit
-from optim8.optim.lion import Lion8bit, PagedLion8bit
-from optim8.optim.rmsprop import PagedRMSprop8bit, RMSprop8bit
-from optim8.optim.sgd import PagedSGD8bit, SGD8bit
 
 T = TypeVar("T", bound=BlockwiseOptimizer)
 
@@ -57,30 +47,10 @@ class _Always32Bits(_In32Bits):
                 )
 
 
-def _names(optimizer: type[T]) -> tuple[type[T], type[T]]:
+def in_32_bits(optimizer: type[T]) -> tuple[type[T], type[T]]:
     """The classes that bitsandbytes has beside `<Name>8bit`: `<Name>`, whose state is in 32 bits unless
     `optim_bits=8`, and `<Name>32bit`, whose state is always in 32 bits."""
     stem = optimizer.__name__.removesuffix("8bit")
-    own = {"__module__": __name__, "__doc__": f"{stem}8bit with 32-bit state unless `optim_bits=8`."}
+    own = {"__module__": optimizer.__module__, "__doc__": f"{stem}8bit with 32-bit state unless `optim_bits=8`."}
     always = {**own, "__doc__": f"{stem}8bit with 32-bit state."}
     return type(stem, (_In32Bits, optimizer), own), type(f"{stem}32bit", (_Always32Bits, optimizer), always)
-
-
-Adam, Adam32bit = _names(Adam8bit)
-AdamW, AdamW32bit = _names(AdamW8bit)
-Lion, Lion32bit = _names(Lion8bit)
-PagedAdam, PagedAdam32bit = _names(PagedAdam8bit)
-PagedAdamW, PagedAdamW32bit = _names(PagedAdamW8bit)
-PagedLion, PagedLion32bit = _names(PagedLion8bit)
-SGD, SGD32bit = _names(SGD8bit)
-PagedSGD, PagedSGD32bit = _names(PagedSGD8bit)
-RMSprop, RMSprop32bit = _names(RMSprop8bit)
-PagedRMSprop, PagedRMSprop32bit = _names(PagedRMSprop8bit)
-Adagrad, Adagrad32bit = _names(Adagrad8bit)
-PagedAdagrad, PagedAdagrad32bit = _names(PagedAdagrad8bit)
-AdEMAMix, AdEMAMix32bit = _names(AdEMAMix8bit)
-PagedAdEMAMix, PagedAdEMAMix32bit = _names(PagedAdEMAMix8bit)
-LAMB, LAMB32bit = _names(LAMB8bit)
-PagedLAMB, PagedLAMB32bit = _names(PagedLAMB8bit)
-LARS, LARS32bit = _names(LARS8bit)
-PagedLARS, PagedLARS32bit = _names(PagedLARS8bit)
