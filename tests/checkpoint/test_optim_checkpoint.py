@@ -24,6 +24,7 @@ from support.harness import (
     state_bits,
     through_a_file,
 )
+from support.pairs import pairwise
 
 import optim8
 
@@ -75,9 +76,7 @@ CARRIERS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
 WEIGHTS: tuple[dict[str, Any], ...] = ({"master_bits": 24}, {"master_bits": 32}, {"param_rounding": "dithered"}, {})
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("optim_bits", [8, 16, 32])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairwise(dtype=DTYPES, optim_bits=[8, 16, 32], carrier=CARRIERS)
 @ALL
 def test_resume_has_the_same_bits(
     case: Case, dtype: str, optim_bits: int, carrier: str, device: torch.device, tmp_path: Path

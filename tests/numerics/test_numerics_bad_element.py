@@ -12,6 +12,7 @@ import reference
 import torch
 from cases import Case
 from support.harness import ALL, DTYPES, codes_of, moments, parameter, values
+from support.pairs import pairwise
 
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 PLACES = {"alone": [0], "block ends": [255, 256], "last": [599], "tail": [512, 599], "the largest of its block": [77]}
@@ -54,10 +55,7 @@ def _as_torch(case: Case, hyper: Mapping[str, Any], p: float, old: float, bad: f
     return p * (1 - hyper["lr"] * hyper["weight_decay"]) - hyper["lr"] * sign
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("state_bits", [8, 16, 32])
-@pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("bad", BAD)
+@pairwise(bad=BAD, where=PLACES, state_bits=[8, 16, 32], dtype=DTYPES)
 @ALL
 def test_one_bad_element_stays_one_element(
     case: Case, bad: str, where: str, state_bits: int, dtype: str, device: torch.device

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, EVERY, Case
 from support.harness import ALL, DTYPES, bits, flat, hostile, parameter, shards_from, state_bits, values
+from support.pairs import pairwise
 
 # Each makes a dense tensor of 4 * 6 * 10 * 14 = 3360 elements whose memory order is not its logical order.
 LAYOUTS = {
@@ -31,9 +32,7 @@ def _three_steps(case: Case, data: torch.Tensor, grads: list[torch.Tensor]) -> t
     return p, optimizer
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@ALL
+@pairwise(case=EVERY, layout=LAYOUTS, dtype=DTYPES)
 def test_dense_strides(case: Case, layout: str, dtype: str, device: torch.device) -> None:
     """Blocks run in memory order, so a strided tensor is its memory in a row; nothing is moved or copied."""
     change = LAYOUTS[layout]

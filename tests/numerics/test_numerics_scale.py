@@ -12,6 +12,7 @@ from cases import EVERY, Case
 from hypothesis import given
 from hypothesis import strategies as st
 from support.harness import ALL, bits, codes_of, moments, parameter, values
+from support.pairs import pairwise
 
 V_CASES = [case for case in EVERY if not all(case.states.values())]
 # The others do not move without eps, which has a scale of its own.
@@ -130,9 +131,7 @@ ZERO_ROWS = {
 }
 
 
-@pytest.mark.parametrize("state_bits", [8, 16, 32])
-@pytest.mark.parametrize("eps", [0.0, 1e-8])
-@pytest.mark.parametrize("content", ZERO_ROWS)
+@pairwise(content=ZERO_ROWS, eps=[0.0, 1e-8], state_bits=[8, 16, 32])
 @ALL
 def test_subnormal_and_zero_blocks_stay_finite(
     case: Case, content: str, eps: float, state_bits: int, device: torch.device

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
+from cases import EVERY, Case
 from support.harness import ALL, bits, parameter, snapshot
+from support.pairs import pairwise
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
-LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "transposed", "columns of more", "every other"])
+LAYOUTS = ["contiguous", "transposed", "columns of more", "every other"]
 
 
 def _laid_out(values: torch.Tensor, layout: str) -> torch.nn.Parameter:
@@ -60,10 +61,7 @@ DOWN: dict[str, Callable[[Any], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("schedule", DOWN)
-@LAYOUTS
-@BOTH
-@ALL
+@pairwise(case=EVERY, schedule=DOWN, layout=LAYOUTS, optim_bits=[8, 16, 32])
 def test_it_goes_the_right_way(case: Case, optim_bits: int, layout: str, schedule: str, device: torch.device) -> None:
     for maximize, tensor_lr in ((False, False), (True, True)):
         line = Line(device, layout)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
+from cases import EVERY, Case
 from support.harness import ALL, bits, parameter, snapshot
+from support.pairs import pairwise
 
 from optim8 import rules
 
@@ -51,9 +52,7 @@ def _takes(case: Case, name: str) -> bool:
     return name in case.with_defaults([parameter(torch.ones(1))]).param_groups[0]
 
 
-@pytest.mark.parametrize("in_a_group", [False, True], ids=["argument", "group"])
-@pytest.mark.parametrize(("name", "value"), BAD_OPTIONS, ids=lambda x: str(x).replace("\n", ""))
-@ALL
+@pairwise(case=EVERY, name__value=BAD_OPTIONS, in_a_group=[False, True])
 def test_bad_options(case: Case, name: str, value: Any, in_a_group: bool) -> None:
     if not _takes(case, name):
         with pytest.raises((TypeError, ValueError), match=name):
@@ -164,13 +163,10 @@ SPOIL: dict[str, tuple[Callable[[torch.nn.Parameter], None], bool]] = {
 }
 
 
-@pytest.mark.parametrize("optim_bits", [8, 16, 32])
-@pytest.mark.parametrize(
-    ("what", "with_state"),
-    [(what, True) for what in SPOIL] + [(what, False) for what, (_, always_wrong) in SPOIL.items() if always_wrong],
-    ids=lambda x: x if isinstance(x, str) else "later" if x else "at first",
-)
-@ALL
+SPOIL_WHEN = [(what, True) for what in SPOIL] + [(what, False) for what, (_, always) in SPOIL.items() if always]
+
+
+@pairwise(case=EVERY, what__with_state=SPOIL_WHEN, optim_bits=[8, 16, 32])
 def test_a_bad_parameter_is_named_and_nothing_is_changed(
     case: Case, what: str, with_state: bool, optim_bits: int, device: torch.device
 ) -> None:

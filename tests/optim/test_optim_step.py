@@ -20,6 +20,7 @@ from support.harness import (
     random_state,
     set_grad,
 )
+from support.pairs import pairwise
 
 DTYPE_PAIRS = [
     ("float32", "float32"),
@@ -35,16 +36,10 @@ def test_every_exported_optimizer_is_in_the_table() -> None:
     assert exported_names() == set(CASES), "tests/cases.py needs one row per optimizer that optim8 exports"
 
 
-FORMS = pytest.mark.parametrize(
-    ("state_bits", "rounding"),
-    [(8, "dithered"), (8, "nearest"), (16, "dithered"), (16, "nearest"), (32, "nearest")],
-    ids=lambda each: str(each),
-)
+FORMS = [(8, "dithered"), (8, "nearest"), (16, "dithered"), (16, "nearest"), (32, "nearest")]
 
 
-@FORMS
-@pytest.mark.parametrize(("p_dtype", "g_dtype"), DTYPE_PAIRS)
-@pytest.mark.parametrize("row", range(3))
+@pairwise(state_bits__rounding=FORMS, p_dtype__g_dtype=DTYPE_PAIRS, row=range(3))
 @ALL
 def test_one_step_from_given_states(
     case: Case, row: int, p_dtype: str, g_dtype: str, state_bits: int, rounding: str, device: torch.device
@@ -68,9 +63,7 @@ def test_one_step_from_given_states(
             assert_step(optimizer, case, p, b, hyper, t + 1)
 
 
-@FORMS
-@pytest.mark.parametrize("p_dtype", DTYPES)
-@pytest.mark.parametrize("row", range(3))
+@pairwise(state_bits__rounding=FORMS, p_dtype=DTYPES, row=range(3))
 @ALL
 def test_the_first_steps_from_nothing(
     case: Case, row: int, p_dtype: str, state_bits: int, rounding: str, device: torch.device

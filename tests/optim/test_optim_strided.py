@@ -10,8 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import Case
+from cases import EVERY, Case
 from support.harness import ALL, DTYPES, bits, hostile, parameter, set_grad, state_bits, through_a_file
+from support.pairs import pairwise
 
 import optim8
 from optim8.memory import plan
@@ -53,10 +54,7 @@ def _step(optimizer: Any, params: list[torch.nn.Parameter], t: int) -> None:
     optimizer.step()
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", DTYPES)
-@EVERY_VIEW
-@ALL
+@pairwise(case=EVERY, kind=VIEWS, dtype=DTYPES, optim_bits=[8, 16, 32])
 def test_steps_as_without_gaps(case: Case, kind: str, dtype: str, optim_bits: int, device: torch.device) -> None:
     p, q, whole = _pair(kind, device, DTYPES[dtype])
     others = [parameter(torch.ones(300, device=device)) for _ in range(2)]
@@ -130,9 +128,7 @@ def test_gaps_that_come_and_go(case: Case, optim_bits: int, device: torch.device
     assert state_bits(ours, p) == state_bits(dense, q)
 
 
-@BOTH
-@EVERY_VIEW
-@ALL
+@pairwise(case=EVERY, kind=VIEWS, optim_bits=[8, 16, 32])
 def test_checkpoints_go_between_both_kinds(case: Case, kind: str, optim_bits: int, device: torch.device) -> None:
     p, q, _ = _pair(kind, device)
     ours, dense = case.make([p], optim_bits=optim_bits), case.make([q], optim_bits=optim_bits)
