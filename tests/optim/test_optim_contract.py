@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
+from cases import EVERY, Case
 from support.harness import (
     ALL,
     assert_step,
@@ -20,6 +20,7 @@ from support.harness import (
     state_bits,
     values,
 )
+from support.pairs import pairwise
 from torch.optim import lr_scheduler
 
 BOTH = pytest.mark.parametrize("optim_bits", [8, 16, 32])
@@ -152,9 +153,7 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("lr_is_a_tensor", [False, True])
-@pytest.mark.parametrize("kind", SCHEDULERS)
-@ALL
+@pairwise(case=EVERY, kind=SCHEDULERS, lr_is_a_tensor=[False, True])
 def test_schedulers(case: Case, kind: str, lr_is_a_tensor: bool, device: torch.device) -> None:
     """Every step uses what the scheduler has put into the group."""
     n, hyper = 300, dict(case.hypers[0])

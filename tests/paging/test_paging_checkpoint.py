@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
-from support.harness import ALL, bits, hostile, parameter, snapshot, through_a_file
+from cases import CASES, EVERY, Case
+from support.harness import bits, hostile, parameter, snapshot, through_a_file
+from support.pairs import pairwise
 
 from optim8.paging import Pager
 
@@ -112,9 +113,7 @@ CARRIERS: dict[str, Callable[[Pair, Path, Case], Pair]] = {
 }
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("source", ["paged", "resident"])
-@ALL
+@pairwise(case=EVERY, source=["paged", "resident"], carrier=CARRIERS)
 def test_the_future_is_the_same(case: Case, source: str, carrier: str, tmp_path: Path) -> None:
     """8-bit and 32-bit state, two steps, a copy, two more: the copy has the original's bits, and memory of its own."""
     dtype, master_bits = FORMS[source]

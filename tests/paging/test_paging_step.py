@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, EVERY, Case, exported_names
-from support.harness import ALL, DTYPES, hostile, hostile_parameters, parameter, set_grad, snapshot, torch_threads
+from support.harness import DTYPES, hostile, hostile_parameters, parameter, set_grad, snapshot, torch_threads
+from support.pairs import pairwise
 
 import optim8
 from optim8 import _native
@@ -32,12 +33,6 @@ PAGERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with torch_threads(request.param):
-        yield request.param
-
-
 def params_of(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     return hostile_parameters(SHAPES, dtype)
 
@@ -57,25 +52,22 @@ def steps(params: list[torch.nn.Parameter], optimizer: Any, first: int, last: in
         optimizer.step()
 
 
-@pytest.mark.parametrize("pager", PAGERS)
-@pytest.mark.parametrize("optim_bits", [8, 16, 32])
-@ALL
+@pairwise(case=EVERY, pager=PAGERS, optim_bits=[8, 16, 32], dtype=DTYPES, threads=[1, 3])
 def test_bits_are_those_of_a_resident_step(
-    case: Case, optim_bits: int, pager: str, threads: int, tmp_path: Path
+    case: Case, pager: str, optim_bits: int, dtype: str, threads: int, tmp_path: Path
 ) -> None:
     """8-bit, 32-bit and mixed state; state and parameters have the same bits after each of four steps."""
-    dtype = list(DTYPES.values())[(len(case.name) + optim_bits + threads) % 3]
-    resident, paged = params_of(dtype), params_of(dtype)
+    resident, paged = params_of(DTYPES[dtype]), params_of(DTYPES[dtype])
     options = {"optim_bits": optim_bits, "min_8bit_size": 256}
-    if dtype != torch.float32:
+    if dtype != "float32":
         options["master_bits"] = (16, 24, 32)[list(PAGERS).index(pager) % 3]
     a, b = case.make(resident, **options), case.make(paged, **options, paged=PAGERS[pager](tmp_path))
-    for t in range(4):
-        for params, optimizer in ((resident, a), (paged, b)):
-            steps(
-                params, optimizer, t, t + 1, wide=t == 3 and dtype != torch.float32 and hasattr(params[0], "grad_dtype")
-            )
-        assert snapshot(b) == snapshot(a), t
+    wide = dtype != "float32" and hasattr(resident[0], "grad_dtype")
+    with torch_threads(threads):
+        for t in range(4):
+            for params, optimizer in ((resident, a), (paged, b)):
+                steps(params, optimizer, t, t + 1, wide=t == 3 and wide)
+            assert snapshot(b) == snapshot(a), t
     assert all(type(value) is torch.Tensor for entry in b.state.values() for value in entry.values())
 
 
