@@ -34,6 +34,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +48,9 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # No contraction and no fast-math: every instruction set must give the same bits.
 MATH = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-BASE = [*MATH, "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", f"-I{CSRC}"]
+# Sources whose names end so have code for every rule: each is compiled in parts, which compile side by side.
+IN_PARTS, PARTS = "_rules", 4
+BASE = [*MATH, "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", f"-DOPTIM8_PARTS={PARTS}", f"-I{CSRC}"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi")), "-mprefer-vector-width=512"]
 # Part of the names of objects that include Python's headers, and of modules.
@@ -87,11 +90,15 @@ def ninja() -> str:
     return str(Path(BIN_DIR) / "ninja")
 
 
-def sanitizer_flags() -> list[str]:
-    names = os.environ.get("OPTIM8_SANITIZE", "")
+def sanitizer_flags(isa: str = "scalar") -> list[str]:
+    """Of a source for an instruction set. All of them have one source, so undefined behaviour is looked for in scalar
+    code only, which halves the time to compile the others; what they read and write is their own."""
+    names = [name for name in os.environ.get("OPTIM8_SANITIZE", "").split(",") if name]
+    if isa != "scalar" and names != ["undefined"]:
+        names = [name for name in names if name != "undefined"]
     if not names:
         return []
-    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+    return [f"-fsanitize={','.join(names)}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 def binding_flags() -> list[str]:
@@ -134,6 +141,13 @@ def sources(*folders: str, pattern: str = "*.cpp") -> list[Path]:
     return [source for folder in folders for source in sorted((CSRC / folder).glob(pattern))]
 
 
+def parts_of(source: Path) -> list[tuple[str, list[str]]]:
+    """What the parts of a source have in the names of their objects, and their flags."""
+    if not source.stem.endswith(IN_PARTS):
+        return [("", [])]
+    return [(f".{part}", [f"-DOPTIM8_PART={part}"]) for part in range(PARTS)]
+
+
 def object_file(folder: Path, source: Path, variant: str = "") -> Path:
     """The path of a source's object: folders below `folder` as below csrc, so that no two sources share one."""
     return folder / source.relative_to(CSRC).with_suffix(f"{variant}.o")
@@ -145,7 +159,8 @@ def command_text(command: list[str]) -> str:
 
 
 def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
-    flags = [*BASE, "-fopenmp", *werror("-Werror"), *sanitizer_flags()]
+    bare = [*BASE, "-fopenmp", *werror("-Werror")]
+    flags = [*bare, *sanitizer_flags()]
     x86 = ["-DOPTIM8_HAVE_X86=1"] if IS_X86 else []
     objects = []
     if not sources("bind/cpu"):
@@ -155,10 +170,11 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
         objects.append(plan.compile(cxx(), source, object_file(folder, source, PYTHON), [*flags, *extra]))
     for source in sources("cpu", "cpu/step"):
         objects.append(plan.compile(cxx(), source, object_file(folder, source), [*flags, *x86]))
-    for source in sources("cpu/kernels"):
-        for isa, isa_flags in ISA_FLAGS.items():
-            extra = [*isa_flags, f"-DOPTIM8_ISA={isa}"]
-            objects.append(plan.compile(cxx(), source, object_file(folder, source, f".{isa}"), [*flags, *extra]))
+    # The longest first, so that no compiler is left alone at the end.
+    for source in sorted(sources("cpu/kernels"), key=lambda source: not source.stem.endswith(IN_PARTS)):
+        for (part, of_part), (isa, isa_flags) in product(parts_of(source), ISA_FLAGS.items()):
+            of_isa = [*bare, *sanitizer_flags(isa), *isa_flags, *of_part, f"-DOPTIM8_ISA={isa}"]
+            objects.append(plan.compile(cxx(), source, object_file(folder, source, f"{part}.{isa}"), of_isa))
     plan.link(output, objects, ["-fopenmp", *sanitizer_flags()])
 
 
@@ -305,14 +321,26 @@ def plan_cuda(plan: Plan, folder: Path, output: Path, version: str) -> None:
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra"]
     size = ["-Xfatbin", "-compress-all", "-cudart", "static"]
     archs = archs_of(nvcc)
-    flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}", *gates, *host, *size, *arch_flags(archs)]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-fmad=false",
+        f"-DOPTIM8_PARTS={PARTS}",
+        f"-I{CSRC}",
+        *gates,
+        *host,
+        *size,
+        *arch_flags(archs),
+    ]
     facts = [f'-DOPTIM8_VERSION="{version}"', f'-DOPTIM8_CUDA_ARCHS="{";".join(archs)}"']
     objects = []
     for source in sources("tensors", "bind/cuda"):
         extra = [*werror("-Werror"), *binding_flags(), "-isystem", str(include), *facts]
         objects.append(plan.compile(cxx(), source, object_file(folder, source, PYTHON), [*BASE, *extra]))
     for source in sources("cuda", pattern="*.cu"):
-        objects.append(plan.compile(nvcc, source, object_file(folder, source, ".cu"), [*flags, "-ccbin", cxx()]))
+        for part, of_part in parts_of(source):
+            extra = [*of_part, "-ccbin", cxx()]
+            objects.append(plan.compile(nvcc, source, object_file(folder, source, f"{part}.cu"), [*flags, *extra]))
     plan.link(output, objects, [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
 
 

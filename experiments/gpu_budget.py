@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_json(parser, "gpu_budget")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        kernels = sass.kernels_of("step.cu", "sm_90", Path(folder))
+        kernels = sass.step_kernels("sm_90", Path(folder))
     rows, rules = [], sass.rules_by_type()
     for name, kernel in kernels.items():
         found = re.search(rf"step_rows<(?:\w+::)*(\w+), {sass.DITHERED}, (?:\w+::)*(\w+), (?:\w+::)*(\w+)>", name)

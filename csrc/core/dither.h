@@ -146,13 +146,17 @@ OPTIM8_HD uint32_t encode_magnitude(float x, float reciprocal, uint32_t u, const
     return funnel<16>(of_binade(t.last, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
 }
 
-// The same of x.
-template <Code code, class T>
+// The same of x. `root`: x is a square root, 0 or no less than that of the smallest subnormal number.
+template <Code code, bool root = false, class T>
 OPTIM8_HD uint32_t encode_dithered(float x, float reciprocal, uint32_t u, const T& t) {
     const uint32_t fixed = encode_magnitude<code>(x, reciprocal, u, t);
     constexpr uint32_t below_one = 0xfeffffu;  // the greatest with code 254
     if constexpr (is_signed(code)) {
         return bits_of(x) >> 31 ? below_one - fixed : fixed;  // codes of x and -x add up to 254
+    } else if constexpr (root) {
+        static_assert(0x1p-75f > 0x1.fep-126f, "a root has more bits than any fixed-point number");
+        const uint32_t most = bits_of(x) < below_one ? bits_of(x) : below_one;
+        return fixed < most ? fixed : most;
     } else {
         return x > 0.0f ? (fixed < below_one ? fixed : below_one) : 0u;
     }

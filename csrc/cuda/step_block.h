@@ -47,12 +47,12 @@ OPTIM8_DEVICE void each_state(const Work& work) {
 }
 
 // The encoder of one state, loaded once for all blocks of a warp: of one value, and of the lane's eight into words.
-// `s`: which state of its rule it is.
-template <Code code, int s, Rounding rounding, bool low_bytes>
+// `s`: which state of its rule it is; `root`: its values are square roots.
+template <Code code, int s, Rounding rounding, bool low_bytes, bool root>
 struct LaneState;
 
-template <Code code, int s>
-struct LaneState<code, s, Rounding::Nearest, false> {
+template <Code code, int s, bool root>
+struct LaneState<code, s, Rounding::Nearest, false, root> {
     LaneLines lines = lane_code<code>();
     OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t) const {
         return encode_lane(x, reciprocal, LaneCode<code>{lines}) & 0xffu;
@@ -79,11 +79,11 @@ OPTIM8_DEVICE uint32_t lane_dither(uint32_t start, int k) {
     return dither<state>(start, static_cast<uint32_t>(place<span>(k) - place<span>(0)));
 }
 
-template <Code code, int s>
-struct LaneState<code, s, Rounding::Dithered, false> {
+template <Code code, int s, bool root>
+struct LaneState<code, s, Rounding::Dithered, false, root> {
     LaneDitherLines lines = lane_dither_lines<code>();
     OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t u) const {
-        return encode_dithered<code>(x, reciprocal, u, LaneDither<code>{lines}) >> 16 & 0xffu;
+        return encode_dithered<code, root>(x, reciprocal, u, LaneDither<code>{lines}) >> 16 & 0xffu;
     }
     template <int span>
     OPTIM8_DEVICE void encode(const float (&x)[per_lane], float reciprocal, uint32_t start, uint32_t (&words)[2],
@@ -94,7 +94,7 @@ struct LaneState<code, s, Rounding::Dithered, false> {
         for (int k = 0; k < per_lane; ++k) {
             const uint32_t u = lane_dither<s, span>(start, k);
             codes[k] = is_signed(code) ? encode_magnitude<code>(x[k], reciprocal, u, t)
-                                       : encode_dithered<code>(x[k], reciprocal, u, t);
+                                       : encode_dithered<code, root>(x[k], reciprocal, u, t);
         }
         if constexpr (is_signed(code))
             pack_signed(codes, x, words);
@@ -104,8 +104,8 @@ struct LaneState<code, s, Rounding::Dithered, false> {
 };
 
 // A state in 16 bits: codes and low bytes.
-template <Code code, int s, Rounding rounding>
-struct LaneState<code, s, rounding, true> {
+template <Code code, int s, Rounding rounding, bool root>
+struct LaneState<code, s, rounding, true, root> {
     LaneDitherLines lines = lane_dither_lines<code>();
     OPTIM8_DEVICE uint32_t encode(float x, float reciprocal, uint32_t u) const {
         return encode16<code>(x, reciprocal, rounding == Rounding::Dithered ? u : u_of_nearest,
@@ -137,7 +137,8 @@ struct LaneState<code, s, rounding, true> {
 // Those of the states of a rule from state `s` on.
 template <class Rule, class Coding, int s = 0, bool none = s == state_count<Rule>>
 struct LaneStates {
-    LaneState<code_of<Rule, s>, s, Coding::rounding, Coding::template low<Rule, s>> first;
+    LaneState<code_of<Rule, s>, s, Coding::rounding, Coding::template low<Rule, s>, Coding::template root<Rule, s>>
+        first;
     LaneStates<Rule, Coding, s + 1> rest;
     template <int index>
     OPTIM8_DEVICE const auto& of() const {

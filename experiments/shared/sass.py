@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,18 +91,34 @@ class Kernel:
         return ways
 
 
-def kernels_of(source: str, arch: str, folder: Path) -> dict[str, Kernel]:
-    """The kernels of csrc/cuda/`source` for an architecture such as "sm_90", by demangled name."""
+# Of parameters and gradients, as C++ has them.
+TYPES = [("float", "float"), *((narrow, grad) for narrow in ("bfloat16", "float16") for grad in (narrow, "float"))]
+
+
+def step_kernels(arch: str, folder: Path, types: Sequence[tuple[str, str]] = TYPES) -> dict[str, Kernel]:
+    """The kernels of the step with dithered rounding in 8 bits, for every rule that keeps state, by demangled name."""
+    lines = ['#include "cuda/step_rows.h"', "OPTIM8_BEGIN", "using Dithered = Coding<Rounding::Dithered, true, false>;"]
+    of = "const __grid_constant__ StepBatch"
+    for rule in (name for name, rule in rules_by_type().items() if rule.moments):
+        for param, grad in types:
+            lines.append(f"template __global__ void step_rows<{rule}, Dithered, {param}, {grad}>({of}<{rule}>);")
+    source = folder / "step_kernels.cu"
+    source.write_text("\n".join([*lines, "OPTIM8_END", ""]))
+    return kernels_of(source, arch, folder)
+
+
+def kernels_of(source: Path, arch: str, folder: Path) -> dict[str, Kernel]:
+    """The kernels of a source for an architecture such as "sm_90", by demangled name."""
     tools = tool_folder()
     if tools is None:
         raise RuntimeError("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    cubin = str(folder / f"{source}.{arch}.cubin")
+    cubin = str(folder / f"{source.stem}.{arch}.cubin")
     environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
 
     def output(*command: str) -> str:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
-    output("nvcc", *NVCC_FLAGS, f"-arch={arch}", "-cubin", str(ROOT / "csrc/cuda" / source), "-o", cubin)
+    output("nvcc", *NVCC_FLAGS, f"-arch={arch}", "-cubin", str(source), "-o", cubin)
     usage = output("cuobjdump", "-res-usage", cubin)
     registers = {name: int(n) for name, n in re.findall(r"Function (\S+?):\s+REG:(\d+)", usage)}
     found = {}

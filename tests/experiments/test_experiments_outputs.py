@@ -73,7 +73,7 @@ def test_the_budget_of_a_gpu_is_written_where_it_is_told(
     import gpu_budget
     from shared import common
 
-    monkeypatch.setattr(gpu_budget.sass, "kernels_of", lambda *_: {})
+    monkeypatch.setattr(gpu_budget.sass, "step_kernels", lambda *_: {})
     monkeypatch.setattr(common, "RUNS", tmp_path / "runs")
     gpu_budget.main([])
     gpu_budget.main(["--json", str(tmp_path / "asked.json")])

@@ -1,0 +1,43 @@
+// One optimizer step over many tensors in one launch, for any rule, with 8- or 32-bit state. Names no rule.
+//
+// A block of 256 values belongs to one warp, eight values a lane: load, decode, update, block maximum by shuffles,
+// encode, store. No shared memory, no barrier. The tensors' addresses travel in the kernel's parameters.
+#pragma once
+
+#include "cuda/step_any_block.h"
+#include "cuda/step_batch.h"
+
+OPTIM8_BEGIN
+
+// Blocks of threads that a multiprocessor is to hold at least, which bounds the registers of a thread: by 128, or with
+// three states by 168.
+template <class Rule>
+constexpr int blocks_at_least = state_count<Rule> == 3 ? 3 : 4;
+
+template <class Rule, class Coding, class P, class G>
+__global__ void __launch_bounds__(threads_per_block, blocks_at_least<Rule>)
+    step_rows(const __grid_constant__ StepBatch<Rule> batch) {
+    if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
+    // Two passes: what is rare, in the loop of what is not, would take its registers.
+    uint32_t left_over = 0;
+    static_assert(blocks_per_warp <= 32, "a bit for each");
+    if constexpr (!Rule::stateless) {
+        const LaneStates<Rule, Coding> lane_states;
+        each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
+            const Block<Rule, P, G> at(row, block);
+            const bool done = row.precision != Precision::Bits32 && at.weight == Weight::Plain && at.well &&
+                              step_quickly<Coding>(at, scalars, lane_states);
+            left_over |= done ? 0u : 1u << i;
+        });
+        if (left_over == 0) return;
+    }
+    each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
+        if (!Rule::stateless && (left_over >> i & 1) == 0) return;
+        const Block<Rule, P, G> at(row, block);
+        if constexpr (!Rule::stateless)
+            if (row.precision != Precision::Bits32) return step_carefully<Coding>(at, scalars);
+        step_32bit(row, at, block * step_block, scalars);
+    });
+}
+
+OPTIM8_END
