@@ -158,14 +158,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def moved(result: Result, subject: str) -> Mapping[str, list[float]] | None:
+def kept(result: Result, subject: str) -> Mapping[str, list[float]] | None:
     """What was found of an AdamW, with the option that keeps small updates where it has one; None if it was not run."""
     found: Mapping[str, Mapping[str, list[float]]] = result["rules"]["AdamW"]
     return found.get(f"{subject} {KEEPS.get(subject)}", found.get(subject))
 
 
+def label(subject: str) -> str:
+    """Whose weights, and by which option they move: "optim8 with master_bits=24"."""
+    library = subject.partition(" ")[0]
+    return f"{library} with {KEEPS[subject]}" if subject in KEEPS else library
+
+
 def cell(of: Mapping[str, list[float]], at: int = -1) -> str:
-    return f"{of['slope'][at]:.2f} ± {of['error'][at]:.2f}"
+    return f"{of['slope'][at]:.2f} ({of['error'][at]:.2f})"
 
 
 def render(result: Result) -> str:
@@ -180,8 +186,8 @@ def render(result: Result) -> str:
     return "\n\n".join(
         [
             table(headers, rows),
-            f"Displacement of the weights over that of float32 weights with float32 state: slope ± error (norm of the "
-            f"difference over the norm). Learning rate {arguments['rate']:g}, no decay, weights of deviation "
+            f"Displacement of the weights over that of float32 weights with float32 state: slope (norm of the "
+            f"difference over its norm). Learning rate {arguments['rate']:g}, no decay, weights of deviation "
             f"{DEVIATION}, {plural(arguments['blocks'], 'block')} of 256. {not_measured(result)}".rstrip(),
             origin(result),
         ]
