@@ -2,7 +2,7 @@
 
 A document holds pairs of `<!-- table:NAME -->` and `<!-- /table -->`; what stands between them is made from
 experiments/results/NAME.json, or from the several results that COMPARISONS names. A picture figures/NAME.png that a
-document shows is drawn from the result that FIGURES names, unless it shows that already. `--check` changes nothing and
+document shows is drawn from the results that FIGURES names, unless it shows that already. `--check` changes nothing and
 fails where a document or a picture says something else.
 """
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import bench_monitoring
 import bf16
+import bf16_movement
 import comparison
 import gpu_budget
 import memory_models
@@ -133,6 +134,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "bench_functional": bench_functional,
     "bench_monitoring": bench_monitoring.render,
     "bf16": bf16.render,
+    "bf16_movement": bf16_movement.render,
     "gpu_budget": gpu_budget_table,
     "long_run": slow_state.report.render,
     "roofline": kernels,
@@ -152,25 +154,29 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "steps": (("bench_step", "bench_step-avx2", "bench_step-peers"), comparison.steps),
     "suite": (("bench_step-suite",), comparison.suite),
     "spread": (("long_run",), slow_state.spread.render),
-    "peers": (("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients"), comparison.peers),
+    "peers": (
+        ("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients", "long_run", "bf16_movement"),
+        comparison.peers,
+    ),
 }
 
-# The picture's name: the result it is drawn from, and by what.
-FIGURES: dict[str, tuple[str, Callable[[Result], Figure]]] = {
-    "train_lm-loss": ("train_lm", draw_loss),
-    "bf16": ("bf16", bf16.draw),
-    "roofline": ("roofline", roofline.draw),
-    "long_run": ("long_run", slow_state.report.draw),
-    "long_run-spread": ("long_run", slow_state.spread.draw),
-    "memory_models": ("memory_models", memory_models.draw),
-    "memory_profile": ("memory_profile", memory_profile.draw),
-    "paged": ("paged", paged.draw),
-    "parity": ("parity", parity_report.draw),
-    "parity-long": ("parity-long", parity_report.draw),
-    "parity-long-shift": ("parity-long-shift", parity_report.draw),
-    "quantization_error": ("quantization_error", quantization_error.draw),
-    "rare_updates": ("rare_updates", rarity.report.draw),
-    "small_gradients": ("small_gradients", small_gradients.draw),
+# The picture's name: the results it is drawn from, and by what.
+FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
+    "train_lm-loss": (("train_lm",), draw_loss),
+    "bf16": (("bf16",), bf16.draw),
+    "roofline": (("roofline",), roofline.draw),
+    "long_run": (("long_run",), slow_state.report.draw),
+    "long_run-spread": (("long_run",), slow_state.spread.draw),
+    "memory_models": (("memory_models",), memory_models.draw),
+    "memory_profile": (("memory_profile",), memory_profile.draw),
+    "paged": (("paged",), paged.draw),
+    "parity": (("parity",), parity_report.draw),
+    "parity-long": (("parity-long",), parity_report.draw),
+    "parity-long-shift": (("parity-long-shift",), parity_report.draw),
+    "peers": (("long_run", "bf16_movement"), comparison.draw),
+    "quantization_error": (("quantization_error",), quantization_error.draw),
+    "rare_updates": (("rare_updates",), rarity.report.draw),
+    "small_gradients": (("small_gradients",), small_gradients.draw),
 }
 
 
@@ -195,14 +201,15 @@ def renew(document: str, results: Path) -> str:
 
 
 def figure(name: str, results: Path) -> Figure:
-    """The figure `name`, drawn from its result."""
+    """The figure `name`, drawn from its results."""
     if name not in FIGURES:
         raise ValueError(f"report: a figure must be one of {', '.join(FIGURES)}, got {name}. Mend the link.")
-    result, draw = FIGURES[name]
-    path = results / f"{result}.json"
-    if not path.exists():
-        raise ValueError(f"report: figure {name} needs {path.name}, which is not there. Run its script first.")
-    return draw(json.loads(path.read_text(encoding="utf-8")))
+    sources, draw = FIGURES[name]
+    paths = [results / f"{source}.json" for source in sources]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"report: figure {name} needs {path.name}, which is not there. Run its script first.")
+    return draw(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
 
 
 def renew_documents(paths: Iterable[Path], results: Path, check: bool) -> list[str]:

@@ -13,20 +13,24 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import optim8
+from optim8.state.layout import PARAM_LOW
 from optim8.step import matrices, orthogonal
+from optim8.step.ranks import cut
 
-# Shards of the first two begin where a block of the whole begins, for 1, 2 and 3 ranks. One matrix has fewer rows than
-# there are ranks, and most buckets have fewer matrices.
+# Shards of ON_BLOCKS begin where a block of the whole begins, for 1, 2 and 3 ranks. Two matrices have fewer rows than
+# there may be ranks, and most buckets have fewer matrices.
 SHAPES: dict[str, tuple[int, ...]] = {
     "wide": (48, 256),
     "wide_too": (48, 256),
+    "square": (256, 256),
     "tall": (96, 32),
     "odd": (31, 17),
     "one_row": (1, 300),
+    "two_rows": (2, 512),
     "experts": (5, 24, 32),
     "empty": (0, 8),
 }
-ON_BLOCKS = ("wide", "wide_too")
+ON_BLOCKS = ("wide", "wide_too", "square", "two_rows")
 
 
 def value(name: str, t: int) -> torch.Tensor:
@@ -41,17 +45,19 @@ class Net(torch.nn.Module):
         self.weights = torch.nn.ParameterDict({name: value(name, 0).to(device) for name in SHAPES})
 
 
-def make(params: Any, bits: int) -> Any:
-    return optim8.Muon8bit(params, lr=0.1, weight_decay=0.1, optim_bits=bits, min_8bit_size=1000)
+def make(params: Any, bits: int, **options: Any) -> Any:
+    return optim8.Muon8bit(params, lr=0.1, weight_decay=0.1, optim_bits=bits, min_8bit_size=1000, **options)
 
 
-def steps_as_one_process(place: Place, params: dict[str, torch.Tensor], optim_bits: int) -> None:
+def steps_as_one_process(place: Place, params: dict[str, torch.Tensor], optim_bits: int, **options: Any) -> None:
     """Parameters that are DTensors, against the whole ones."""
-    whole = Net(place.device)
-    optimizer, own = make(list(params.values()), optim_bits), make(whole.parameters(), optim_bits)
+    dtype = next(iter(params.values())).dtype
+    whole = Net(place.device).to(dtype)
+    optimizer = make(list(params.values()), optim_bits, **options)
+    own = make(whole.parameters(), optim_bits, **options)
     for t in (1, 2, 3):
         for name, p in params.items():
-            grad = value(name, t).to(place.device)
+            grad = value(name, t).to(place.device, dtype)
             whole.weights[name].grad = grad
             p.grad = distribute_tensor(grad.to(local(p).device), p.device_mesh, p.placements)  # type: ignore[attr-defined]
         optimizer.step()
@@ -60,6 +66,9 @@ def steps_as_one_process(place: Place, params: dict[str, torch.Tensor], optim_bi
         if optim_bits == 32 or name in ON_BLOCKS or p.numel() < 1000:
             expected = distribute_tensor(whole.weights[name].detach(), p.device_mesh, p.placements)  # type: ignore[attr-defined]
             assert bits(local(p).contiguous()) == bits(local(expected).contiguous()), name
+            if "master_bits" in options:
+                low, low_of_whole = (each[PARAM_LOW] for each in (optimizer.state[p], own.state[whole.weights[name]]))
+                assert bits(local(low).contiguous()) == bits(cut(low_of_whole, p).contiguous()), name
         assert optimizer.precision(p) == own.precision(whole.weights[name])
         assert optimizer.state[p]["step"] == 3
     assert place.same_everywhere([bits(q) for q in whole.parameters()])
@@ -71,6 +80,15 @@ def muon_fsdp2(place: Place) -> None:
         net = Net(place.device)
         fully_shard(net, mesh=place.mesh())
         steps_as_one_process(place, dict(net.weights.items()), optim_bits)
+
+
+def muon_bfloat16(place: Place) -> None:
+    """Weights of 16 bits, rounded, dithered and with low bits beside them."""
+    for options in ({}, {"param_rounding": "dithered"}, {"master_bits": 24}, {"master_bits": 32}):
+        for optim_bits in (8, 16):
+            net = Net(place.device).bfloat16()
+            fully_shard(net, mesh=place.mesh())
+            steps_as_one_process(place, dict(net.weights.items()), optim_bits, **options)
 
 
 def muon_share(place: Place) -> None:
@@ -95,8 +113,9 @@ def muon_share(place: Place) -> None:
         orthogonal.orthogonalize = original
     everywhere: list[Any] = [None] * place.world
     torch.distributed.all_gather_object(everywhere, sum(counts))
-    assert sum(everywhere) == 2 + 1 + 1 + 1 + 5
-    assert max(everywhere) <= sum(-(-count // place.world) for count in (2, 1, 1, 1, 5))
+    matrices_of_buckets = (2, 1, 1, 1, 1, 1, 5)
+    assert sum(everywhere) == sum(matrices_of_buckets)
+    assert max(everywhere) <= sum(-(-count // place.world) for count in matrices_of_buckets)
 
 
 def muon_layouts(place: Place) -> None:
@@ -153,5 +172,13 @@ def muon_state_dict(place: Place) -> None:
 
 SCENARIOS: dict[str, Scenario] = {
     f.__name__: f
-    for f in (muon_fsdp2, muon_share, muon_layouts, muon_two_dimensions, muon_cpu_offload, muon_state_dict)
+    for f in (
+        muon_fsdp2,
+        muon_bfloat16,
+        muon_share,
+        muon_layouts,
+        muon_two_dimensions,
+        muon_cpu_offload,
+        muon_state_dict,
+    )
 }

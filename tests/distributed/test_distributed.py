@@ -29,6 +29,8 @@ STAGES = [
     ("fsdp1", 2),
     ("muon_fsdp2", 2),
     ("muon_fsdp2", 3),
+    ("muon_bfloat16", 2),
+    ("muon_bfloat16", 3),
     ("muon_share", 2),
     ("muon_share", 3),
     ("muon_layouts", 2),

@@ -41,11 +41,11 @@ def test_memory_of_models_is_what_the_planner_counts(monkeypatch: pytest.MonkeyP
 
 
 def test_peers_stand_beside_each_other_with_their_versions(comparison: ModuleType) -> None:
-    names = ("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients")
-    memory, step, avx2, gradients = (read(RESULTS / f"{name}.json") for name in names)
-    table = cells(comparison.peers(memory, step, avx2, gradients))
+    names = ("memory_profile", "bench_step-peers", "bench_step-avx2", "small_gradients", "long_run", "bf16_movement")
+    memory, step, avx2, gradients, *moved = (read(RESULTS / f"{name}.json") for name in names)
+    table = cells(comparison.peers(memory, step, avx2, gradients, *moved))
     versions = memory["peers"]
-    assert [name.split(" AdamW")[0] for name in table["float32 parameters, on a CPU"]] == [
+    assert [name.split(" AdamW")[0] for name in table["on a CPU, float32 parameters"]] == [
         "torch",
         "optim8",
         *(f"{library} {versions[library]}" for library in ("bitsandbytes", "torchao")),
@@ -56,8 +56,33 @@ def test_peers_stand_beside_each_other_with_their_versions(comparison: ModuleTyp
         assert table["optimizer state, bytes a parameter"][place] == f"{row['state_bytes'] / largest:.2f}"
     assert table["speed of a step, CPU with AVX2"][2:] == ["not measured"] * 2  # no run has peers with AVX2
     rest = {**gradients, "rows": [row for row in gradients["rows"] if not row["subject"].startswith("torchao")]}
-    fewer = cells(comparison.peers(memory, step, avx2, rest))
+    fewer = cells(comparison.peers(memory, step, avx2, rest, *moved))
     assert fewer["size of the update for gradients of 1e-8, exact is 1"][3] == "not measured"
+
+
+def test_movements_are_those_of_the_results(comparison: ModuleType) -> None:
+    long, bf16 = (read(RESULTS / f"{name}.json") for name in ("long_run", "bf16_movement"))
+    labelled = {row[0]: row[1:] for row in comparison._movements(long, bf16)}
+    at = long["checkpoints"].index(3000)
+
+    def length(case: str, subject: str, part: str) -> str:
+        (row,) = (r for r in long["rows"] if (r["rule"], r["case"], r["subject"]) == ("adamw", case, subject))
+        return f"{row['parts'][part]['length'][at]:.2f}"
+
+    subjects = ("optim8 dithered", "bitsandbytes", "torchao")
+    steady, small, constant, weights = labelled.values()
+    assert steady[1:] == [length("nothing changes", subject, "changed") for subject in subjects]
+    assert small[1:] == [length("half have gradients of 1e-3", subject, "changed") for subject in subjects]
+    assert constant[1:] == [
+        " / ".join(length("blocks of -1, blocks of 1", subject, part) for part in ("changed", "others"))
+        for subject in subjects
+    ]
+    adamw = bf16["rules"]["AdamW"]
+    kept = ("torch AdamW", "optim8 AdamW8bit master_bits=24", "bitsandbytes AdamW8bit")
+    kept = (*kept, "torchao AdamW8bit bf16_stochastic_round=True")
+    assert weights == [f"{adamw[name]['slope'][-1]:.2f} ({adamw[name]['error'][-1]:.2f})" for name in kept]
+    less = {**long, "rows": [row for row in long["rows"] if row["subject"] != "torchao"]}
+    assert comparison._movements(less, bf16)[1][-1] == "not measured"
 
 
 def test_steps_are_ratios_of_their_own_run(comparison: ModuleType) -> None:

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from optim8.checkpoint.formats import bitsandbytes, common, groups, heavyball, optimi, own, torch_optim, torchao
+from optim8.checkpoint.formats import (
+    bitsandbytes,
+    common,
+    flashoptim,
+    groups,
+    heavyball,
+    optimi,
+    own,
+    torch_optim,
+    torchao,
+)
 from optim8.checkpoint.formats.common import Format, check_rule, fail
 
 # The first that claims a dict reads it. torch.optim claims dicts without state, since every library has its options.
 FORMATS: tuple[Format, ...] = (
-    *(own.FORMAT, bitsandbytes.FORMAT, torchao.FORMAT, optimi.FORMAT, heavyball.FORMAT),
+    *(own.FORMAT, bitsandbytes.FORMAT, torchao.FORMAT, optimi.FORMAT, heavyball.FORMAT, flashoptim.FORMAT),
     torch_optim.FORMAT,
 )
 
-_KNOWN = "optim8, torch.optim, bitsandbytes, torchao, optimi, heavyball or lion-pytorch"
+_KNOWN = "optim8, torch.optim, bitsandbytes, torchao, optimi, heavyball, FlashOptim or lion-pytorch"
 
 
 def recognise(owner: str, rule: str, state_dict: dict[str, Any]) -> Format:

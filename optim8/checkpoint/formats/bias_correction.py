@@ -1,5 +1,4 @@
-"""What optimi's and heavyball's Adams have in common: averages that hold their bias correction, and weights with a part
-beside the parameter.
+"""What optimi's and heavyball's Adams have in common: averages that hold their bias correction.
 
 Their average after t steps is the weighted mean of t gradients, which torch's is only after a division by 1 - beta^t.
 """
@@ -13,10 +12,7 @@ import torch
 
 from optim8.checkpoint.formats import common
 from optim8.rules import Moments
-from optim8.state import report
-from optim8.state.layout import PARAM_LOW
 from optim8.state.moments import Entry
-from optim8.state.weights import low_of
 
 BETAS = "betas"  # what `for_each_state` puts into a state, beside the count
 
@@ -57,23 +53,3 @@ def read(where: str, moments: Moments, entry: Mapping[str, Any], floats: Mapping
     for moment, factor in zip(moments, factors, strict=True):
         read[moment.name] = floats[moment.name].to(torch.float32) * factor
     return read
-
-
-def put_rest(where: str, key: str, moments: Moments, param: torch.Tensor, rest: torch.Tensor, read: Entry) -> None:
-    """Put what a weight has beside its parameter into a state that is read, where it has a place for it.
-
-    Args:
-        key: of the dict, for a report.
-        rest: weight - parameter, of the parameter's shape.
-    """
-    plain = type(param.data) is torch.Tensor and type(rest) is torch.Tensor  # not of a DTensor
-    if moments.master_bits != 16 and plain:
-        read[PARAM_LOW] = low_of(param, rest)
-    else:
-        report.note(f"{where}[{key!r}]", lambda: rest != 0, _LOST)
-
-
-_LOST = (
-    "are a part of their weight beside the parameter, and are left out: make the optimizer with master_bits=24 or 32, "
-    "and load the model before the optimizer, to go on with them."
-)

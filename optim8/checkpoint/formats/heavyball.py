@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optim8.checkpoint.formats import bias_correction, common, groups
+from optim8.checkpoint.formats import bias_correction, common, groups, rest
 from optim8.rules import Moments
 from optim8.state import report
 from optim8.state.moments import Entry
@@ -73,7 +73,7 @@ def _read_entry(where: str, moments: Moments, param: torch.Tensor, entry: dict[s
             floats[name] = floats[name].to(torch.float32) + _rest(where, name + _REST, entry, floats[name])
     read = bias_correction.read(where, moments, entry, floats)
     if _PARAM_REST in entry:
-        bias_correction.put_rest(where, _PARAM_REST, moments, param, _rest(where, _PARAM_REST, entry, param), read)
+        rest.put(where, _PARAM_REST, moments, param, _rest(where, _PARAM_REST, entry, param), read)
     second, eps = floats[names[-1]], float(entry["eps"] or 0.0)
     report.note(f"{where}[{names[-1]!r}]", lambda: second.sqrt() < 100 * eps, _FLOOR)
     return read
@@ -86,12 +86,8 @@ _FLOOR = (
 
 
 def _rest(where: str, key: str, entry: dict[str, Any], value: torch.Tensor) -> torch.Tensor:
-    """What `ecc` keeps of 16-bit values: shares of half their last bit, as whole numbers."""
-    share = common.tensor(where, entry, key, (torch.int8, torch.int16), value.shape)
-    kind = torch.finfo(value.dtype)
-    power = (value.detach().to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, below it
-    last_bit = power.clamp(min=kind.tiny) * kind.eps
-    return share.to(torch.float32) / torch.iinfo(share.dtype).max * (last_bit / 2)
+    """What `ecc` keeps of 16-bit values."""
+    return rest.of_shares(value, common.tensor(where, entry, key, (torch.int8, torch.int16), value.shape))
 
 
 def _options(rule: str) -> Sequence[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optim8.checkpoint.formats import bias_correction, common, groups
+from optim8.checkpoint.formats import bias_correction, common, groups, rest
 from optim8.rules import Moments
 from optim8.state import report
 from optim8.state.moments import Entry
@@ -45,8 +45,8 @@ def _read_entry(where: str, moments: Moments, param: torch.Tensor, entry: dict[s
     floats = {m.name: common.tensor(where, entry, m.name, common.FLOATS, param.shape) for m in moments}
     read = bias_correction.read(where, moments, entry, floats)
     if entry.get(_REST) is not None:
-        rest = common.tensor(where, entry, _REST, common.FLOATS, param.shape)
-        bias_correction.put_rest(where, _REST, moments, param, rest, read)
+        kahan = common.tensor(where, entry, _REST, common.FLOATS, param.shape)
+        rest.put(where, _REST, moments, param, kahan, read)
     report.note(where, lambda: torch.ones((), dtype=torch.bool).expand(param.shape), _ALIKE)
     return read
 

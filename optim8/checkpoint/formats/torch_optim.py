@@ -74,10 +74,15 @@ def _read_entry(where: str, moments: Moments, param: torch.Tensor, entry: dict[s
     read.update({name: common.number(where, entry, name) for name in scalars})
     for moment in moments:
         read[moment.name] = common.tensor(where, entry, moment.name, common.FLOATS, param.shape)
+    note_zeros(where, moments, read)
+    return read
+
+
+def note_zeros(where: str, moments: Moments, read: Entry) -> None:
+    """Note in a report the second moments that float16 made 0; `read`: has floats."""
     if len(moments) > 1 and moments[0].signed and moments[1].root and read[moments[1].name].dtype == torch.float16:
         first, second = (read[moment.name] for moment in moments[:2])
         report.note(f"{where}[{moments[1].name!r}]", lambda: (second == 0) & (first != 0), _LOST)
-    return read
 
 
 _LOST = (
