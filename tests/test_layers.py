@@ -30,6 +30,7 @@ PYTHON_LAYERS = [
     "memory",
     "health",
     "__init__",
+    "integrations",
     "__main__",
 ]
 # The same within a package: modules and folders, from the ground up.
@@ -53,6 +54,7 @@ INNER_LAYERS = {
         "aliases",
     ],
     "memory": ["models", "profiling", "planning", "command"],
+    "integrations": ["notice", "hooks", "*", "launcher"],
 }
 COMPILED = ("_cpu", "_cuda")
 
