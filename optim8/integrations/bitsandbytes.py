@@ -18,10 +18,9 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
-import torch
-
 import optim8
 from optim8 import functional, nn, optim
+from optim8.integrations.names import optimizers
 from optim8.integrations.notice import say
 from optim8.optim.absent import ABSENT
 
@@ -57,23 +56,18 @@ def remove() -> None:
 
 def _names() -> dict[str, dict[str, Any]]:
     """What each module has from optim8. A submodule of optim has the classes of one optimizer, as in bitsandbytes."""
-    names = {name: getattr(optim, name) for name in (*optim.__all__, *ABSENT)}
+    classes = {**optimizers(), **ABSENT}
     modules: dict[str, dict[str, Any]] = {
         NAME: {"matmul_4bit": functional.matmul_4bit},
         f"{NAME}.functional": {name: getattr(functional, name) for name in functional.__all__},
         f"{NAME}.nn": {name: getattr(nn, name) for name in nn.__all__},
         f"{NAME}.nn.modules": {name: getattr(nn, name) for name in nn.__all__},
-        f"{NAME}.optim": names,
+        f"{NAME}.optim": {**classes, "GlobalOptimManager": optim.GlobalOptimManager},
         f"{NAME}.optim.optimizer": {"GlobalOptimManager": optim.GlobalOptimManager},
     }
-    for name, value in names.items():
-        if (
-            isinstance(value, type)
-            and issubclass(value, torch.optim.Optimizer)
-            and value is not optim.BlockwiseOptimizer
-        ):
-            stem = re.sub(r"^(Paged|Pytorch)|(8|32)bit$", "", name).lower()
-            modules.setdefault(f"{NAME}.optim.{stem}", {})[name] = value
+    for name, cls in classes.items():
+        stem = re.sub(r"^(Paged|Pytorch)|(8|32)bit$", "", name).lower()
+        modules.setdefault(f"{NAME}.optim.{stem}", {})[name] = cls
     return modules
 
 
