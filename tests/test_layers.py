@@ -54,7 +54,7 @@ INNER_LAYERS = {
         "aliases",
     ],
     "memory": ["models", "profiling", "planning", "command"],
-    "integrations": ["notice", "hooks", "names", "*", "launcher"],
+    "integrations": ["notice", "hooks", "names", "transformers", "*", "launcher"],
 }
 COMPILED = ("_cpu", "_cuda")
 

@@ -102,6 +102,8 @@ def keep_embeddings_in_32_bits(model: torch.nn.Module) -> None:
 def _patch(module: Any) -> None:
     trainer = module.Trainer
     original = trainer.get_optimizer_cls_and_kwargs
+    if original.__module__ == __name__:
+        return  # a second call of install
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -115,4 +117,5 @@ def _patch(module: Any) -> None:
         say(f"optim={name!r} is optim8.optim.{cls.__name__}.")
         return cls, kwargs
 
+    get_optimizer_cls_and_kwargs.__module__ = __name__
     trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
