@@ -8,7 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from optim8.integrations import bitsandbytes, timm, transformers
+from optim8.integrations import bitsandbytes, nemo, timm, transformers
 
 STAND_INS = {bitsandbytes.NAME: bitsandbytes.install}
 
@@ -45,8 +45,8 @@ def run(parsed: argparse.Namespace, arguments: list[str]) -> int:
             f"python -m optim8 run: there is no {parsed.program}. Name a file, or a module after -m.", file=sys.stderr
         )
         return 2
-    transformers.install()
-    timm.install()
+    for shim in (transformers, timm, nemo):
+        shim.install()
     if parsed.stand_in is not None:
         STAND_INS[parsed.stand_in]()
     sys.argv[:] = [parsed.program, *arguments]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import sys
 from typing import Any
 
@@ -13,20 +13,18 @@ from optim8.paging import Store
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
-def _callback_class() -> Any:
-    """The base class of the package that the program uses, or else of one that is installed."""
-    for name in sorted(_PACKAGES, key=lambda name: name not in sys.modules):
-        try:
-            return importlib.import_module(name).Callback
-        except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):
-                raise
-    raise ModuleNotFoundError(
-        f"optim8.integrations.lightning: needs one of {', '.join(_PACKAGES)}, and none is installed. Install lightning."
-    )
+def _callback_classes() -> tuple[Any, ...]:
+    """The base class of the package that the program uses (of both, if it uses both), or else of one that is there."""
+    installed = [name for name in _PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+    if not installed:
+        raise ModuleNotFoundError(
+            f"optim8.integrations.lightning needs {' or '.join(_PACKAGES)}, and neither is installed. Install lightning."
+        )
+    used = [name for name in installed if name in sys.modules]
+    return tuple(importlib.import_module(name).Callback for name in used or installed[:1])
 
 
-class PagedStateCallback(_callback_class()):  # type: ignore[misc]
+class PagedStateCallback(*_callback_classes()):  # type: ignore[misc]
     """Keeps paged state where its Pager has it when a run is resumed: `Trainer(callbacks=[PagedStateCallback()])`.
 
     Without it, Lightning moves all state to the device of the parameters right after loading it, and it stays there.
