@@ -43,7 +43,7 @@ INNER_LAYERS = {
         *("parts", "arrays"),
         *("memory", "supply", "ranks", "matrices", "stepper"),
     ],
-    "paging": ["files", "pager", "placement", "directory", "tiers", "streaming", "store"],
+    "paging": ["files", "pager", "placement", "directory", "tiers", "streaming", "sharing", "store"],
     "checkpoint": [
         *("formats", "inbox", "windows", "pickling", "former_names", "adopt", "arrivals", "optimizer", "shards"),
         *("copying", "read", "save", "load"),

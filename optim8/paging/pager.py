@@ -36,6 +36,7 @@ class Pager:
     State fills the fastest tier first, parameter by parameter: memory of the parameter's device, memory of the host
     (pinned for CUDA parameters), a memory-mapped file (for parameters on the CPU only). On a machine's CPU the first
     two are one. A step streams what is in the file in buckets, and gives the bits that it would give otherwise.
+    Optimizers that are given one Pager share its budgets and its directory; `keep` is for one optimizer.
 
     Args:
         device_budget: bytes of state on a CUDA device, a number or a text such as "2GiB". None: what is free when
