@@ -16,10 +16,6 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 def _callback_classes() -> tuple[Any, ...]:
     """The base class of the package that the program uses (of both, if it uses both), or else of one that is there."""
     installed = [name for name in _PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
-    if not installed:
-        raise ModuleNotFoundError(
-            f"optim8.integrations.lightning needs {' or '.join(_PACKAGES)}, and none is installed. Install lightning."
-        )
     used = [name for name in installed if name in sys.modules]
     return tuple(importlib.import_module(name).Callback for name in used or installed[:1])
 

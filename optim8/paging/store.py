@@ -170,7 +170,7 @@ class Store(Memory):
         rows = table.on_cpu()
         if rows is not None:
             on_disk = [segment for segment in self.segments if segment.tier == DISK and segment.memory.numel()]
-            self._stream.step(rows, on_disk, bytes_in(self._sharers, HOST), reduce)
+            self._stream.step(rows, on_disk, bytes_in(self._sharers, HOST) if self.limited else 0, reduce)
             if len(self._sharers) > 1:  # each would keep as much
                 self._stream.free_memory()
             rows.count()

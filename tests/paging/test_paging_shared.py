@@ -29,6 +29,14 @@ def loss(params: list[torch.nn.Parameter], t: int) -> torch.Tensor:
     return torch.stack([((p - t) * (p - t)).sum() for p in params]).sum()
 
 
+def test_all_that_say_paged_true_share_the_memory_of_a_step() -> None:
+    """Each would keep four buckets of 16 MiB where its state is not in the page cache."""
+    params = [torch.nn.Parameter(torch.zeros(5000)) for _ in range(2)]
+    optimizers: list[Any] = [optim8.PagedAdamW8bit([params[0]]), optim8.AdamW8bit([params[1]], paged=True)]
+    assert optimizers[0].memory.pager is optimizers[1].memory.pager
+    assert {optimizer.memory for optimizer in optimizers} <= set(sharers(optimizers[0].memory.pager))
+
+
 @pytest.mark.parametrize("budget", [None, 512 * KIB])
 def test_an_optimizer_for_each_parameter(budget: int | None, tmp_path: Path) -> None:
     """They step in hooks of the backward pass, and give the bits of one optimizer; all stay within the one budget."""
