@@ -8,7 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from optim8.integrations import bitsandbytes, nemo, timm, transformers
+from optim8.integrations import bitsandbytes, nemo, ranks, timm, transformers
 
 STAND_INS = {bitsandbytes.NAME: bitsandbytes.install}
 
@@ -47,6 +47,7 @@ def run(parsed: argparse.Namespace, arguments: list[str]) -> int:
         return 2
     for shim in (transformers, timm, nemo):
         shim.install()
+    ranks.install([] if parsed.stand_in is None else ["--as", parsed.stand_in])
     if parsed.stand_in is not None:
         STAND_INS[parsed.stand_in]()
     sys.argv[:] = [parsed.program, *arguments]

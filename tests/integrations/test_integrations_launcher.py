@@ -6,6 +6,7 @@ import json
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from support.stand_in import write_package
 
 import optim8
 from optim8.__main__ import main
+from optim8.integrations import ranks
 
 # Arguments that a parser of ours would take for its own.
 HOSTILE = ["--", "-h", "--as", "x", "--version", "-m", "run", ""]
@@ -81,10 +83,60 @@ def test_under_launchers_of_ranks(launcher: str, tmp_path: Path) -> None:
     start = [*launcher.split(), "-m", "optim8", "run", "--as", "bitsandbytes", "train.py", "--lr", "0.1"]
     completed = python("-m", *start, folder=tmp_path, OMP_NUM_THREADS="1")
     assert completed.returncode == 0, completed.stderr
-    ranks = sorted(completed.stdout.split("\n")[:-1])
-    assert [rank.split(" ", 1)[1] for rank in ranks] == ["optim8.optim.adam 8bit True"] * len(ranks)
-    assert len(ranks) == (2 if launcher.startswith("torch") else 1)
+    said = sorted(completed.stdout.split("\n")[:-1])
+    assert [line.split(" ", 1)[1] for line in said] == ["optim8.optim.adam 8bit True"] * len(said)
+    assert len(said) == (2 if launcher.startswith("torch") else 1)
     assert completed.stderr.count("gives the optimizers and the functional API of optim8") == 1
+
+
+# A program for which Lightning starts a second rank itself.
+LIGHTNING = """
+import os, sys
+import bitsandbytes, pytorch_lightning as pl, torch
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(96, 96)
+    def training_step(self, batch, _):
+        return self.layer(batch[0]).square().mean()
+    def configure_optimizers(self):
+        return bitsandbytes.optim.AdamW8bit(self.parameters(), lr=0.1)
+
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(8, 96)), batch_size=2)
+quiet = dict.fromkeys(["logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"], False)
+trainer = pl.Trainer(strategy="ddp", accelerator="cpu", devices=2, max_epochs=1, **quiet)
+trainer.fit(Module(), data)
+with open(f"rank-{trainer.global_rank}", "w") as file:
+    file.write(f"{type(trainer.optimizers[0]).__module__} {sys.argv[1:]}")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_lightning_starts(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_lightning")
+    (write_package(tmp_path) / "train.py").write_text(LIGHTNING)
+    start = ["-m", "optim8", "run", "--as", "bitsandbytes", "train.py", "--", "-h"]
+    completed = python(*start, folder=tmp_path, OMP_NUM_THREADS="1")
+    assert completed.returncode == 0, completed.stderr
+    found = [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)]
+    assert found == [f"{optim8.AdamW8bit.__module__} ['--', '-h']"] * 2
+
+
+def test_a_lightning_that_starts_ranks_in_another_way_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks._patch([], ModuleType("subprocess_script"))
+    assert "starts further ranks without optim8. Start them with torchrun -m optim8 run." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["python", "/x/train.py", "--lr"], ["python", "-m", "train", "--lr"]])
+def test_the_command_of_a_rank(command: list[str]) -> None:
+    module = ModuleType("subprocess_script")
+    module._basic_subprocess_cmd = lambda: command  # type: ignore[attr-defined]
+    module._hydra_subprocess_cmd = lambda local_rank: (command, "/there")  # type: ignore[attr-defined]
+    ranks._patch(["--as", "bitsandbytes"], module)
+    expected = ["python", "-m", "optim8", "run", "--as", "bitsandbytes", *command[1:]]
+    assert module._basic_subprocess_cmd() == expected
+    assert module._hydra_subprocess_cmd(local_rank=1) == (expected, "/there")
 
 
 # What a process of multiprocessing finds under the name, for each way to start one.

@@ -104,6 +104,8 @@ def test_lora_plus(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Non
     options = {"lr": 1e-3, "loraplus_lr_ratio": 16, "min_8bit_size": 2048}
     with pytest.raises(ImportError):
         create_loraplus_optimizer(model, optim8.AdamW8bit, **options)
+    with stand_in():
+        assert type(create_loraplus_optimizer(model, optim8.AdamW8bit, **options)) is optim8.AdamW8bit
     optimizer = create_loraplus_optimizer(model, optim8.optim.AdamW, optim_bits=8, **options)
     assert isinstance(optimizer, optim8.AdamW8bit)
     ids = torch.arange(16, device=device)[None]
