@@ -42,8 +42,8 @@ class _Finder(MetaPathFinder):
         action = self.actions.get(fullname)
         if action is None:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+        for finder in [other for other in sys.meta_path if other is not self]:
+            spec = finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = _Loader(spec.loader, action)
                 return spec
