@@ -35,7 +35,15 @@ def programs(tmp_path: Path) -> Path:
     return folder
 
 
-PROGRAMS = [["script.py"], ["links/link.py"], ["folder"], ["program.zip"], ["-m", "package.module"], ["-m", "tool"]]
+PROGRAMS = [
+    ["script.py"],
+    ["package/module.py"],
+    ["links/link.py"],
+    ["folder"],
+    ["program.zip"],
+    ["-m", "package.module"],
+    ["-m", "tool"],
+]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: " ".join(program))

@@ -77,7 +77,12 @@ def test_lightning_leaves_paged_state_where_it_is(
     without = training(package, None, tmp_path, 2, str(tmp_path / "1.ckpt"))
     assert {place.tier for place in without.optimizers[0].placement()} == {"host"}  # else this shows nothing
     moved: list[Any] = []
-    monkeypatch.setattr(utilities, "move_data_to_device", lambda value, device: moved.append(value) or value)
+
+    def move(value: torch.Tensor, device: Any) -> torch.Tensor:
+        moved.append(value)
+        return value.clone()
+
+    monkeypatch.setattr(utilities, "move_data_to_device", move)
     resumed = training(package, PagedStateCallback(), tmp_path, 2, str(tmp_path / "1.ckpt"))
     assert {place.tier for place in resumed.optimizers[0].placement()} == {"disk"}
     assert moved, "the resident optimizer is loaded as Lightning does it"
