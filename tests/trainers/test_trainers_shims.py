@@ -6,6 +6,7 @@ Each test needs its library and is skipped without it.
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_lightning_leaves_paged_state_where_it_is(
 ) -> None:
     """A copy stands for the move to another device, which a machine without a GPU does not have."""
     pytest.importorskip(package)
+    monkeypatch.delitem(sys.modules, "optim8.integrations.lightning", raising=False)  # it looks which package is there
     from optim8.integrations.lightning import PagedStateCallback
 
     utilities = importlib.import_module(
