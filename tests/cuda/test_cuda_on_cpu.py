@@ -21,15 +21,15 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ co
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # ThreadSanitizer of older compilers cannot live with much address randomization.
     still = [shutil.which("setarch") or "", "-R"] if "threads" in program.parts and shutil.which("setarch") else []
-    return subprocess.run([*still, str(program), *arguments], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([*still, str(program), *arguments], capture_output=True, text=True, check=False, timeout=600)
 
 
 # To compile the kernels with sanitizers takes minutes.
 @pytest.mark.parametrize("sanitizer", ["plain", pytest.param("memory", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize("kernels", ["step", "blockwise", "fourbit", "int8"])
-def test_kernels_equal_those_of_the_cpu(kernels: str, order: str, sanitizer: str) -> None:
-    result = run(build.program("compare", sanitizer), kernels, order)
+def test_kernels_equal_those_of_the_cpu(kernels: str, sanitizer: str) -> None:
+    """Forwards, backwards and at random, one block after the other."""
+    result = run(build.program("compare", sanitizer), kernels, "in-turn")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     compared = re.fullmatch(r"(\d+) values compared, 0 differ\n", result.stdout)
     assert compared is not None

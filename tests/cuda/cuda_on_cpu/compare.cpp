@@ -18,9 +18,11 @@ int main(int count, char** arguments) {
         {"fourbit", optim8::compare_fourbit}, {"int8", optim8::compare_int8}};
     const std::map<std::string, cuda_on_cpu::Order> orders = {{"forward", cuda_on_cpu::Order::Forward},
                                                               {"reverse", cuda_on_cpu::Order::Reverse},
-                                                              {"random", cuda_on_cpu::Order::Random}};
+                                                              {"random", cuda_on_cpu::Order::Random},
+                                                              {"in-turn", cuda_on_cpu::Order::InTurn}};
     if (count != 3 || !parts.count(arguments[1]) || !orders.count(arguments[2])) {
-        std::fprintf(stderr, "usage: compare step|step-long|quick|blockwise|fourbit|int8 forward|reverse|random\n");
+        std::fprintf(stderr,
+                     "usage: compare step|step-long|quick|blockwise|fourbit|int8 forward|reverse|random|in-turn\n");
         return 2;
     }
     cuda_on_cpu::set_order(orders.at(arguments[2]), 7);

@@ -33,9 +33,10 @@ struct dim3 {
 
 namespace cuda_on_cpu {
 
-enum class Order { Forward, Reverse, Random };
+enum class Order { Forward, Reverse, Random, InTurn };
 
-// How the threads of a block take turns. `seed` is for Random.
+// How the threads of a block take turns; InTurn: of one block after the other in each of these ways. `seed` is for
+// Random.
 void set_order(Order order, unsigned seed);
 
 // Calls body(context) once for each thread of each block.

@@ -142,8 +142,14 @@ void resume(Fiber& fiber) {
     current = nullptr;
 }
 
+Order order_of_next_block() {
+    static unsigned blocks = 0;
+    return order == Order::InTurn ? static_cast<Order>(blocks++ % 3) : order;
+}
+
 void run_block() {
     const size_t threads = fibers.size();
+    const Order of_block = order_of_next_block();
     std::vector<size_t> turn(threads);
     for (size_t i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
@@ -154,10 +160,10 @@ void run_block() {
             if (fiber.tsan != nullptr) __tsan_destroy_fiber(fiber.tsan);
             fiber.tsan = __tsan_create_fiber(0);
         }
-        turn[i] = order == Order::Reverse ? threads - 1 - i : i;
+        turn[i] = of_block == Order::Reverse ? threads - 1 - i : i;
     }
     for (size_t done = 0; done < threads;) {
-        if (order == Order::Random) std::shuffle(turn.begin(), turn.end(), generator);
+        if (of_block == Order::Random) std::shuffle(turn.begin(), turn.end(), generator);
         bool moved = false;
         for (size_t i : turn) {
             if (fibers[i].state != State::Ready) continue;
