@@ -124,12 +124,12 @@ SETTINGS = (
     ),
     Setting(
         "torchao: Llama2-7B",
-        "Alpaca, full bfloat16, A100, by torchtune 52d1b838",
+        "Alpaca, full bfloat16, A100, by torchtune 52d1b838; the table says GB, torchtune divides by 2**30",
         _AO,
         "PyTorch 2.4",
         "peak",
         "GiB",
-        GIB,  # as torchtune's training/memory.py divides, though the table says GB
+        GIB,  # torchtune/training/memory.py; in 1e9 bytes the planned ones alone would be more than the peak
         LLAMA_2_7B,
         "bfloat16",
         {
@@ -155,7 +155,7 @@ SETTINGS = (
     ),
     Setting(
         "FlashOptim: AdamW, here for the sizes of Llama-3.1-8B",
-        "as the abstract says; 16-bit weights with 24-bit master weights, and 16-bit gradients",
+        "from its abstract; AdamW in float32, FlashAdamW with split weights and 16-bit gradients",
         _FLASHOPTIM,
         "26 Feb 2026",
         "parameters, gradients and state",
@@ -172,7 +172,7 @@ SETTINGS = (
     ),
 )
 LEFT_OUT = (
-    "a row of 7B parameters from Hugging Face: the page has none, only that of 3B",
+    "a row of 7B parameters from Hugging Face: this version of the page has 3B only",
     "the peaks of FlashOptim's finetuning of 8B parameters: its README has them as a picture",
 )
 
