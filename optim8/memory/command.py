@@ -23,6 +23,7 @@ from optim8.step.weight_options import MASTER_BITS
 EXIT = "Ends with 0; with 1 where the plan does not fit --budget; with 2 where an argument or a file is wrong."
 _SOURCE = "a config as JSON, safetensors files of one model, its folder, or its name if the hub's cache has the config"
 _SMALL = f"tensors of fewer values keep float32 state (default: {MIN_8BIT_SIZE})"
+_EMBEDDINGS = "Embeddings have 32-bit state, whatever --optim-bits says: with this name the Trainer keeps them so."
 _NONE_FITS = "None of these fits. The same command without --for names what else makes the training smaller."
 _FOR = (
     "print the line that tells this trainer of the optimizer; with --budget, of the most precise one that fits, with "
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     an argument or a file is wrong."""
     own = ("command", "source", "json", "host_budget", "trainer")
     options = {name: value for name, value in vars(arguments).items() if name not in own}
+    if arguments.trainer is not None:
+        options["embeddings_in_32_bits"] = trainers.keeps_embeddings(arguments.trainer, arguments.optimizer)
     try:
         with _quiet():
             planned = plan(
@@ -93,9 +96,10 @@ def _configure(arguments: argparse.Namespace, planned: Plan) -> int:
         chosen = tried[-1].plan
         line = trainers.configuration(chosen, trainer) if tried[-1].fits else None
         print(f"{budget.options_table(tried, budget_bytes(arguments.budget))}\n", file=sys.stderr)
-    said = trainers.remark(chosen, trainer) if line else _NONE_FITS
-    if said:
-        print(f"{said}\n", file=sys.stderr)
+    if line is None:
+        print(f"{_NONE_FITS}\n", file=sys.stderr)
+    elif trainers.keeps_embeddings(trainer, arguments.optimizer):
+        print(f"{_EMBEDDINGS}\n", file=sys.stderr)
     if arguments.json:
         print(json.dumps({**chosen.as_dict(), **_as_dict(tried), "for": trainer, "configuration": line}, indent=1))
     elif line:

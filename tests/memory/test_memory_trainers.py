@@ -156,11 +156,32 @@ def test_json_has_the_line_and_what_was_tried(tmp_path: Path, capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["configuration"] is None
 
 
-def test_the_trainers_own_rule_for_embeddings_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It holds for bitsandbytes' 8-bit names, not for torchao's, and makes no difference to 32 bits."""
-    for name, bits, told in (("lion8bit", 8, True), ("lion8bit", 32, False), ("adamw8bit", 8, False)):
-        assert command(tmp_path, "--for=transformers", "--optimizer", name, f"--optim-bits={bits}") == 0
-        assert ("the Trainer keeps the state of embeddings in 32 bits" in capsys.readouterr().err) == told
+def test_embeddings_in_32_bits_are_planned_as_they_train() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(300, 64), torch.nn.Linear(64, 300))
+    planned = optim8.memory.plan(model, "lion8bit", embeddings_in_32_bits=True, beside=False)
+    assert planned.bytes["state32"] > 4 * 300 * 64
+    named = {"parameters": {"embed.weight": [300, 64], "1.weight": [300, 64], "1.bias": [300]}}
+    assert planned.bytes == optim8.memory.plan(named, "lion8bit", embeddings_in_32_bits=True, device="cpu").bytes
+    with optim8.override(model[0], optim_bits=32):
+        optimizer = optim8.Lion8bit(model.parameters())
+        model(torch.arange(4)).sum().backward()
+        optimizer.step()
+    measured = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    assert measured == planned.state_bytes
+
+
+def test_the_trainers_own_rule_for_embeddings_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It holds for bitsandbytes' 8-bit names, not for torchao's, nor where the class is given by its path."""
+    for trainer, name, counted in (
+        ("transformers", "lion8bit", True),
+        ("axolotl", "pagedlion8bit", True),
+        ("transformers", "adamw8bit", False),
+        ("torchtune", "lion8bit", False),
+    ):
+        assert command(tmp_path, "--for", trainer, "--optimizer", name, "--json") == 0
+        printed = capsys.readouterr()
+        assert ("Embeddings have 32-bit state" in printed.err) == counted
+        assert (json.loads(printed.out)["bytes"]["state32"] > 4 * 300 * 64) == counted
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ _TRAINER_NAMES = {
     "Lion8bit": "lion_8bit",
     "RMSprop8bit": "rmsprop_bnb",
 }
-# Of these names the Trainer keeps the state of embeddings in 32 bits, whatever the options say.
+# With these names the Trainer keeps the state of embeddings in 32 bits, whatever the options say.
 _WIDE_EMBEDDINGS = {"ademamix_8bit", "lion_8bit"}
 
 TRAINERS = {
@@ -107,16 +107,11 @@ def configuration(planned: Plan, trainer: str) -> str:
     return (form.paged if paged else "") + form.line.format(name=name, options=text)
 
 
-def remark(planned: Plan, trainer: str) -> str | None:
-    """What the library does otherwise than planned, in a sentence; None where there is nothing."""
+def keeps_embeddings(trainer: str, optimizer: str) -> bool:
+    """Whether the library gives embeddings 32-bit state whatever the options say, under the name of this optimizer."""
+    cls = OURS.get(optimizer.lower())
     names = TRAINERS[trainer].names or {}
-    name = names.get(OURS[planned.request["optimizer"].lower()].__name__.removeprefix("Paged"))
-    if name not in _WIDE_EMBEDDINGS or planned.request["optim_bits"] == 32:
-        return None
-    return (
-        f"Not in the plan: with {name} the Trainer keeps the state of embeddings in 32 bits, up to 3 bytes more for "
-        "each of their values and moments."
-    )
+    return cls is not None and names.get(cls.__name__.removeprefix("Paged")) in _WIDE_EMBEDDINGS
 
 
 def choices(planned: Plan, budget: int | str) -> Iterator[Option]:
