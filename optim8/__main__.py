@@ -1,5 +1,6 @@
 """`python -m optim8`: what is installed, what of it runs on this machine, and what to do about what is missing; and
-`python -m optim8 plan`: the memory that a training needs."""
+`python -m optim8 plan`: the memory that a training needs; `python -m optim8 run`: a program, with optim8's optimizers
+under the names of others."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import sys
 import torch
 
 from optim8 import __version__, _native
+from optim8.integrations import launcher
 from optim8.memory import command
 
 ROW = "{:<14}{}"
@@ -89,7 +91,16 @@ def main(arguments: list[str] | None = None) -> int:
             "plan", help="the memory that a training needs", description=command.__doc__, epilog=command.EXIT
         )
     )
+    launcher.add_arguments(
+        commands.add_parser("run", help="a program, with optim8's optimizers", description=launcher.__doc__)
+    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    of_program: list[str] = []
+    if arguments[:1] == ["run"]:
+        arguments, of_program = launcher.split(arguments)
     parsed = parser.parse_args(arguments)
+    if parsed.command == "run":
+        return launcher.run(parsed, of_program)
     return command.run(parsed) if parsed.command == "plan" else show_info()
 
 

@@ -30,6 +30,7 @@ PYTHON_LAYERS = [
     "memory",
     "health",
     "__init__",
+    "integrations",
     "__main__",
 ]
 # The same within a package: modules and folders, from the ground up.
@@ -42,7 +43,7 @@ INNER_LAYERS = {
         *("parts", "arrays"),
         *("memory", "supply", "ranks", "matrices", "stepper"),
     ],
-    "paging": ["files", "pager", "placement", "directory", "tiers", "streaming", "store"],
+    "paging": ["files", "pager", "placement", "directory", "tiers", "streaming", "sharing", "store"],
     "checkpoint": [
         *("formats", "inbox", "windows", "pickling", "former_names", "adopt", "arrivals", "optimizer", "shards"),
         *("copying", "read", "save", "load"),
@@ -54,6 +55,7 @@ INNER_LAYERS = {
         "adamw",
     ],
     "memory": ["models", "profiling", "planning", "command"],
+    "integrations": ["notice", "hooks", "names", "transformers", "*", "launcher"],
 }
 COMPILED = ("_cpu", "_cuda")
 

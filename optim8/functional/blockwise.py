@@ -3,6 +3,8 @@ index of the nearest of 256 table values."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from optim8 import codec
@@ -165,8 +167,10 @@ def plain_absmax(who: str, state: QuantState) -> torch.Tensor:
 
 
 def need_state(who: str, name: str, state: object) -> tuple[QuantState, torch.dtype]:
-    """The state, and the dtype of its values."""
-    if not isinstance(state, QuantState):
+    """The state, and the dtype of its values. One of bitsandbytes will do: it has the same attributes."""
+    if (type(state).__module__, type(state).__name__) == ("bitsandbytes.functional", "QuantState"):
+        state = cast("QuantState", state)
+    elif not isinstance(state, QuantState):
         raise TypeError(f"{who}: {name} must be an optim8.functional.QuantState, got {type(state).__name__}.")
     if state.dtype is None or state.dtype not in _check.FLOATS:
         raise ValueError(f"{who}: {name}.dtype must be float32, bfloat16 or float16, got {state.dtype}.")

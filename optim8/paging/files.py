@@ -31,7 +31,7 @@ class Segment:
     path: Path | None = None  # of a file that outlives the process; any other file has no name
     limited: bool = False  # a mapped file of which only so many pages may be in memory
     pinned: bool = False  # CUDA kernels may use it by its addresses
-    handle: int | None = None  # of the file; closed with the segment
+    handle: int | None = None  # of a file that keeps its name or is limited, for copies; closed with the segment
     direct: int | None = None  # the same past the page cache, where the file system has that
 
     def __post_init__(self) -> None:
@@ -108,9 +108,11 @@ def in_file(
             path = directory / keep_as
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise OSError(
-            error.errno, f"paged state needs a directory that can be written to, got {directory}: {error.strerror}"
-        ) from error
+        what = f"a directory that can be written to, got {directory}: {error.strerror}"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            what = f"a file or two for each optimizer: {error.strerror}. Raise the limit (ulimit -n), or give one "
+            what += "optimizer several parameters"
+        raise OSError(error.errno, f"paged state needs {what}.") from error
     kept = False
     try:
         if size:
@@ -134,7 +136,7 @@ def map_file(path: Path, size: int, limited: bool, named: bool = True) -> Segmen
     if size == 0:
         return Segment(DISK, torch.empty(0, dtype=torch.uint8), path if named else None, limited)
     memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC) if named or limited else None
     return Segment(DISK, memory, path if named else None, limited, handle=handle, direct=_past_cache(path))
 
 

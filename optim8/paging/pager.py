@@ -36,6 +36,7 @@ class Pager:
     State fills the fastest tier first, parameter by parameter: memory of the parameter's device, memory of the host
     (pinned for CUDA parameters), a memory-mapped file (for parameters on the CPU only). On a machine's CPU the first
     two are one. A step streams what is in the file in buckets, and gives the bits that it would give otherwise.
+    Optimizers that are given one Pager share its budgets and its directory; `keep` is for one optimizer.
 
     Args:
         device_budget: bytes of state on a CUDA device, a number or a text such as "2GiB". None: what is free when
@@ -128,6 +129,7 @@ class Pager:
         return None if self.device_budget is None else as_bytes("device_budget", self.device_budget)
 
 
+_WITHOUT_BUDGETS = Pager()  # one for all: what optimizers share of it is the memory of a running step
 _DEFAULTS = {field.name: getattr(Pager(), field.name) for field in fields(Pager)}
 
 
@@ -143,4 +145,4 @@ def pager_of(owner: str, paged: bool | Pager | None, default: bool) -> Pager | N
         raise TypeError(f"{owner}: paged must be True, False or an optim8.paging.Pager, got {paged!r}.")
     if default and paged is False:
         raise ValueError(f"{owner} is always paged, got paged=False. Use {owner.removeprefix('Paged')}.")
-    return Pager() if (default if paged is None else paged) else None
+    return _WITHOUT_BUDGETS if (default if paged is None else paged) else None

@@ -17,6 +17,7 @@ from optim8.paging.directory.journal import LOADING, RESETTING, STEPPING
 from optim8.paging.directory.state import StateDirectory
 from optim8.paging.files import Segment
 from optim8.paging.pager import Pager
+from optim8.paging.sharing import bytes_in, bytes_on, sharers
 from optim8.paging.streaming import DIRECT, Stream
 from optim8.paging.tiers import plan
 from optim8.state.allocation import DEVICE, DISK, HOST, TIERS, Arena
@@ -50,7 +51,8 @@ class Store(Memory):
         else:
             files.check_directory(self.directory)
         self._process = os.getpid()
-        self._stream = Stream(owner, pager)
+        self._stream, self._sharers = Stream(owner, pager), sharers(pager)
+        self._sharers.add(self)
         weakref.finalize(self, pending.wait)  # before its memory goes
 
     @property
@@ -70,8 +72,8 @@ class Store(Memory):
             sizes,
             device.type,
             device_free=free,
-            device_taken=sum(t.nbytes for t in self._tensors() if t.device == device),
-            host_taken=self._bytes_in(HOST),
+            device_taken=bytes_on(self._sharers, device),
+            host_taken=bytes_in(self._sharers, HOST),
             owner=self.owner,
         )
         return planned.tiers
@@ -85,11 +87,9 @@ class Store(Memory):
                     "a GPU cannot use a mapped file. Pass a Pager without keep, and save state dicts."
                 )
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of state."""
         return [tensor for entry in self.state.values() for tensor in tensors_of(entry)]
-
-    def _bytes_in(self, tier: str) -> int:
-        return sum(segment.memory.numel() for segment in self.segments if segment.tier == tier)
 
     @property
     def pinned_spans(self) -> Sequence[tuple[int, int]]:  # type: ignore[override]
@@ -170,7 +170,9 @@ class Store(Memory):
         rows = table.on_cpu()
         if rows is not None:
             on_disk = [segment for segment in self.segments if segment.tier == DISK and segment.memory.numel()]
-            self._stream.step(rows, on_disk, self._bytes_in(HOST), reduce)
+            self._stream.step(rows, on_disk, bytes_in(self._sharers, HOST) if self.limited else 0, reduce)
+            if len(self._sharers) > 1:  # each would keep as much
+                self._stream.free_memory()
             rows.count()
 
     @contextmanager

@@ -45,8 +45,10 @@ def spread(stack: torch.Tensor, param: Any, work: Callable[[torch.Tensor], torch
     ways = {dim: mesh.size(dim) for dim, each in enumerate(param.placements) if not each.is_replicate()}
     if not ways or max(ways.values()) == 1:
         return work(stack)
-    from torch.distributed import all_gather_into_tensor
+    import torch.distributed as dist
 
+    # torch 2.13 gave it a new name, and warns of the old one.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     dim = max(ways, key=ways.__getitem__)
     count = -(-stack.size(0) // ways[dim])
     first = count * mesh.get_local_rank(dim)
@@ -54,5 +56,5 @@ def spread(stack: torch.Tensor, param: Any, work: Callable[[torch.Tensor], torch
     share = stack[first : first + count]
     mine[: share.size(0)] = work(share)
     made = stack.new_empty(ways[dim] * count, *stack.shape[1:])
-    all_gather_into_tensor(made.view(torch.float16), mine.view(torch.float16), group=mesh.get_group(dim))
+    gather(made.view(torch.float16), mine.view(torch.float16), group=mesh.get_group(dim))
     return made[: stack.size(0)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,6 +240,42 @@ def copies(place: Place) -> None:
     dist.barrier()
 
 
+class _LateWriter(dcp.FileSystemWriter):
+    """Writes when it is told to, in the thread of dcp.async_save."""
+
+    def __init__(self, folder: Path, told: threading.Event) -> None:
+        super().__init__(folder)
+        self.told = told
+
+    def write_data(self, *arguments: Any) -> Any:
+        assert self.told.wait(120)
+        return super().write_data(*arguments)
+
+
+def saved_while_stepping(place: Place) -> None:
+    """dcp.async_save takes the state of when it is called, whatever steps come before it writes."""
+    group = dist.new_group(backend="gloo")  # of its own: what it sends meanwhile must not meet what the training sends
+    for case in (CASES["AdamW8bit"], CASES["Lion8bit"]):
+        for paged in (False, True):
+            net = sharded(place)
+            optimizer = case.make(net.parameters(), min_8bit_size=4096, paged=paged)
+            take_steps(net, optimizer, 1, 2)
+            want = snapshot_local(optimizer)
+            folder, told = place.folder / f"late-{case.name}-{paged}", threading.Event()
+            state = {"weights": net.state_dict(), "optimizer": optimizer.state_dict()}
+            future = dcp.async_save(state, storage_writer=_LateWriter(folder, told), process_group=group)
+            take_steps(net, optimizer, 3, 5)
+            told.set()
+            future.result()
+            assert snapshot_local(optimizer) != want
+            state = {"weights": net.state_dict(), "optimizer": optimizer.state_dict()}
+            dcp.load(state, checkpoint_id=folder)
+            del state
+            assert snapshot_local(optimizer) == want
+            take_steps(net, optimizer, 3, 3)
+    dist.barrier()
+
+
 def default_dtype(place: Place) -> None:
     """What is loaded does not depend on torch's default dtype, blocks that are put together included."""
     case = CASES["AdamW8bit"]
@@ -269,6 +307,7 @@ SCENARIOS: dict[str, Scenario] = {
         kept_over_a_step,
         strange_tiles,
         copies,
+        saved_while_stepping,
         default_dtype,
     )
 }

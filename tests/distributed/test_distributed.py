@@ -51,6 +51,7 @@ STAGES = [
     ("kept_over_a_step", 2),
     ("strange_tiles", 2),
     ("copies", 2),
+    ("saved_while_stepping", 2),
     ("default_dtype", 2),
     # What is saved first is loaded by all that come after it.
     ("save_sharded", 2),

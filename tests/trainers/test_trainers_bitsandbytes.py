@@ -5,28 +5,26 @@ Each test needs its library (`pip install optim8[trainers]`) and is skipped with
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.harness import bits, state_bits
+from support.stand_in import stand_in
 from trainers_harness import inner, small_language_model, trainer
 
 import optim8
 
 
 @pytest.fixture
-def alias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`import bitsandbytes` gives optim8, of a version that transformers takes."""
+def alias() -> Iterator[None]:
+    """`import bitsandbytes` gives optim8, and no bitsandbytes is installed beside it."""
     utils = pytest.importorskip("transformers").utils.import_utils
-    monkeypatch.setitem(sys.modules, "bitsandbytes", optim8)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim8.optim)
-    version = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: "0.50.2" if name == "bitsandbytes" else version(name)
-    )
+    with stand_in():
+        utils.is_bitsandbytes_available.cache_clear()
+        yield
     utils.is_bitsandbytes_available.cache_clear()
 
 
@@ -106,6 +104,8 @@ def test_lora_plus(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Non
     options = {"lr": 1e-3, "loraplus_lr_ratio": 16, "min_8bit_size": 2048}
     with pytest.raises(ImportError):
         create_loraplus_optimizer(model, optim8.AdamW8bit, **options)
+    with stand_in():
+        assert type(create_loraplus_optimizer(model, optim8.AdamW8bit, **options)) is optim8.AdamW8bit
     optimizer = create_loraplus_optimizer(model, optim8.optim.AdamW, optim_bits=8, **options)
     assert isinstance(optimizer, optim8.AdamW8bit)
     ids = torch.arange(16, device=device)[None]
