@@ -99,7 +99,7 @@ def configuration(planned: Plan, trainer: str) -> str:
     else:
         raise ValueError(
             f"optim8.memory.plan: {trainer} has no name for {resident}; it has for {', '.join(form.names)}. Pass one "
-            "of these, or give the Trainer the class in Python (docs/distributed.md)."
+            "of these, or give the Trainer the class in Python (docs/trainers.md)."
         )
     text = form.between.join(form.option.format(key=key, value=value) for key, value in options.items())
     if trainer == "lightning" and text:
