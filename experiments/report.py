@@ -24,6 +24,7 @@ import gpu_budget
 import memory_models
 import memory_profile
 import paged
+import published
 import quantization_error
 import rarity.report
 import roofline
@@ -142,6 +143,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "memory_profile": memory_profile.render,
     "paged": paged.render,
     "parity": parity_report.render,
+    "published": published.render,
     "quantization_error": quantization_error.render,
     "rare_updates": rarity.report.render,
     "small_gradients": small_gradients.render,

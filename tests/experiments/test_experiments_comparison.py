@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from types import ModuleType
 
 import pytest
@@ -38,6 +40,31 @@ def test_memory_of_models_is_what_the_planner_counts(monkeypatch: pytest.MonkeyP
     column = shown["model"].index("optim8 AdamW8bit, bfloat16")
     assert shown["Llama 3 8B"][column] == f"{llama.tiers['device'] / 2**30:.1f}"
     assert "not measured" in memory_models.render(recorded)
+
+
+def test_published_figures_stand_beside_what_the_planner_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")  # it knows the shapes of T5
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import published
+
+    recorded = read(RESULTS / "published.json")
+    assert recorded["measured"] is False
+    assert published.count() == recorded["settings"]  # the plan says today what the table shows
+    assert sum(map(math.prod, published.vit_huge(45)["parameters"].values())) == 630_822_445  # as timm 1.0.31 has it
+    peaks = [setting for setting in recorded["settings"] if setting["of"] == "peak"]
+    assert len(peaks) == 2
+    for setting in recorded["settings"]:
+        assert re.search(
+            r"/blob/[0-9a-f]{40}/|arxiv\.org/abs/[0-9.]+v[0-9]+$", setting["source"]
+        )  # it stays what it was
+        planned = {row["optimizer"]: published.in_unit(setting, row) for row in setting["rows"]}
+        assert planned["optim8 AdamW8bit"] is not None
+        for row in setting["rows"]:
+            if setting in peaks and row["printed"] and planned[row["optimizer"]]:
+                assert planned[row["optimizer"]] < row["printed"]  # a peak has activations too
+    shown = cells(published.render(recorded))
+    assert shown["8bit BNB"][0] == "6"
+    assert shown["FlashAdamW"] == ["7", "-", "-"]
 
 
 def test_peers_stand_beside_each_other_with_their_versions(comparison: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -123,23 +124,24 @@ def test_overrides_are_planned(dtype: str | None) -> None:
         assert without.bytes != planned.bytes
 
 
-PAGERS: dict[str, Any] = {
-    "all on disk": True,
-    "host budget": Pager(host_budget=200 * 1024, bucket=64 * 1024),
-    "little": Pager(host_budget=64 * 1024, bucket=64 * 1024),
-    "all in memory": Pager(host_budget="1GiB"),
+# Each optimizer gets a Pager of its own: those of one Pager share its budgets.
+PAGERS: dict[str, Callable[[], Any]] = {
+    "all on disk": lambda: True,
+    "host budget": lambda: Pager(host_budget=200 * 1024, bucket=64 * 1024),
+    "little": lambda: Pager(host_budget=64 * 1024, bucket=64 * 1024),
+    "all in memory": lambda: Pager(host_budget="1GiB"),
 }
 
 
 @pytest.mark.parametrize("name", ["transformer", "cnn"])
 @pytest.mark.parametrize("pager", PAGERS.values(), ids=PAGERS)
-def test_paged_state_is_planned_by_tier(pager: Any, name: str) -> None:
+def test_paged_state_is_planned_by_tier(pager: Callable[[], Any], name: str) -> None:
     make, data = MODELS[name]
     model = make()
     params = list(model.parameters())
-    for cls, options in ((optim8.AdamW8bit, {"paged": pager}), (optim8.PagedLion8bit, {"paged": pager})):
-        planned = optim8.memory.plan(model, cls, **options)
-        optimizer = cls([{"params": params[::2]}, {"params": params[1::2], "min_8bit_size": 0}], **options)
+    for cls in (optim8.AdamW8bit, optim8.PagedLion8bit):
+        planned = optim8.memory.plan(model, cls, paged=pager())
+        optimizer = cls([{"params": params[::2]}, {"params": params[1::2], "min_8bit_size": 0}], paged=pager())
         train(model, optimizer, data(torch.float32))
         grouped = optim8.memory.plan(model, optimizer)
         streaming = sum(row.nbytes for row in grouped.rows if row.kind == "paging buffers")
@@ -149,8 +151,8 @@ def test_paged_state_is_planned_by_tier(pager: Any, name: str) -> None:
         for row in grouped.rows:
             state[row.tier] += row.nbytes if row.kind in STATE else 0
         assert {tier: count for tier, count in state.items() if count} == optimizer.placement().bytes_by_tier()
-        assert (streaming > 0) == (pager is not True and "disk" in optimizer.placement().bytes_by_tier())
-        alone = cls(params, **options)
+        assert (streaming > 0) == (pager() is not True and "disk" in optimizer.placement().bytes_by_tier())
+        alone = cls(params, paged=pager())
         train(model, alone, data(torch.float32))
         assert planned.bytes == optim8.memory.plan(model, alone).bytes
 

@@ -34,6 +34,7 @@ class Parameter:
     local: tuple[int, ...]
     dtype: torch.dtype
     trainable: bool = True
+    embedding: bool = False  # the weight of an embedding
 
     @property
     def size(self) -> int:
@@ -101,15 +102,21 @@ def _meta(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
+# Names that embeddings have where there is no module to ask, such as model.embed_tokens.weight.
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
+
+
 def _parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:
-    return Parameter(name, _meta(shape, dtype), shape, dtype)
+    return Parameter(name, _meta(shape, dtype), shape, dtype, embedding=_EMBEDDING.search(name) is not None)
 
 
 def _of_module(module: torch.nn.Module, dtype: torch.dtype | None) -> Model:
     parameters = []
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)}
     for name, param in module.named_parameters():
         shape = tuple(shards.local(param).shape)
-        parameters.append(Parameter(name, param, shape, dtype or param.dtype, param.requires_grad))
+        embedding = id(param) in embeddings
+        parameters.append(Parameter(name, param, shape, dtype or param.dtype, param.requires_grad, embedding))
     buffers = sum(shards.local(buffer).nbytes for buffer in module.buffers())
     devices = {param.device.type for param in module.parameters()} - {"meta"}
     if len(devices) > 1:

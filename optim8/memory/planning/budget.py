@@ -37,11 +37,11 @@ def options(planned: Plan, budget: int | str) -> list[Option]:
         budget: of one device: bytes, or a text with a unit such as "24GiB".
     """
     limit = budget_bytes(budget)
-    single = [_option(planned, change, limit) for change in _changes(planned, limit)]
-    choices = [_option(planned, {}, limit), *single]
-    if not any(option.fits for option in choices):
-        choices += [option for option in _pairs(planned, single, limit) if option.fits]
-    choices += [option for option in [_with_shards(planned, limit)] if option is not None]
+    single = [option(planned, change, limit) for change in _changes(planned, limit)]
+    choices = [option(planned, {}, limit), *single]
+    if not any(choice.fits for choice in choices):
+        choices += [pair for pair in _pairs(planned, single, limit) if pair.fits]
+    choices += [cut for cut in [_with_shards(planned, limit)] if cut is not None]
     return choices
 
 
@@ -49,13 +49,7 @@ def describe(choices: Sequence[Option], budget: int | str) -> str:
     """A table of options, as `options` returns them, with the memory that each leaves, and a sentence that says what
     makes the plan fit."""
     limit = budget_bytes(budget)
-    rows = []
-    for option in choices:
-        need = option.plan.needed
-        spare = size_cell(limit - need) if option.fits else f"does not fit: {size_cell(need - limit)} too much"
-        elsewhere = [f"{size_cell(count)} {tier}" for tier, count in option.plan.elsewhere.items()]
-        rows.append([option.name, size_cell(need), spare, " and ".join(elsewhere) or "-"])
-    fitting = [option.name for option in choices if option.fits]
+    fitting = [choice.name for choice in choices if choice.fits]
     if choices[0].fits:
         left = size_cell(limit - choices[0].plan.needed)
         verdict = f"It fits as planned, if activations, which are not planned, take at most the {left} that are left."
@@ -63,11 +57,23 @@ def describe(choices: Sequence[Option], budget: int | str) -> str:
         verdict = f"What makes it fit, with the memory in the table left for activations: {'; or '.join(fitting)}."
     else:
         verdict = "None of these fits, nor do two of them at once. Take a smaller model."
+    return f"{options_table(choices, limit)}\n\n{verdict}"
+
+
+def options_table(choices: Sequence[Option], limit: int) -> str:
+    """A table of options with what each needs and leaves of a budget of `limit` bytes."""
+    rows = []
+    for choice in choices:
+        need = choice.plan.needed
+        spare = size_cell(limit - need) if choice.fits else f"does not fit: {size_cell(need - limit)} too much"
+        elsewhere = [f"{size_cell(count)} {tier}" for tier, count in choice.plan.elsewhere.items()]
+        rows.append([choice.name, size_cell(need), spare, " and ".join(elsewhere) or "-"])
     headers = [f"budget {size_cell(limit)} a device", "needed", "left for activations", "beside it"]
-    return f"{table(headers, rows)}\n\n{verdict}"
+    return table(headers, rows)
 
 
-def _option(planned: Plan, change: dict[str, Any], limit: int) -> Option:
+def option(planned: Plan, change: dict[str, Any], limit: int) -> Option:
+    """The plan with other arguments, against a budget of `limit` bytes."""
     changed = plan(**{**planned.request, **change}, beside=False) if change else planned
     return Option(change, changed, changed.needed <= limit)
 
@@ -75,12 +81,12 @@ def _option(planned: Plan, change: dict[str, Any], limit: int) -> Option:
 def _pairs(planned: Plan, single: Sequence[Option], limit: int) -> Iterator[Option]:
     """Two changes at once, each pair in one order only."""
     seen: list[dict[str, Any]] = []
-    for option in single:
-        for second in _changes(option.plan, limit):
-            both = {**option.change, **second}
-            if not second.keys() & option.change.keys() and both not in seen:
+    for first in single:
+        for second in _changes(first.plan, limit):
+            both = {**first.change, **second}
+            if not second.keys() & first.change.keys() and both not in seen:
                 seen.append(both)
-                yield _option(planned, both, limit)
+                yield option(planned, both, limit)
 
 
 def _changes(planned: Plan, limit: int) -> Iterator[dict[str, Any]]:
@@ -103,8 +109,8 @@ def _with_shards(planned: Plan, limit: int) -> Option | None:
     """The smallest power of two of devices over which the plan fits; None where no number does."""
     count = 2 * planned.world_size if planned.sharding == "fsdp" else max(2, planned.world_size)
     while count <= _MOST_DEVICES:
-        option = _option(planned, {"sharding": "fsdp", "world_size": count}, limit)
-        if option.fits:
-            return option
+        cut = option(planned, {"sharding": "fsdp", "world_size": count}, limit)
+        if cut.fits:
+            return cut
         count *= 2
     return None

@@ -39,6 +39,7 @@ def plan(
     min_8bit_size: int | None = None,
     optim_bits: int | None = None,
     master_bits: int | None = None,
+    embeddings_in_32_bits: bool = False,
     paged: bool | Pager | None = None,
     device: str | None = None,
     budget: int | str | None = None,
@@ -72,6 +73,8 @@ def plan(
         min_8bit_size, optim_bits: as for the optimizer; None for its defaults. By these, tensors of fewer than 4096
             values, as adapters of LoRA often are, have float32 state; the plan notes it where that is a good part.
         master_bits: as for the optimizer: 24 or 32 keep what 16-bit parameters lack of a weight, as state.
+        embeddings_in_32_bits: plan float32 state for embeddings, as transformers' Trainer keeps it with bitsandbytes'
+            names (`optim="lion_8bit"`). Where `model_or_config` has only names, those say what is an embedding.
         paged: True, or an optim8.paging.Pager with budgets, as for the optimizer.
         device: "cuda" or "cpu", where the parameters are; None for the device of the module, "cuda" for sizes alone.
         budget: memory of a device, bytes or a text such as "24GiB". Paged state has there what parameters, gradients
@@ -113,7 +116,8 @@ def plan(
     options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits, "master_bits": master_bits}
     given = {name: value for name, value in options.items() if value is not None}
     free = 0 if budget is None else max(0, budget_bytes(budget) - sum(rows.values()))
-    state = _state(optimizer, held, trained, stepped, given, paged, device, free)
+    wide = [p for p in trained if embeddings_in_32_bits and p.embedding]
+    state = _state(optimizer, held, trained, stepped, given, wide, paged, device, free)
     rows |= state.bytes
     return Plan(
         model.title,
@@ -126,7 +130,9 @@ def plan(
         sum(p.size for p in held),
         tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters})),
         device,
-        _beside({**request, **dict.fromkeys([*options, "paged"])}, state, stepped) if beside else (),
+        _beside({**request, **dict.fromkeys([*options, "paged", "embeddings_in_32_bits"])}, state, stepped)
+        if beside
+        else (),
         request,
         (*model.notes, *_on_small(state)),
     )
@@ -137,7 +143,7 @@ def shard(parameter: Parameter, count: int) -> Parameter:
     if count == 1 or not parameter.local:
         return parameter
     local = (-(-parameter.local[0] // count), *parameter.local[1:])
-    return Parameter(parameter.name, parameter.whole, local, parameter.dtype, parameter.trainable)
+    return replace(parameter, local=local)
 
 
 def _check(model: Model, world_size: Any, sharding: str, device: str) -> None:
@@ -193,6 +199,7 @@ def _state(
     trained: Sequence[Parameter],
     stepped: Sequence[torch.dtype],
     options: dict[str, Any],
+    wide: Sequence[Parameter],
     paged: bool | Pager | None,
     device: str,
     free: int,
@@ -200,15 +207,16 @@ def _state(
     if isinstance(optimizer, str):
         optimizer = _ALIASES.get(optimizer.lower(), optimizer)
     if isinstance(optimizer, str) and optimizer.lower() in PEERS:
-        if options or paged:
-            given = ", ".join([*options, *(["paged"] if paged else [])])
+        if options or paged or wide:
+            named = {"paged": paged, "embeddings_in_32_bits": wide}
+            given = ", ".join([*options, *(name for name, value in named.items() if value)])
             raise ValueError(f"optim8.memory.plan: {given} belongs to optim8's optimizers, not to {optimizer}.")
         peer = PEERS[optimizer.lower()]
         by_kind = peer.state([(p.size, wide) for p, wide in zip(trained, stepped)])
         return _State(peer.label, peer.moments, {(kind, _tier(kind, device)): n for kind, n in by_kind.items()})
     cls = OURS.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
     if isinstance(cls, BlockwiseOptimizer):
-        if options or paged is not None:
+        if options or paged is not None or wide:
             raise ValueError("optim8.memory.plan: options and paged are the optimizer's own already. Leave them out.")
         ours, groups, pager = cls, cls.param_groups, _pager_of(cls)
     elif isinstance(cls, type) and issubclass(cls, BlockwiseOptimizer):
@@ -216,8 +224,10 @@ def _state(
         pairs = zip(trained, stepped)
         meta = [torch.empty(p.whole.shape, dtype=dtype, device="meta", requires_grad=True) for p, dtype in pairs]
         ours = cls([{"params": meta}], **options)  # refuses what training would refuse
-        names = {"params": [p.whole for p in trained], "param_names": [p.name for p in trained]}
-        groups = [{**ours.param_groups[0], **names}]
+        groups = []
+        for options_of, members in (({}, [p for p in trained if p not in wide]), ({"optim_bits": 32}, wide)):
+            names = {"params": [p.whole for p in members], "param_names": [p.name for p in members]}
+            groups.append({**ours.param_groups[0], **options_of, **names})
     else:
         near = difflib.get_close_matches(str(optimizer).lower(), [*OURS, *PEERS], 1)
         raise ValueError(
