@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from integrations_harness import REPORT, last_json, python
+from support.processes import child_environment
 from support.stand_in import write_package
 
 import optim8
@@ -50,6 +51,7 @@ PROGRAMS = [
 def test_the_program_sees_what_python_would_show(
     program: list[str], programs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])  # which that process has
     expected = last_json(python(*program, *HOSTILE, folder=programs))
     monkeypatch.chdir(programs)
     monkeypatch.setattr(sys, "argv", ["optim8"])
