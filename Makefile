@@ -67,6 +67,10 @@ test: $(call with,test,experiments) ## run the tests and the examples in docstri
 test-pythons: ## run the tests on each Python here, in environments of their own (ARGS=--help)
 	@$(PYTHON) tests/pythons.py $(ARGS)
 
+.PHONY: wheels
+wheels: ## build a wheel for each Python here into dist/, and try it (ARGS=--help)
+	@$(PYTHON) tests/wheels.py $(ARGS)
+
 # The package goes to a folder of its own, so a sanitized module never mixes with the normal one. Leaks are not looked
 # for: CPython and torch keep what they allocate. libstdc++ is preloaded so that AddressSanitizer finds its throw.
 SANITIZED := build/sanitized

@@ -175,7 +175,8 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
         for (part, of_part), (isa, isa_flags) in product(parts_of(source), ISA_FLAGS.items()):
             of_isa = [*bare, *sanitizer_flags(isa), *isa_flags, *of_part, f"-DOPTIM8_ISA={isa}"]
             objects.append(plan.compile(cxx(), source, object_file(folder, source, f"{part}.{isa}"), of_isa))
-    plan.link(output, objects, ["-fopenmp", *sanitizer_flags()])
+    # Without symbols, which take a part of a wheel; what is sanitized keeps them for its reports.
+    plan.link(output, objects, ["-fopenmp", *(sanitizer_flags() or ["-s"])])
 
 
 def package_folders(name: str) -> list[Path]:

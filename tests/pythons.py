@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,13 +74,20 @@ def pythons() -> dict[str, Path]:
 class Environment:
     """A virtual environment of one Python."""
 
-    def __init__(self, version: str, python: Path) -> None:
-        self.python = FOLDER / version / "bin" / "python"
+    def __init__(
+        self,
+        version: str,
+        python: Path,
+        folder: Path = FOLDER,
+        needs: Sequence[str] = ("setuptools", "pybind11", "ninja"),
+    ) -> None:
+        self.python = folder / version / "bin" / "python"
         # The exact versions are for 3.11 and newer.
         self.constraint = [] if version.startswith("3.10.") else ["--constraint", "constraints.txt"]
         if not self.python.exists():
-            subprocess.run([python, "-m", "venv", FOLDER / version], check=True)
-        self.install("setuptools", "pybind11", "ninja")
+            subprocess.run([python, "-m", "venv", folder / version], check=True)
+        if needs:
+            self.install(*needs)
 
     def run(self, *command: str, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run([self.python, *command], cwd=ROOT, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
