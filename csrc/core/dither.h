@@ -146,7 +146,7 @@ OPTIM8_HD uint32_t encode_magnitude(float x, float reciprocal, uint32_t u, const
     return funnel<16>(of_binade(t.last, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
 }
 
-// The same of x. `root`: x is a square root, 0 or no less than that of the smallest subnormal number.
+// The same of x. `root`: x is the square root of a float that is not negative, nor -0.
 template <Code code, bool root = false, class T>
 OPTIM8_HD uint32_t encode_dithered(float x, float reciprocal, uint32_t u, const T& t) {
     const uint32_t fixed = encode_magnitude<code>(x, reciprocal, u, t);

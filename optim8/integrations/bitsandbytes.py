@@ -6,7 +6,6 @@ it raises an error that says so.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module, metadata
@@ -14,6 +13,7 @@ from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from pathlib import Path
+from pkgutil import iter_modules
 from threading import RLock
 from types import ModuleType
 from typing import Any
@@ -55,7 +55,8 @@ def remove() -> None:
 
 
 def _names() -> dict[str, dict[str, Any]]:
-    """What each module has from optim8. A submodule of optim has the classes of one optimizer, as in bitsandbytes."""
+    """What each module has from optim8. Submodules of optim have the optimizers that those of optim8.optim have; the
+    base classes of bitsandbytes' own are left to the package, where it is installed they can be built on."""
     classes = {**optimizers(), **ABSENT}
     modules: dict[str, dict[str, Any]] = {
         NAME: {"matmul_4bit": functional.matmul_4bit},
@@ -65,9 +66,11 @@ def _names() -> dict[str, dict[str, Any]]:
         f"{NAME}.optim": {**classes, "GlobalOptimManager": optim.GlobalOptimManager},
         f"{NAME}.optim.optimizer": {"GlobalOptimManager": optim.GlobalOptimManager},
     }
-    for name, cls in classes.items():
-        stem = re.sub(r"^(Paged|Pytorch)|(8|32)bit$", "", name).lower()
-        modules.setdefault(f"{NAME}.optim.{stem}", {})[name] = cls
+    for found in iter_modules(optim.__path__):
+        module = vars(import_module(f"{optim.__name__}.{found.name}"))
+        own = {name: cls for name, cls in classes.items() if module.get(name) is cls}
+        if own:
+            modules[f"{NAME}.optim.{found.name}"] = own
     return modules
 
 

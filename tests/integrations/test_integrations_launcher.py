@@ -16,10 +16,17 @@ from support.stand_in import write_package
 
 import optim8
 from optim8.__main__ import main
-from optim8.integrations import ranks
+from optim8.integrations import nemo, ranks, timm, transformers
 
 # Arguments that a parser of ours would take for its own.
 HOSTILE = ["--", "-h", "--as", "x", "--version", "-m", "run", ""]
+
+
+@pytest.fixture
+def no_shims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For programs that run in this process: what is changed in frameworks would stay for the tests after it."""
+    for shim in (nemo, ranks, timm, transformers):
+        monkeypatch.setattr(shim, "after_import", lambda name, action: None)
 
 
 @pytest.fixture
@@ -47,6 +54,7 @@ PROGRAMS = [
 ]
 
 
+@pytest.mark.usefixtures("no_shims")
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: " ".join(program))
 def test_the_program_sees_what_python_would_show(
     program: list[str], programs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -183,6 +191,7 @@ def test_children(tmp_path: Path) -> None:
     assert last_json(python(*run, "itself", folder=tmp_path)) == {"fork": ours, "spawn": ours}
 
 
+@pytest.mark.usefixtures("no_shims")
 @pytest.mark.parametrize(
     "code, ends_with", [("raise SystemExit(3)", 3), ("import sys\nsys.exit('no data')", "no data"), ("1 / 0", None)]
 )
