@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,14 +39,15 @@ def blocks(text: str) -> list[Block]:
     lines = text.splitlines()
     start: int | None = None
     info = ""
-    for number, line in enumerate(lines):
+    for number, line in enumerate(map(str.strip, lines)):
         if start is None and line.startswith("```"):
             start, info = number + 1, line.removeprefix("```").strip()
-        elif start is not None and line.rstrip() == "```":
+        elif start is not None and line == "```":
             language, *options = info.split() or [""]
             needs = [name for o in options if o.startswith("needs=") for name in o.removeprefix("needs=").split(",")]
             if language == "python":
-                found.append(Block(start + 1, "\n".join(lines[start:number]) + "\n", tuple(needs)))
+                code = textwrap.dedent("\n".join(lines[start:number]))  # a block of an item of a list is indented
+                found.append(Block(start + 1, f"{code}\n", tuple(needs)))
             start = None
     assert start is None, f"the fence that opens in line {start} is not closed"
     return found
@@ -79,7 +81,12 @@ def test_the_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_blocks_are_found() -> None:
     text = "a\n```python\nx = 1\n```\n```\nno\n```\n```python needs=torchao,b\n>>> x\n1\n```\n```bash\nls\n```\n"
-    assert blocks(text) == [Block(3, "x = 1\n", ()), Block(9, ">>> x\n1\n", ("torchao", "b"))]
+    text += "- an item\n\n    ```python\n    if x:\n        y\n    ```\n"
+    assert blocks(text) == [
+        Block(3, "x = 1\n", ()),
+        Block(9, ">>> x\n1\n", ("torchao", "b")),
+        Block(18, "if x:\n    y\n", ()),
+    ]
     assert sum(len(blocks(path.read_text(encoding="utf-8"))) for path in DOCUMENTS) > 8
 
 
