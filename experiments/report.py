@@ -21,6 +21,7 @@ import bf16
 import bf16_movement
 import comparison
 import gpu_budget
+import memory_choices
 import memory_models
 import memory_profile
 import paged
@@ -139,6 +140,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "gpu_budget": gpu_budget_table,
     "long_run": slow_state.report.render,
     "roofline": kernels,
+    "memory_choices": memory_choices.render,
     "memory_models": memory_models.render,
     "memory_profile": memory_profile.render,
     "paged": paged.render,
@@ -152,6 +154,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
 # Other tables of these results, of several, or of none: the results' names, and by what.
 COMPARISONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "optimizers": ((), suite.render),
+    "memory_choices-bytes": (("memory_choices",), memory_choices.render_bytes),
     "long_run-16bit": (("long_run-16bit",), slow_state.report.render16),
     "steps": (("bench_step", "bench_step-avx2", "bench_step-peers"), comparison.steps),
     "suite": (("bench_step-suite",), comparison.suite),
