@@ -1,6 +1,6 @@
 """8-bit optimizers on blockwise dynamic quantization, and the functional API they stand on.
 
-Example:
+Examples:
     >>> import torch, optim8
     >>> model = torch.nn.Linear(256, 256)
     >>> optimizer = optim8.AdamW8bit(model.parameters(), lr=1e-3)

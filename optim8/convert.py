@@ -50,7 +50,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **options: Any) -> BlockwiseOpt
         TypeError: there is no counterpart, and the message names the nearest; or an option is unknown.
         ValueError: an option or a parameter cannot be honoured, such as differentiable=True.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> p = torch.nn.Parameter(torch.ones(4096))
         >>> theirs = torch.optim.NAdam([p], lr=1e-3)
@@ -139,7 +139,7 @@ def to_torch(optimizer: BlockwiseOptimizer) -> dict[str, Any]:
             overridden, which torch.optim cannot say; a group maximizes, and the other optimizer only descends; or it
             is a group of Muon with use_muon=False.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> p = torch.nn.Parameter(torch.ones(4096))
         >>> ours, theirs = optim8.AdamW8bit([p]), torch.optim.AdamW([p])
@@ -200,7 +200,7 @@ def with_exact_zeros(state_dict: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: it is no state dict.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> table = torch.tensor(optim8.functional.create_dynamic_map(signed=True))
         >>> entry = {"step": 1, "state1": torch.full((4096,), 131, dtype=torch.uint8)}

@@ -32,7 +32,7 @@ def master_state_dict(model: torch.nn.Module, optimizer: Optimizers) -> dict[str
     Raises:
         TypeError: an optimizer is not one of this library.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> model = torch.nn.Linear(64, 64).bfloat16()
         >>> optimizer = optim8.AdamW8bit(model.parameters(), lr=1e-6, master_bits=24)

@@ -44,7 +44,7 @@ def quantize_blockwise(
 
     Source: Dettmers et al. 2021, arXiv 2110.02861.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> codes, state = F.quantize_blockwise(torch.tensor([-1.0, 0.0, 0.3, 1.0]), blocksize=64)
@@ -95,7 +95,7 @@ def dequantize_blockwise(
         TypeError: an argument is no dense tensor.
         ValueError: neither quant_state nor absmax; wrong dtype, shape, device, block size or table.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> F.dequantize_blockwise(torch.tensor([0, 127, 255], dtype=torch.uint8), absmax=torch.tensor([2.0]))

@@ -48,7 +48,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
     Source: Dettmers 2015, arXiv 1511.04561; Dettmers et al. 2021, arXiv 2110.02861.
 
-    Example:
+    Examples:
         >>> from optim8 import functional as F
         >>> F.create_dynamic_map()[[0, 127, 128, 255]]
         tensor([-9.9297e-01,  0.0000e+00,  5.5000e-07,  1.0000e+00])
@@ -72,7 +72,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     Raises:
         ValueError: total_bits is out of range.
 
-    Example:
+    Examples:
         >>> from optim8 import functional as F
         >>> F.create_linear_map(signed=False)[:3] * 255
         tensor([0., 1., 2.])
@@ -100,7 +100,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
 
     Source: Dettmers et al. 2023 (QLoRA), arXiv 2305.14314.
 
-    Example:
+    Examples:
         >>> from optim8 import functional as F
         >>> F.create_normal_map()[[0, 1, 127, 255]]
         tensor([-1.0000, -0.6962,  0.0000,  1.0000])
@@ -138,7 +138,7 @@ def create_fp8_map(
     Raises:
         ValueError: the bits do not add up.
 
-    Example:
+    Examples:
         >>> from optim8 import functional as F
         >>> F.create_fp8_map(exponent_bits=2, precision_bits=1, total_bits=4)[-7:] * 12
         tensor([ 0.2500,  2.0000,  3.0000,  4.0000,  6.0000,  8.0000, 12.0000])
@@ -176,7 +176,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
 
     Source: QLoRA, arXiv 2305.14314 (nf4); arXiv 2306.06965 (af4).
 
-    Example:
+    Examples:
         >>> from optim8 import functional as F
         >>> F.get_4bit_type("fp4", "cpu")[:4] * 12
         tensor([ 0.0000,  0.0625,  8.0000, 12.0000])

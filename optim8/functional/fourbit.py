@@ -61,7 +61,7 @@ def quantize_4bit(
 
     Source: Dettmers et al. 2023 (QLoRA), arXiv 2305.14314.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> packed, state = F.quantize_4bit(torch.tensor([-2.0, 0.0, 1.2, 2.0]), quant_type="nf4")
@@ -121,7 +121,7 @@ def dequantize_4bit(
         ValueError: neither quant_state nor both absmax and out; a packed tensor of the wrong length; wrong dtype,
             shape, device, block size or type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> packed = torch.tensor([[0x3B]], dtype=torch.uint8)
@@ -228,7 +228,7 @@ def gemv_4bit(
         TypeError: an argument is no dense tensor.
         ValueError: no state; wrong dtype, shape or device; a packed tensor of the wrong length; transposed_* is True.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> packed, state = F.quantize_4bit(torch.eye(2, 64), quant_type="nf4")

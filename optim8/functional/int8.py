@@ -33,7 +33,7 @@ def int8_vectorwise_quant(
         TypeError: A is no dense tensor.
         ValueError: wrong dtype, no dimension, negative or non-finite threshold.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> codes, stats, columns = F.int8_vectorwise_quant(torch.tensor([[1.0, -2.0, 0.5], [0.0, 9.0, 3.0]]), 6.0)
@@ -70,7 +70,7 @@ def int8_vectorwise_dequant(A: torch.Tensor, stats: torch.Tensor) -> torch.Tenso
         TypeError: an argument is no dense tensor.
         ValueError: wrong dtype, number of stats or device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> F.int8_vectorwise_dequant(torch.tensor([[127, -127]], dtype=torch.int8), torch.tensor([2.0]))
@@ -110,7 +110,7 @@ def int8_double_quant(
         TypeError: an argument is no dense tensor.
         ValueError: wrong dtype, shape or device, negative or non-finite threshold.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> rows, columns, row_stats, col_stats, _ = F.int8_double_quant(torch.tensor([[1.0, 2.0], [4.0, -2.0]]))

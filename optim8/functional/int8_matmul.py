@@ -33,7 +33,7 @@ def int8_linear_matmul(
         TypeError: an argument is no dense tensor.
         ValueError: wrong dtype, shape or device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> F.int8_linear_matmul(torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor([[3, 4], [5, 6]]).char())
@@ -74,7 +74,7 @@ def int8_mm_dequant(
         TypeError: an argument is no dense tensor.
         ValueError: wrong dtype, shape or device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> F.int8_mm_dequant(torch.tensor([[127 * 127]], dtype=torch.int32), torch.tensor([2.0]), torch.tensor([3.0]))
@@ -108,7 +108,7 @@ def int8_scaled_mm(
         TypeError: an argument is no dense tensor.
         ValueError: wrong dtype, shape or device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> A, B = torch.randn(4, 64), torch.randn(8, 64)

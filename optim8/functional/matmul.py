@@ -57,7 +57,7 @@ def matmul_4bit(
         TypeError: an argument is no dense tensor.
         ValueError: wrong dtype, shape or device; a packed tensor of the wrong length; `out` where gradients are needed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> packed, state = F.quantize_4bit(torch.eye(2, 64), quant_type="nf4")

@@ -33,7 +33,7 @@ class QuantState:
         offset: float32 scalar that was subtracted from absmax before its quantization; None when not nested.
         state2: the QuantState of absmax itself; None when not nested.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> packed, state = F.quantize_4bit(torch.ones(100), quant_type="nf4")

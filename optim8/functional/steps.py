@@ -57,7 +57,7 @@ def optimizer_update_8bit_blockwise(
 
     Source: Dettmers et al. 2021, arXiv 2110.02861.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> p, g = torch.zeros(256), torch.ones(256)
@@ -122,7 +122,7 @@ def optimizer_update_32bit(
         TypeError: an argument is no dense tensor.
         ValueError: an argument cannot be honoured; wrong dtype, shape, strides or device. Nothing was changed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> p, m = torch.zeros(3), torch.zeros(3)

@@ -16,7 +16,7 @@ def get_ptr(A: torch.Tensor | None) -> ctypes.c_void_p | None:
     Raises:
         TypeError: A is neither a tensor nor None.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> x = torch.ones(3)
@@ -40,7 +40,7 @@ def is_on_gpu(tensors: Iterable[torch.Tensor | None]) -> bool:
         TypeError: an item is neither a tensor nor None.
         RuntimeError: one is elsewhere; the message names it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optim8 import functional as F
         >>> F.is_on_gpu([None])

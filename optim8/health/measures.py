@@ -76,7 +76,8 @@ class ParameterHealth:
     Attributes:
         name: the parameter's name, or its place in the groups.
         nonfinite: how many elements of the gradient are NaN or infinite.
-        size, sampled: values of the parameter, and how many of them were looked at.
+        size: values of the parameter.
+        sampled: how many of them were looked at.
         moments: by the moment's name, those of 8 bits: others are kept in 16 bits beside them, or all in 32. Empty
             where there are none, and where the step is skipped.
         advice: the precision to use; None where `moments` is empty.

@@ -153,7 +153,7 @@ def monitor(
     Raises:
         TypeError, ValueError: an argument cannot be honoured.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> from torch.utils.tensorboard import SummaryWriter
         >>> model = torch.nn.Linear(64, 64)

@@ -15,7 +15,7 @@ from optim8.step.overrides import OverrideHandle
 class GlobalOptimManager:
     """Overrides by the calls of `bitsandbytes.optim.GlobalOptimManager`; `optim8.override` does the same and more.
 
-    Example:
+    Examples:
         >>> import torch, optim8 as bnb
         >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
         >>> manager = bnb.optim.GlobalOptimManager.get_instance()

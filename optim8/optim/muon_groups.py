@@ -53,7 +53,7 @@ def muon_groups(
     Raises:
         ValueError: a name of `hidden` or `apart` fits no parameter or stands in both, or one of `hidden` is no matrix.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> model = torch.nn.Sequential(torch.nn.Embedding(90, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 90))
         >>> groups = optim8.muon_groups(model, lr=0.02, adamw={"lr": 3e-4})

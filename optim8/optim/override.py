@@ -42,7 +42,7 @@ def override(
         ValueError: an option is unknown or its value not possible; the target has no parameters. For a pattern
             that matches no name of any optimizer, the first optimizer that would use it raises the error.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
         >>> optimizer = optim8.AdamW8bit(model.parameters())

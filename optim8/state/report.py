@@ -76,7 +76,7 @@ def report() -> Iterator[Report]:
     `convert.to_bitsandbytes`, and an override of `optim_bits` after the first step. Measuring needs float64 copies of
     one tensor at a time.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> p = torch.nn.Parameter(torch.ones(4096))
         >>> p.grad = torch.linspace(0, 1, 4096)

@@ -90,7 +90,7 @@ def plan(
     Raises:
         TypeError, ValueError, FileNotFoundError: an argument cannot be honoured; the message names it.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> plan = optim8.memory.plan(torch.nn.Linear(256, 256), "adamw8bit")
         >>> plan.bytes["codes"], plan.bytes["absmax"], plan.bytes["state32"]

@@ -55,10 +55,13 @@ class Plan:
     """The memory of one device, the fullest where devices differ. `print(plan)` shows it beside other optimizers.
 
     Attributes:
-        title, optimizer: the names of the model and of the optimizer.
+        title: the name of the model.
+        optimizer: its name.
         rows: bytes by kind and tier.
-        world_size, sharding: the number of devices, and how they share the work.
-        size, tensors: numbers of values and of tensors of the whole model.
+        world_size: the number of devices.
+        sharding: how they share the work.
+        size: number of values of the whole model.
+        tensors: number of its tensors.
         held: number of values that this device holds.
         dtypes: of the parameters.
         device: where they are, "cuda" or "cpu".

@@ -42,7 +42,7 @@ class profile(Profile):
         ValueError, TypeError: an argument cannot be honoured.
         RuntimeError: the source cannot be used; raised at the start of the block.
 
-    Example:
+    Examples:
         >>> import torch, optim8
         >>> model = torch.nn.Linear(512, 512)
         >>> optimizer = optim8.AdamW8bit(model.parameters())

@@ -38,8 +38,10 @@ class Profile:
 
     Attributes:
         records: in order of time.
-        source, meaning: where the numbers come from, and what they count.
-        model, optimizer: names of the classes.
+        source: where the numbers come from.
+        meaning: what they count.
+        model: the name of its class.
+        optimizer: the name of its class.
     """
 
     def __init__(self, source: str, meaning: str, model: str, optimizer: str) -> None:
