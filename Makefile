@@ -108,6 +108,12 @@ bench: $(call with,experiments,peers) ## measure the optimizer step against torc
 report: $(call with,experiments) ## render the tables and pictures of README.md and docs from experiments/results
 	$(BIN)/python experiments/report.py $(ARGS)
 
+.PHONY: docs
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(call with,docs) ## build the site of the documents and of the API into build/site; a broken link fails
+	$(BIN)/mkdocs build --strict $(ARGS)
+	@echo "open build/site/index.html, or with its search: $(BIN)/python -m http.server --directory build/site"
+
 .PHONY: cuda-check
 cuda-check: $(VENV)/.built ## compile the CUDA module (needs nvcc, no GPU) and import it
 	OPTIM8_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda-check

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,3 +100,33 @@ def test_an_example_that_fails_is_noticed(code: str) -> None:
 def test_docs_functional_names_every_function() -> None:
     text = (ROOT / "docs" / "functional.md").read_text(encoding="utf-8")
     assert [name for name in F.__all__ if name not in text] == []
+
+
+COMPARISON = ROOT / "docs" / "comparison.md"
+
+
+def test_the_comparison_is_of_the_versions_that_are_installed_for_it() -> None:
+    pins = re.findall(r'"(bitsandbytes|torchao|flashoptim)==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    text = COMPARISON.read_text(encoding="utf-8").casefold()
+    header = next(line for line in text.splitlines() if line.startswith("| | optim8 |"))
+    assert [f"{name} {version}" in header for name, version in pins] == [True] * 3
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("column, library", [(1, "optim8"), (2, "bitsandbytes"), (3, "torchao")])
+def test_the_comparison_has_the_8_bit_rules_of_each_library(column: int, library: str) -> None:
+    module = pytest.importorskip(f"{library}.optim")
+    classes = [name for name in dir(module) if name.endswith("8bit") and isinstance(getattr(module, name), type)]
+    rules = {name.removesuffix("8bit") for name in classes if not name.startswith("Paged")}
+    row = next(line for line in COMPARISON.read_text().splitlines() if line.startswith("| rules with 8-bit state"))
+    assert set(row.strip("| ").split(" | ")[column].split(", ")) == rules
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_the_files_that_the_comparison_names_are_there(library: str) -> None:
+    pytest.importorskip(library)
+    files = set(re.findall(rf"`({library}/[\w/]+(?:\.py)?)`", COMPARISON.read_text(encoding="utf-8")))
+    assert len(files) >= 3
+    folder = Path(str(importlib.util.find_spec(library).origin)).parent.parent  # type: ignore[union-attr]
+    assert [name for name in sorted(files) if not (folder / name).exists()] == []

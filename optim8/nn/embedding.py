@@ -18,8 +18,9 @@ class StableEmbedding(torch.nn.Embedding):
     bitsandbytes: since second moments are kept as roots, a torch.nn.Embedding can have 8-bit state (docs/numerics.md).
 
     Args:
-        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, device,
-        dtype: as for torch.nn.Embedding. Given weights (`_weight`) are not initialized.
+        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device, dtype: as
+            for torch.nn.Embedding.
+        _weight: as for torch.nn.Embedding; given weights are not initialized.
 
     Shape: integers of any shape [*] give [*, embedding_dim], of the weight's dtype. The norm is computed in the
     dtype of its own parameters, which is torch's default dtype unless the whole model is cast.

@@ -14,11 +14,12 @@ import torch
 class Row:
     """One converted state tensor.
 
-    name: where it stands, such as "state[0]['exp_avg']".
-    how: "copied" (bit for bit), "widened" (codes to float32, exact), "quantized" (floats to codes) or "requantized"
-        (codes to codes of other blocks or of another table).
-    max_error: largest |new - old|, in the unit of the state.
-    relative_error: Euclidean norm of new - old, divided by that of old; 0 where both are 0.
+    Attributes:
+        name: where it stands, such as `state[0]['exp_avg']`.
+        how: "copied" (bit for bit), "widened" (codes to float32, exact), "quantized" (floats to codes) or "requantized"
+            (codes to codes of other blocks or of another table).
+        max_error: largest |new - old|, in the unit of the state.
+        relative_error: Euclidean norm of new - old, divided by that of old; 0 where both are 0.
     """
 
     name: str
@@ -31,9 +32,10 @@ class Row:
 class Note:
     """A remark on values of a state that will affect the next steps.
 
-    name: where it stands, such as "state[0]['exp_avg']".
-    count: how many values it concerns.
-    text: what it is.
+    Attributes:
+        name: where it stands, such as `state[0]['exp_avg']`.
+        count: how many values it concerns.
+        text: what it is.
     """
 
     name: str

@@ -42,6 +42,32 @@ def test_memory_of_models_is_what_the_planner_counts(monkeypatch: pytest.MonkeyP
     assert "not measured" in memory_models.render(recorded)
 
 
+def test_the_choice_for_a_gpu_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import memory_choices
+
+    recorded = read(RESULTS / "memory_choices.json")
+    assert recorded["measured"] is False
+    assert memory_choices.count_bytes() == recorded["bytes"]
+    assert memory_choices.choose() == recorded["rows"]
+    room = 1 - memory_choices.ROOM
+    for row in recorded["rows"]:
+        assert row["choice"] is None or row["gpu_bytes"] <= room * row["gpu_gib"] * 2**30, row
+    in_bfloat16, in_float32, _ = memory_choices.render(recorded).split("\n\n")
+    config = memory_choices.MODELS["Llama 3 8B"]
+    planned = optim8.memory.plan(config, dtype="bfloat16", master_bits=24, beside=False)
+    column = cells(in_bfloat16)["weights and gradients in bfloat16"].index("80 GiB")
+    shown = cells(in_bfloat16)["Llama 3 8B, 8.03 B"][column]
+    assert shown == f"weights 24, state 8: {planned.tiers['device'] / 2**30:.1f}"
+    planned = optim8.memory.plan(config, sharding="fsdp", world_size=4, dtype="float32", beside=False)
+    shown = cells(in_float32)["Llama 3 8B, 8.03 B"][column - 1]
+    assert shown == f"4 GPUs: {planned.tiers['device'] / 2**30:.1f} each"
+    wide = optim8.memory.plan(config, dtype="bfloat16", optim_bits=16, master_bits=32, beside=False)
+    of_bytes = cells(memory_choices.render_bytes(recorded))
+    column = of_bytes["bytes a parameter on the GPU"].index("AdamW8bit, 16-bit state")
+    assert of_bytes["bfloat16, `master_bits=32`"][column] == f"{wide.tiers['device'] / wide.size:.2f}"
+
+
 def test_published_figures_stand_beside_what_the_planner_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")  # it knows the shapes of T5
     monkeypatch.syspath_prepend(str(EXPERIMENTS))

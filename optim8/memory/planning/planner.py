@@ -53,6 +53,7 @@ def plan(
     Args:
         model_or_config: one of these. A parameter that is used twice counts once; a frozen one has neither gradient nor
             state.
+
             - a module, on any device;
             - a Hugging Face style config, as a dict, an object with `to_dict` or the path of its JSON: of a model of
               configs.FAMILIES, or of any model that transformers, if it is installed, can build on the meta device;
