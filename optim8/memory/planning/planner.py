@@ -12,6 +12,7 @@ import torch
 from optim8 import optim, rules
 from optim8.memory.models.model import Model, Parameter, dtype_of, read
 from optim8.memory.planning import layout
+from optim8.memory.planning.activations import Loss, activation_bytes, check_loss
 from optim8.memory.planning.layout import Bytes
 from optim8.memory.planning.peers import PEERS
 from optim8.memory.planning.plans import STATE, Plan, Row, budget_bytes
@@ -22,6 +23,7 @@ from optim8.paging.pager import Pager, pager_of
 SHARDINGS = ("ddp", "fsdp")
 _ALIASES = {name.removeprefix("torch-"): name for name in PEERS if name.startswith("torch-")}
 _WORTH_A_NOTE = 0.1  # of the bytes of state
+_TRACED = "Activations are those of the CPU's operators; what CUDA's save and take for themselves may differ."
 OURS: dict[str, type[BlockwiseOptimizer]] = {
     name.lower(): getattr(optim, name) for name in sorted(optim.__all__, key=str.lower) if name.endswith("8bit")
 }
@@ -43,12 +45,13 @@ def plan(
     paged: bool | Pager | None = None,
     device: str | None = None,
     budget: int | str | None = None,
+    loss: Loss | None = None,
     beside: bool = True,
 ) -> Plan:
     """Bytes for parameters, gradients and optimizer state of a training, from sizes alone.
 
     Nothing is allocated. The code that lays state out in training lays it out on the meta device here, so the bytes are
-    those of the training. A plan leaves out activations and buffers for communication.
+    those of the training. A plan leaves out buffers for communication and, without `loss`, activations.
 
     Args:
         model_or_config: one of these. A parameter that is used twice counts once; a frozen one has neither gradient nor
@@ -81,6 +84,10 @@ def plan(
         budget: memory of a device, bytes or a text such as "24GiB". Paged state has there what parameters, gradients
             and buffers leave of it. Without a budget, paged state of CUDA parameters is planned in host memory, unless
             the pager has a device_budget.
+        loss: to plan activations too: a function that computes the loss of one step with the module that it is given,
+            as in `lambda model: model(inputs).mean()`. It is traced, with its backward, by the operators of the CPU,
+            on tensors that take no memory: so inputs are on the CPU, or made in it. Gradients are None when it begins.
+            Checkpointing counts as the module does it.
         beside: plan the optimizers of torch, bitsandbytes and torchao as well, for the printed table; and, where
             parameters are narrower than float32, torch's with float32 master copies: the 16 bytes a parameter of mixed
             precision.
@@ -114,16 +121,20 @@ def plan(
         ("gradients", tier): sum(p.size * (grads or p.dtype).itemsize for p in trained),
         ("model's buffers", tier): model.buffer_bytes,
     }
+    if loss is not None:
+        check_loss(loss, model_or_config, model.sharded or (sharding == "fsdp" and world_size > 1))
+        rows["activations", tier] = activation_bytes(model_or_config, loss, None if dtype is None else dtype_of(dtype))
     options = {"min_8bit_size": min_8bit_size, "optim_bits": optim_bits, "master_bits": master_bits}
     given = {name: value for name, value in options.items() if value is not None}
     free = 0 if budget is None else max(0, budget_bytes(budget) - sum(rows.values()))
     wide = [p for p in trained if embeddings_in_32_bits and p.embedding]
     state = _state(optimizer, held, trained, stepped, given, wide, paged, device, free)
     rows |= state.bytes
+    found = tuple(Row(kind, tier, count) for (kind, tier), count in rows.items() if count)
     return Plan(
         model.title,
         state.label,
-        tuple(Row(kind, tier, count) for (kind, tier), count in rows.items() if count),
+        found,
         world_size,
         sharding,
         sum(p.whole.numel() for p in model.parameters),
@@ -131,11 +142,9 @@ def plan(
         sum(p.size for p in held),
         tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters})),
         device,
-        _beside({**request, **dict.fromkeys([*options, "paged", "embeddings_in_32_bits"])}, state, stepped)
-        if beside
-        else (),
+        _beside(_of_others(request), state, stepped, [r for r in found if r.kind == "activations"]) if beside else (),
         request,
-        (*model.notes, *_on_small(state)),
+        (*model.notes, *_on_small(state), *([_TRACED] if loss is not None and device == "cuda" else [])),
     )
 
 
@@ -183,7 +192,15 @@ def _on_small(state: _State) -> list[str]:
     ]
 
 
-def _beside(request: dict[str, Any], state: _State, stepped: Sequence[torch.dtype]) -> tuple[Plan, ...]:
+def _of_others(request: dict[str, Any]) -> dict[str, Any]:
+    """The request without what belongs to our optimizers, and without the loss, whose trace is the same for all."""
+    own = ("min_8bit_size", "optim_bits", "master_bits", "paged", "embeddings_in_32_bits", "loss")
+    return {**request, **dict.fromkeys(own)}
+
+
+def _beside(
+    request: dict[str, Any], state: _State, stepped: Sequence[torch.dtype], activations: Sequence[Row]
+) -> tuple[Plan, ...]:
     """The same training with each optimizer that does the same, and with torch's."""
     names = [] if state.label.startswith("optim8") else ["adamw8bit" if state.moments == 2 else "lion8bit"]
     names += [name for name, peer in PEERS.items() if peer.moments == state.moments or name == "torch-adamw"]
@@ -191,7 +208,7 @@ def _beside(request: dict[str, Any], state: _State, stepped: Sequence[torch.dtyp
     if any(dtype.itemsize < 4 for dtype in stepped):
         mixed = plan(**{**request, "optimizer": "torch-adamw", "master_copies": True}, beside=False)
         plans.insert(names.index("torch-adamw") + 1, replace(mixed, optimizer=f"{mixed.optimizer}, float32 master"))
-    return tuple(other for other in plans if other.optimizer != state.label)
+    return tuple(replace(other, rows=(*other.rows, *activations)) for other in plans if other.optimizer != state.label)
 
 
 def _state(

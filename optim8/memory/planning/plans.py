@@ -14,6 +14,7 @@ KINDS = {
     "parameters": "parameters",
     "float32 master copies": "parameters",
     "gradients": "gradients",
+    "activations": "activations",
     "low bits of weights": "master",
     "codes": "codes",
     "absmax": "absmax",
@@ -38,7 +39,7 @@ STATE = (
     "step counts",
     "tables",
 )
-WITHOUT = "Not in it: activations, temporary tensors, buffers for communication, and what CUDA itself takes."
+WITHOUT = "Not in it: {}temporary tensors, buffers for communication, and what CUDA itself takes."
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Plan:
     def bytes(self) -> dict[str, int]:
         """Bytes on one device, in all tiers, by kind: `parameters` (with master copies), `gradients`, `codes`,
         `absmax`, `state32` (float32 state and counts of steps) and `buffers` (for paging, the model's own, tables of
-        codes, and alignment between tensors of state). `master` is what weights have beyond their parameters, where it
+        codes, and alignment between tensors of state). `activations` are what forward and backward take at their peak
+        beyond all that, where `loss` was given. `master` is what weights have beyond their parameters, where it
         is state; `state16` and `state64` are moments that another library keeps in 16 or 64 bits."""
         found = dict.fromkeys(("parameters", "gradients", "codes", "absmax", "state32", "buffers"), 0)
         for row in self.rows:
@@ -145,6 +147,11 @@ class Plan:
             "beside": [plan.as_dict() for plan in self.beside],
         }
 
+    @property
+    def _without(self) -> str:
+        """What the plan leaves out, as a sentence."""
+        return WITHOUT.format("activations, " if self.request.get("loss") is None else "")
+
     def __str__(self) -> str:
         plans = [self, *self.beside]
         present = {(row.kind, row.tier) for plan in plans for row in plan.rows}
@@ -158,7 +165,7 @@ class Plan:
         if self.world_size > 1:
             over = f"{self.sharding} over {self.world_size} devices, bytes of the fullest one"
         head = f"{self.title}: {self.size:,} parameters in {self.tensors} tensors, {' and '.join(self.dtypes)}; {over}"
-        parts = [head, table(["", *(plan.optimizer for plan in plans)], rows), *self.notes, WITHOUT]
+        parts = [head, table(["", *(plan.optimizer for plan in plans)], rows), *self.notes, self._without]
         return "\n\n".join(parts)
 
 
