@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import activations
 import bench_monitoring
 import bf16
 import bf16_movement
@@ -132,6 +133,7 @@ def kernels(result: Result) -> str:
 
 TABLES: dict[str, Callable[[Result], str]] = {
     "train_lm": train_lm,
+    "activations": activations.render,
     "bench_step": bench_step,
     "bench_functional": bench_functional,
     "bench_monitoring": bench_monitoring.render,

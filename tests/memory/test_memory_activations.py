@@ -217,6 +217,9 @@ def test_what_cannot_be_traced_is_refused(loss: Any, error: type[Exception], mes
 def test_a_loss_needs_a_whole_module() -> None:
     with pytest.raises(TypeError, match="loss needs a module to compute with, got dict"):
         optim8.memory.plan({"parameters": {"w": [64, 64]}}, loss=loss_of_gpt)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4), nn.GRU(4, 4)])})
+    with pytest.raises(ValueError, match=r"recurrent layers are not planned.*; got layers\.1\. Leave loss out"):
+        optim8.memory.plan(model, loss=loss_of_gpt)
     with pytest.raises(ValueError, match="activations beside sharded parameters are not planned"):
         optim8.memory.plan(gpt(1), loss=loss_of_gpt, sharding="fsdp", world_size=2)
     assert optim8.memory.plan(gpt(1), loss=loss_of_gpt, world_size=2).bytes["activations"] > 0

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Loss = Callable[[torch.nn.Module], torch.Tensor]
+Loss = Callable[[nn.Module], torch.Tensor]
 
 _WHO = "optim8.memory.plan"
 # What torch raises where a shape, or the course of the program, depends on values that a trace does not have.
@@ -31,10 +32,16 @@ def check_loss(loss: Any, source: Any, is_sharded: bool) -> None:
             f"{_WHO}: loss must be a function of the module, as in lambda model: model(inputs).mean(), got "
             f"{type(loss).__name__}."
         )
-    if not isinstance(source, torch.nn.Module):
+    if not isinstance(source, nn.Module):
         raise TypeError(
             f"{_WHO}: loss needs a module to compute with, got {type(source).__name__}. Pass the module; it may be on "
             "the meta device."
+        )
+    recurrent = [name or type(part).__name__ for name, part in source.named_modules() if isinstance(part, nn.RNNBase)]
+    if recurrent:
+        raise ValueError(
+            f"{_WHO}: activations of recurrent layers are not planned, since their kernels keep buffers that a trace "
+            f"has no shape for; got {', '.join(recurrent)}. Leave loss out."
         )
     if is_sharded:
         raise ValueError(
@@ -43,7 +50,7 @@ def check_loss(loss: Any, source: Any, is_sharded: bool) -> None:
         )
 
 
-def activation_bytes(module: torch.nn.Module, loss: Loss, dtype: torch.dtype | None) -> int:
+def activation_bytes(module: nn.Module, loss: Loss, dtype: torch.dtype | None) -> int:
     """What a forward and a backward take at their peak, beyond parameters, buffers and gradients.
 
     The step runs on a copy of the module whose tensors have shapes and no memory, with the operators of the CPU. Every
@@ -95,16 +102,14 @@ def _check(value: Any) -> None:
         )
 
 
-def _without_memory(
-    module: torch.nn.Module, dtype: torch.dtype | None
-) -> tuple[torch.nn.Module, Sequence[torch.Tensor]]:
+def _without_memory(module: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, Sequence[torch.Tensor]]:
     """A copy of the module with tensors that have no memory, and these tensors. Called where FakeTensorMode is on."""
     twins: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        is_parameter = isinstance(tensor, nn.Parameter)
         kind = dtype if dtype is not None and is_parameter and tensor.is_floating_point() else tensor.dtype
         twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="cpu")
-        twins[id(tensor)] = torch.nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+        twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
     given = list(twins.values())
     return copy.deepcopy(module, twins), given
 
@@ -126,7 +131,7 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.nn.Parameter) and not isinstance(leaf, fake_tensor.FakeTensor):
+            if isinstance(leaf, nn.Parameter) and not isinstance(leaf, fake_tensor.FakeTensor):
                 raise ValueError(
                     f"{_WHO}: loss must compute with the module that it is given, and used a parameter of shape "
                     f"{list(leaf.shape)} of another. Use its argument, as in loss=lambda model: model(inputs).mean()."
