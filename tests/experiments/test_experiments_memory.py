@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from experiments_harness import EXPERIMENTS, read, run
 
 
@@ -102,8 +103,9 @@ def test_planned_activations_are_within_the_goal(monkeypatch: pytest.MonkeyPatch
         assert abs(row["planned_bytes"] / row["measured_bytes"] - 1) < recorded["goal"], row
         model, loss = activations.TRAININGS[row["training"]]()
         planned = optim8.memory.plan(model, loss=loss, beside=False)
-        assert planned.total == row["planned_bytes"]  # the plan says today what the document shows
-        assert planned.bytes["activations"] == row["planned_activation_bytes"]
+        if recorded["torch"] == torch.__version__:  # another may save other tensors
+            assert planned.total == row["planned_bytes"]  # the plan says today what the document shows
+            assert planned.bytes["activations"] == row["planned_activation_bytes"]
     assert "missed" not in activations.render(recorded)
     recorded["rows"][0]["measured_bytes"] *= 2
     assert "0.500, missed" in activations.render(recorded)
