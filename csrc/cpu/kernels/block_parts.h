@@ -42,101 +42,122 @@ inline Values grad_of(const Row& row) {
     return {static_cast<unsigned char*>(const_cast<void*>(row.grad)), row.grad_storage};  // which nobody writes to
 }
 
-// A group of values as float32: where it lies, or converted.
-struct Group {
-    alignas(64) float scratch[code_group];
+// A group of values as float32.
+class Group {
+  public:
+    F vector[group_vectors];
 
-    OPTIM8_HD float* widen(const Values& values, int64_t i) {
-        if (values.storage == Storage::Float32) return reinterpret_cast<float*>(values.at(i));
-        if (values.storage == Storage::BFloat16)
-            convert(reinterpret_cast<const bfloat16*>(values.at(i)), scratch);
+    OPTIM8_HD void load(const Values& values, int64_t i) {
+        if (values.storage == Storage::Float32)
+            load_vectors(reinterpret_cast<const float*>(values.at(i)), vector);
+        else if (values.storage == Storage::BFloat16)
+            load_vectors(reinterpret_cast<const bfloat16*>(values.at(i)), vector);
         else
-            convert(reinterpret_cast<const float16*>(values.at(i)), scratch);
-        return scratch;
+            load_vectors(reinterpret_cast<const float16*>(values.at(i)), vector);
     }
-    OPTIM8_HD float* widen(const Weights& weights, int64_t i) {
-        if (weights.low == nullptr) return widen(static_cast<const Values&>(weights), i);
-        join(weights, i);
-        return scratch;
+    OPTIM8_HD void load(const Weights& weights, int64_t i) {
+        if (weights.low == nullptr) return load(static_cast<const Values&>(weights), i);
+        alignas(64) float joint[code_group];
+        join(weights, i, joint);
+        load_vectors(joint, vector);
     }
-    // Back from where `widen` has put it.
-    OPTIM8_HD void narrow(const Weights& weights, int64_t i) const {
-        if (weights.storage == Storage::Float32) return;
-        if (weights.weight != Weight::Plain) return part(weights, i);
-        if (weights.storage == Storage::BFloat16)
-            convert(scratch, reinterpret_cast<bfloat16*>(weights.at(i)));
-        else
-            convert(scratch, reinterpret_cast<float16*>(weights.at(i)));
+    OPTIM8_HD void store(const Weights& weights, int64_t i) const {
+        if (weights.weight != Weight::Plain) {
+            alignas(64) float joint[code_group];
+            store_vectors(joint, vector);
+            part(weights, i, joint);
+        } else if (weights.storage == Storage::Float32) {
+            store_vectors(reinterpret_cast<float*>(weights.at(i)), vector);
+        } else if (weights.storage == Storage::BFloat16) {
+            store_vectors(reinterpret_cast<bfloat16*>(weights.at(i)), vector);
+        } else {
+            store_vectors(reinterpret_cast<float16*>(weights.at(i)), vector);
+        }
     }
 
   private:
-    void join(const Weights& weights, int64_t i);
-    void part(const Weights& weights, int64_t i) const;
+    using Floats = float[code_group];
+    static void join(const Weights& weights, int64_t i, Floats& joint);
+    static void part(const Weights& weights, int64_t i, const Floats& joint);
 
     template <class P, class Low>
-    OPTIM8_HD void join_from(const unsigned char* param, const unsigned char* low) {
+    OPTIM8_HD static void join_from(const unsigned char* param, const unsigned char* low, Floats& joint) {
         const P* p = reinterpret_cast<const P*>(param);
         const Low* l = reinterpret_cast<const Low*>(low);
-        for (int k = 0; k < code_group; ++k) scratch[k] = weight_value<P>(join_weight(p[k].bits, low_of(l[k])));
+        for (int k = 0; k < code_group; ++k) joint[k] = weight_value<P>(join_weight(p[k].bits, low_of(l[k])));
     }
     template <class P>
-    OPTIM8_HD void part_into(const Weights& weights, int64_t i) const {
+    OPTIM8_HD static void part_into(const Weights& weights, int64_t i, const Floats& joint) {
         const int64_t index = weights.first + i;
         const uint32_t block = static_cast<uint32_t>(index / step_block);
         const int at = static_cast<int>(index % step_block), of_block = step_block - at;
         if (__builtin_expect(of_block >= code_group, 1))
-            return part_some<P>(weights, i, 0, code_group, dither_start(block, weights.dither_time), at);
+            return part_some<P>(weights, i, joint, 0, code_group, dither_start(block, weights.dither_time), at);
         // Shards may begin anywhere in a block, and so the group is of two.
-        part_some<P>(weights, i, 0, of_block, dither_start(block, weights.dither_time), at);
-        part_some<P>(weights, i, of_block, code_group, dither_start(block + 1, weights.dither_time), -of_block);
+        part_some<P>(weights, i, joint, 0, of_block, dither_start(block, weights.dither_time), at);
+        part_some<P>(weights, i, joint, of_block, code_group, dither_start(block + 1, weights.dither_time), -of_block);
     }
     // Values [begin, end) of the group. `start`: the dither of the first value of their block; `at`: where the group
     // begins there.
     template <class P>
-    OPTIM8_HD void part_some(const Weights& weights, int64_t i, int begin, int end, uint32_t start, int at) const {
+    OPTIM8_HD static void part_some(const Weights& weights, int64_t i, const Floats& joint, int begin, int end,
+                                    uint32_t start, int at) {
         P* p = reinterpret_cast<P*>(weights.at(i));
         uint8_t* low = weights.low + i * bytes_of(weights.weight);
         const auto& all = ElementDitherOf<dither_of_param>::all;
         const auto u = [&](int k) { return start + (all.of_element[at + k] << 16); };
         if (weights.weight == Weight::Dithered) {
             for (int k = begin; k < end; ++k)
-                p[k].bits = param_of_weight(keep_weight(Weight::Dithered, weight_bits<P>(scratch[k]), u(k)));
+                p[k].bits = param_of_weight(keep_weight(Weight::Dithered, weight_bits<P>(joint[k]), u(k)));
         } else if (weights.weight == Weight::Bits24) {
             for (int k = begin; k < end; ++k) {
-                const uint32_t weight = keep_weight(Weight::Bits24, weight_bits<P>(scratch[k]), u(k));
+                const uint32_t weight = keep_weight(Weight::Bits24, weight_bits<P>(joint[k]), u(k));
                 p[k].bits = param_of_weight(weight);
                 low[k] = low_of_weight24(weight);
             }
         } else {
             int16_t* l = reinterpret_cast<int16_t*>(low);
             for (int k = begin; k < end; ++k) {
-                const uint32_t weight = keep_weight(Weight::Bits32, weight_bits<P>(scratch[k]), 0);
+                const uint32_t weight = keep_weight(Weight::Bits32, weight_bits<P>(joint[k]), 0);
                 p[k].bits = param_of_weight(weight);
                 l[k] = low_of_weight(weight);
             }
         }
     }
-
-    template <class From, class To>
-    OPTIM8_HD static void convert(const From* from, To* to) {
-        for (int i = 0; i < code_group; i += width) store(to + i, load(from + i));
-    }
 };
 
+// The values of a group where they are float32, or as float32 in `scratch`: for loops that work one vector after
+// another.
+template <class From>
+OPTIM8_HD float* widen(const From& values, int64_t i, float (&scratch)[code_group]) {
+    if (values.storage == Storage::Float32) return reinterpret_cast<float*>(values.at(i));
+    Group group;
+    group.load(values, i);
+    store_vectors(scratch, group.vector);
+    return scratch;
+}
+// Back from where `widen` has put them.
+OPTIM8_HD void narrow(const float (&scratch)[code_group], const Weights& weights, int64_t i) {
+    if (weights.storage == Storage::Float32) return;
+    Group group;
+    load_vectors(scratch, group.vector);
+    group.store(weights, i);
+}
+
 // Not inlined, or every rule's step would have them once for each kind of weight.
-__attribute__((noinline)) inline void Group::join(const Weights& weights, int64_t i) {
+__attribute__((noinline)) inline void Group::join(const Weights& weights, int64_t i, Floats& joint) {
     const unsigned char *param = weights.at(i), *low = weights.low + i * bytes_of(weights.weight);
     const bool bytes = weights.weight == Weight::Bits24;
     if (weights.storage == Storage::BFloat16)
-        bytes ? join_from<bfloat16, uint8_t>(param, low) : join_from<bfloat16, int16_t>(param, low);
+        bytes ? join_from<bfloat16, uint8_t>(param, low, joint) : join_from<bfloat16, int16_t>(param, low, joint);
     else
-        bytes ? join_from<float16, uint8_t>(param, low) : join_from<float16, int16_t>(param, low);
+        bytes ? join_from<float16, uint8_t>(param, low, joint) : join_from<float16, int16_t>(param, low, joint);
 }
-__attribute__((noinline)) inline void Group::part(const Weights& weights, int64_t i) const {
+__attribute__((noinline)) inline void Group::part(const Weights& weights, int64_t i, const Floats& joint) {
     if (weights.storage == Storage::BFloat16)
-        part_into<bfloat16>(weights, i);
+        part_into<bfloat16>(weights, i, joint);
     else
-        part_into<float16>(weights, i);
+        part_into<float16>(weights, i, joint);
 }
 
 // The states of a group. A Block has `codes`, `low` and `absmax` of each.
@@ -174,7 +195,7 @@ void decode_one(const Block& block, int i, float (&state)[state_count<Rule>]) {
 // are what it waits for, and these would be more of them. Memory behind the end is not touched.
 constexpr bool prefetches = width >= 16;
 OPTIM8_HD void prefetch_group(const unsigned char* at, int64_t bytes_of_value) {
-    constexpr int blocks_ahead = 4, line = 64;
+    constexpr int blocks_ahead = 2, line = 64;
     at += blocks_ahead * step_block * bytes_of_value;
     for (int64_t b = 0; prefetches && b < code_group * bytes_of_value; b += line) __builtin_prefetch(at + b);
 }

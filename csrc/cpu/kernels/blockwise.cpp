@@ -44,7 +44,8 @@ OPTIM8_HD void encode_values(const T* values, float scale, float reciprocal, con
         for (int i = 0; i < code_group; ++i) codes[i] = search(to_float(values[i]) * scale * reciprocal, middle);
     } else {
         F x[lanes];
-        for (int j = 0; j < lanes; ++j) x[j] = load(values + j * width) * F(scale);
+        load_vectors(values, x);
+        for (F& vector : x) vector = vector * F(scale);
         encode_group<code_of(kind)>(x, reciprocal, codes);
     }
 }
@@ -99,7 +100,8 @@ OPTIM8_HD void decode_values(const uint8_t* codes, float absmax, const float* co
     } else {
         F x[lanes];
         decode_group<code_of(kind)>(codes, x);
-        for (int j = 0; j < lanes; ++j) store(out + j * width, x[j] * F(absmax));
+        for (F& vector : x) vector = vector * F(absmax);
+        store_vectors(out, x);
     }
 }
 

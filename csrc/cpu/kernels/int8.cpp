@@ -15,7 +15,9 @@ constexpr int lanes = group / width;
 template <class T>
 void narrow(const float (&from)[group], int64_t n, T* to) {
     if (n == group) {
-        for (int j = 0; j < lanes; ++j) store(to + j * width, load(from + j * width));
+        F x[lanes];
+        load_vectors(from, x);
+        store_vectors(to, x);
     } else {
         for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(from[i]);
     }

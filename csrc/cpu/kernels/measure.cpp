@@ -88,10 +88,10 @@ struct WideStates {
 template <class Rule, class States>
 __attribute__((noinline)) void measure_carefully(const States& states, const Weights& param, const Values& grad,
                                                  const StepScalars<Rule>& scalars, double* sums) {
-    Group of_param, of_grad;
     float numbers[norms][step_block];
     for (int at = 0; at < step_block; at += code_group) {
-        const float *p = of_param.widen(param, at), *g = of_grad.widen(grad, at);
+        float p_scratch[code_group], g_scratch[code_group];
+        const float *p = widen(param, at, p_scratch), *g = widen(grad, at, g_scratch);
         for (int i = 0; i < code_group; ++i) {
             float state[state_count<Rule>], of[norms];
             states.read_one(at + i, state);
@@ -117,34 +117,35 @@ OPTIM8_HD void measure_block(const States& states, const Weights& param, const V
     constexpr int half = step_block / 2;
     static_assert(half % code_group == 0);
     alignas(64) float squares[norms][half];
-    Group of_param, of_grad;
     for (int first = 0; first < half; first += code_group) {
         // Of two groups half a block apart.
         F sums_of_two[norms][group_vectors];
+        for (auto& of_norm : sums_of_two)
+            for (F& sum : of_norm) sum = F(0.0f);
         for (int at = first; at < step_block; at += half) {
             prefetch_group(param.at(at), bytes_of(param.storage));
             prefetch_group(grad.at(at), bytes_of(grad.storage));
             states.prefetch(at);
             F state[state_count<Rule>][group_vectors];
             states.read(at, state);
-            const float *p_at = of_param.widen(param, at), *g_at = of_grad.widen(grad, at);
+            Group of_param, of_grad;
+            of_param.load(param, at);
+            of_grad.load(grad, at);
             for (int j = 0; j < group_vectors; j += together) {
-                const Vectors p = Vectors::of([&](int k) { return load(p_at + (j + k) * width); });
-                const Vectors g = Vectors::of([&](int k) { return load(g_at + (j + k) * width); });
+                const Vectors p = Vectors::of([&](int k) { return of_param.vector[j + k]; });
+                const Vectors g = Vectors::of([&](int k) { return of_grad.vector[j + k]; });
                 Vectors old[state_count<Rule>], of[norms];
                 for (int s = 0; s < state_count<Rule>; ++s)
                     old[s] = Vectors::of([&](int k) { return state[s][j + k]; });
                 Rule::measure(p, g * Vectors(scalars.gradient_factor), old, scalars.of_rule, of);
                 for (int n = 0; n < norms; ++n)
                     for (int k = 0; k < together; ++k) {
-                        const F square = of[n].v[k] * of[n].v[k];
                         F& sum = sums_of_two[n][j + k];
-                        sum = at == first ? square : sum + square;
+                        sum = sum + of[n].v[k] * of[n].v[k];
                     }
             }
         }
-        for (int n = 0; n < norms; ++n)
-            for (int j = 0; j < group_vectors; ++j) store(squares[n] + first + j * width, sums_of_two[n][j]);
+        for (int n = 0; n < norms; ++n) store_vectors(squares[n] + first, sums_of_two[n]);
     }
     bool good = true;
     for (int n = 0; n < norms; ++n) {

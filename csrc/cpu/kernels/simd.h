@@ -1,7 +1,7 @@
 // The vector types of the instruction set this file is compiled for: F (float32), I (int32), U (uint32), each of
-// `width` lanes, with the operations of core/number.h; loads and stores of the storage types; and the codec primitives
-// over `code_group` values, decode_group, encode_group and encode_group_dithered, and decode16_group and
-// encode16_group.
+// `width` lanes, with the operations of core/number.h; loads and stores of the storage types, and of two vectors at
+// once where that takes fewer instructions (load_pair, store_pair); and the codec primitives over `code_group` values,
+// decode_group, encode_group and encode_group_dithered, and decode16_group and encode16_group.
 #pragma once
 
 #include "core/code16.h"
@@ -64,5 +64,27 @@ OPTIM8_END
 
 OPTIM8_BEGIN
 static_assert(Vocabulary<F>::complete);
+
+template <class T>
+OPTIM8_HD void load_pair(const T* from, F& a, F& b) {
+    a = load(from);
+    b = load(from + width);
+}
+template <class T>
+OPTIM8_HD void store_pair(T* to, F a, F b) {
+    store(to, a);
+    store(to + width, b);
+}
+// Vectors of values that lie side by side.
+template <class T, int n>
+OPTIM8_HD void load_vectors(const T* from, F (&x)[n]) {
+    static_assert(n % 2 == 0, "pairs");
+    for (int j = 0; j < n; j += 2) load_pair(from + j * width, x[j], x[j + 1]);
+}
+template <class T, int n>
+OPTIM8_HD void store_vectors(T* to, const F (&x)[n]) {
+    static_assert(n % 2 == 0, "pairs");
+    for (int j = 0; j < n; j += 2) store_pair(to + j * width, x[j], x[j + 1]);
+}
 static_assert(step_block % code_group == 0, "blocks are whole groups");
 OPTIM8_END

@@ -69,18 +69,31 @@ OPTIM8_HD F load(const float16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 OPTIM8_HD void store(float* to, F x) { _mm256_storeu_ps(to, x.v); }
-OPTIM8_HD void store(bfloat16* to, F x) {
+// The bfloat16 nearest to a number, as a word. Not of a NaN.
+OPTIM8_HD __m256i to_bfloat16(F x) {
     const __m256i bits = _mm256_castps_si256(x.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+}
+OPTIM8_HD void store(bfloat16* to, F x) {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    const __m256i rounded = _mm256_blendv_epi8(to_bfloat16(x), _mm256_set1_epi32(0x7fc0), nan);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
 OPTIM8_HD void store(float16* to, F x) {
     const __m128i half = _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+}
+
+OPTIM8_HD void store_pair(bfloat16* to, F a, F b) {
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)) != 0, 0)) {
+        store(to, a);
+        store(to + width, b);
+    } else {
+        const __m256i packed = _mm256_packus_epi32(to_bfloat16(a), to_bfloat16(b));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
+    }
 }
 
 template <Code code>
@@ -247,6 +260,15 @@ struct DitherZonesOf {
     static constexpr DitherZones all = make_dither_zones(code);
 };
 
+// Of numbers that are not negative, whose bits are in the same order, or of a negative one and one that is not. Some
+// processors have more units for integers.
+OPTIM8_HD F maximum_as_bits(F a, F b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));
+}
+OPTIM8_HD F minimum_as_bits(F a, F b) {
+    return _mm256_castsi256_ps(_mm256_min_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));
+}
+
 // As above. What is the same for all bytes is done with all of them at once.
 template <Code code, int state>
 OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float reciprocal, uint32_t start, int at,
@@ -265,15 +287,15 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     if (is_signed(code))
         for (int j = 0; j < n; ++j) y[j] = _mm256_and_ps(y[j].v, magnitude_mask);
     for (int j = 0; j < n; ++j) {
-        const F clamped = maximum(y[j], lowest);
+        const F clamped = maximum_as_bits(y[j], lowest);
         if (!is_signed(code)) y[j] = clamped;
         zone[j] = _mm256_srli_epi32(_mm256_castps_si256(clamped.v), 23);
     }
     for (int j = 0; j < n; ++j) zone[j] = _mm256_mulhi_epu16(zone[j], third_of_exponent);
     for (int j = 0; j < n; ++j) y[j] = fma(y[j], pick(t.slope, zone[j]), pick(t.offset, zone[j]));
     for (int j = 0; j < n; ++j) line[j] = fma(y[j], F(fifth), F(after_fifth));
-    for (int j = 0; j < n; ++j) line[j] = minimum(fma(y[j], F(third), F(after_third)), line[j]);
-    for (int j = 0; j < n; ++j) line[j] = minimum(y[j], line[j]);
+    for (int j = 0; j < n; ++j) line[j] = minimum_as_bits(fma(y[j], F(third), F(after_third)), line[j]);
+    for (int j = 0; j < n; ++j) line[j] = minimum_as_bits(y[j], line[j]);
     for (int j = 0; j < n; ++j) index[j] = _mm256_add_epi16(base, _mm256_load_si256(elements + j));
     for (int j = 0; j < n; ++j) index[j] = _mm256_add_epi32(_mm256_castps_si256(line[j].v), index[j]);
     for (int j = 0; j < n; ++j) index[j] = _mm256_srai_epi32(index[j], 16);

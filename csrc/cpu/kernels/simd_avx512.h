@@ -69,10 +69,14 @@ OPTIM8_HD F load(const float16* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 OPTIM8_HD void store(float* to, F x) { _mm512_storeu_ps(to, x.v); }
-OPTIM8_HD void store(bfloat16* to, F x) {
+// Rounds to bfloat16 in the upper halves. Not of a NaN.
+OPTIM8_HD __m512i round_to_bfloat16(F x) {
     const __m512i bits = _mm512_castps_si512(x.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+}
+OPTIM8_HD void store(bfloat16* to, F x) {
+    __m512i rounded = round_to_bfloat16(x);
     const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
     rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
     const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
@@ -81,6 +85,45 @@ OPTIM8_HD void store(bfloat16* to, F x) {
 OPTIM8_HD void store(float16* to, F x) {
     const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+}
+
+struct alignas(64) Halves {
+    uint16_t of_pair[2][32];
+};
+// Which of 32 values each half of a word takes, of the first and of the second of two vectors.
+constexpr Halves make_spread() {
+    Halves made{};
+    for (uint16_t i = 0; i < 64; ++i) made.of_pair[i / 32][i % 32] = static_cast<uint16_t>(i / 2);
+    return made;
+}
+// The upper halves of two vectors.
+constexpr Halves make_upper() {
+    Halves made{};
+    for (uint16_t i = 0; i < 32; ++i) made.of_pair[0][i] = static_cast<uint16_t>(2 * i + 1);
+    return made;
+}
+struct HalvesOf {
+    static constexpr Halves spread = make_spread(), upper = make_upper();
+};
+
+OPTIM8_HD void load_pair(const bfloat16* from, F& a, F& b) {
+    constexpr __mmask32 upper = 0xaaaaaaaau;
+    const __m512i values = _mm512_loadu_si512(from);
+    const auto spread = [&](int i) {
+        const __m512i place = _mm512_load_si512(HalvesOf::spread.of_pair[i]);
+        return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(upper, place, values));
+    };
+    a = spread(0);
+    b = spread(1);
+}
+OPTIM8_HD void store_pair(bfloat16* to, F a, F b) {
+    if (__builtin_expect(_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q) != 0, 0)) {
+        store(to, a);
+        store(to + width, b);
+    } else {
+        const __m512i upper = _mm512_load_si512(HalvesOf::upper.of_pair[0]);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(round_to_bfloat16(a), upper, round_to_bfloat16(b)));
+    }
 }
 
 // The four bytes of each of the 256 table values, a plane a byte.

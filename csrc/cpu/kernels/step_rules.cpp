@@ -1,10 +1,11 @@
 // One optimizer step over blocks of one tensor, for any rule: decode, update, block maximum, encode. Names no rule.
 //
-// A block is worked in two passes over scratch that stays in L1: `advance` decodes the old state, updates, and finds
-// the block's maxima; `seal` encodes the new state. A block is sealed group by group while the next one advances, so
-// that the loads of one pass fill the time of the other's arithmetic, and the latency of reducing the maxima is hidden.
+// A block is worked in passes over scratch that stays in L1: `advance` decodes the old state, updates, and finds the
+// block's maxima; `seal` encodes the new state, one state after another, so that what its loop needs fits the
+// registers. A block is sealed after the next one has advanced, which hides the latency of reducing the maxima; or
+// where there is one state only, while it does, so that each loop's instructions fill the other's latencies.
 //
-// The code of a rule knows float32 parameters and gradients only; others are converted in scratch, group by group.
+// The code of a rule knows float32 parameters and gradients only; others are converted as they are loaded and stored.
 #include "core/norms.h"
 #include "core/row.h"
 #include "cpu/kernels/block_parts.h"
@@ -101,23 +102,21 @@ OPTIM8_HD void keep_states(Block<Rule>& block, Pass<Rule>& pass, const Vectors (
     }
 }
 
-// `param`, `grad`: of the group.
 template <class Coding, class Rule>
-OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, float* param, const float* grad,
+OPTIM8_HD void advance(Block<Rule>& block, Pass<Rule>& pass, Group& param, const Group& grad,
                        const StepScalars<Rule>& scalars, int at) {
     F state[state_count<Rule>][group_vectors];
     decode_states<Coding, 0, Rule>(block, pass.absmax, at, state);
     for (int j = 0; j < group_vectors; j += together) {
         const int i = at + j * width;
-        const int in_group = j * width;
-        Vectors p = Vectors::of([&](int k) { return load(param + in_group + k * width); });
+        Vectors p = Vectors::of([&](int k) { return param.vector[j + k]; });
         if constexpr (Rule::states_need_param)
             for (int k = 0; k < together; ++k) store(block.old_param + i + k * width, p.v[k]);
-        const Vectors g = Vectors::of([&](int k) { return load(grad + in_group + k * width); });
+        const Vectors g = Vectors::of([&](int k) { return grad.vector[j + k]; });
         Vectors now[state_count<Rule>];
         for (int s = 0; s < state_count<Rule>; ++s) now[s] = Vectors::of([&](int k) { return state[s][j + k]; });
         Rule::update(p, g * Vectors(scalars.gradient_factor), now, scalars.of_rule);
-        for (int k = 0; k < together; ++k) store(param + in_group + k * width, p.v[k]);
+        for (int k = 0; k < together; ++k) param.vector[j + k] = p.v[k];
         keep_states<Coding, 0>(block, pass, now, i);
     }
 }
@@ -150,47 +149,52 @@ OPTIM8_HD void normalize(Block<Rule>& block, const Pass<Rule>& pass, const StepS
 }
 
 template <class Coding, int s, class Rule>
-OPTIM8_HD void seal_states(const Block<Rule>& block, int at) {
+OPTIM8_HD void seal_group(const Block<Rule>& block, int at) {
+    constexpr Code code = code_of<Rule, s>;
+    F x[group_vectors];
+    load_vectors(block.state[s] + at, x);
+    uint8_t* codes = block.codes[s] + at;
+    if constexpr (Coding::template low<Rule, s>)
+        encode16_group<code, s, Coding::rounding>(x, block.reciprocal[s], block.dither, at, codes, block.low[s] + at);
+    else if constexpr (Coding::rounding == Rounding::Dithered)
+        encode_group_dithered<code, s>(x, block.reciprocal[s], block.dither, at, codes);
+    else
+        encode_group<code>(x, block.reciprocal[s], codes);
+}
+template <class Coding, int s = 0, class Rule>
+OPTIM8_HD void seal(const Block<Rule>& block) {
     if constexpr (s < state_count<Rule>) {
-        F x[group_vectors];
-        for (int j = 0; j < group_vectors; ++j) x[j] = load(block.state[s] + at + j * width);
-        constexpr Code code = code_of<Rule, s>;
-        if constexpr (Coding::template low<Rule, s>)
-            encode16_group<code, s, Coding::rounding>(x, block.reciprocal[s], block.dither, at, block.codes[s] + at,
-                                                      block.low[s] + at);
-        else if constexpr (Coding::rounding == Rounding::Dithered)
-            encode_group_dithered<code, s>(x, block.reciprocal[s], block.dither, at, block.codes[s] + at);
-        else
-            encode_group<code>(x, block.reciprocal[s], block.codes[s] + at);
-        seal_states<Coding, s + 1>(block, at);
+        for (int at = 0; at < step_block; at += code_group) seal_group<Coding, s>(block, at);
+        *block.absmax[s] = block.new_absmax[s];
+        seal<Coding, s + 1>(block);
     }
 }
-template <class Coding, class Rule>
-OPTIM8_HD void seal(const Block<Rule>& block, int at) {
-    seal_states<Coding, 0>(block, at);
-    if (at + code_group == step_block)
-        for (int s = 0; s < state_count<Rule>; ++s) *block.absmax[s] = block.new_absmax[s];
-}
+template <class Rule>
+constexpr bool seals_meanwhile = state_count<Rule> == 1;
 
 // Advances a block, and seals the one before it where there is one.
 template <class Coding, class Rule>
 OPTIM8_HD void work(Block<Rule>& block, const Weights& param, const Values& grad, const StepScalars<Rule>& scalars,
                     const Block<Rule>* before) {
     Pass<Rule> pass(block);
-    Group of_param, of_grad;
     for (int at = 0; at < step_block; at += code_group) {
         prefetch_group(param.at(at), bytes_of(param.storage));
         prefetch_group(grad.at(at), bytes_of(grad.storage));
         for (int s = 0; s < state_count<Rule>; ++s) prefetch_group(block.codes[s] + at, 1);
-        advance<Coding>(block, pass, of_param.widen(param, at), of_grad.widen(grad, at), scalars, at);
-        of_param.narrow(param, at);
-        if (before != nullptr) seal<Coding>(*before, at);
+        Group of_param, of_grad;
+        of_param.load(param, at);
+        of_grad.load(grad, at);
+        advance<Coding>(block, pass, of_param, of_grad, scalars, at);
+        of_param.store(param, at);
+        if (seals_meanwhile<Rule> && before != nullptr) seal_group<Coding, 0>(*before, at);
+    }
+    if (before != nullptr) {
+        if constexpr (seals_meanwhile<Rule>)
+            *before->absmax[0] = before->new_absmax[0];
+        else
+            seal<Coding>(*before);
     }
     normalize<Coding>(block, pass, scalars);
-}
-template <class Coding, class Rule>
-OPTIM8_HD void seal_all(const Block<Rule>& block) {
-    for (int at = 0; at < step_block; at += code_group) seal<Coding>(block, at);
 }
 
 template <class Rule, class Coding>
@@ -219,7 +223,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
             point(blocks[b & 1], b);
             work<Coding>(blocks[b & 1], params(b), grads(b), scalars, &blocks[(b - 1) & 1]);
         }
-        seal_all<Coding>(blocks[(whole - 1) & 1]);
+        seal<Coding>(blocks[(whole - 1) & 1]);
     }
 
     if (end > whole) {
@@ -247,7 +251,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
         }
         const Weights padded = rest.in(tail.param, tail.param_low);
         work<Coding, Rule>(block, padded, {tail.grad, grad.storage}, scalars, nullptr);
-        seal_all<Coding>(block);
+        seal<Coding>(block);
         std::memcpy(rest.data, tail.param, param_bytes);
         if (low_bytes > 0) std::memcpy(rest.low, tail.param_low, low_bytes);
         for (int s = 0; s < state_count<Rule>; ++s) {
@@ -265,7 +269,8 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
     const Values grad = grad_of(row);
     float* state[state_count<Rule>]{};
     for (int s = 0; s < kept_count<Rule>; ++s) state[s] = static_cast<float*>(row.state[s]);
-    Group of_param, of_grad;
+
+    alignas(64) float p_scratch[code_group], g_scratch[code_group];
 
     // A group of values, and of each state.
     const auto advance_group = [&](float* p, const float* g, float* const(&states)[state_count<Rule>]) {
@@ -282,8 +287,8 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
     for (; i + code_group <= last; i += code_group) {
         float* at[state_count<Rule>]{};
         for (int s = 0; s < kept_count<Rule>; ++s) at[s] = state[s] + i;
-        advance_group(of_param.widen(param, i), of_grad.widen(grad, i), at);
-        of_param.narrow(param, i);
+        advance_group(widen(param, i, p_scratch), widen(grad, i, g_scratch), at);
+        narrow(p_scratch, param, i);
     }
     if (i < last) {
         const size_t n = static_cast<size_t>(last - i), param_bytes = n * static_cast<size_t>(bytes_of(param.storage));
@@ -300,8 +305,8 @@ void step_32bit(const Row& row, int64_t begin, int64_t end) {
             at[s] = rest[s];
         }
         const Weights padded = left.in(p, low);
-        advance_group(of_param.widen(padded, 0), of_grad.widen(Values{g, grad.storage}, 0), at);
-        of_param.narrow(padded, 0);
+        advance_group(widen(padded, 0, p_scratch), widen(Values{g, grad.storage}, 0, g_scratch), at);
+        narrow(p_scratch, padded, 0);
         std::memcpy(left.data, p, param_bytes);
         if (low_bytes > 0) std::memcpy(left.low, low, low_bytes);
         for (int s = 0; s < kept_count<Rule>; ++s) std::memcpy(state[s] + i, rest[s], n * sizeof(float));
