@@ -52,12 +52,16 @@ MATH = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapp
 IN_PARTS, PARTS = "_rules", 4
 BASE = [*MATH, "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", f"-DOPTIM8_PARTS={PARTS}", f"-I{CSRC}"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi")), "-mprefer-vector-width=512"]
-# Schedules instructions before registers are chosen too. That pays where there are 32 of them.
-AVX512 += ["-fschedule-insns", "-fsched-pressure"]
+# Instructions are scheduled before registers are chosen too, which pays where there are 32 of them.
+AVX512BW = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512BW += ["-fschedule-insns", "-fsched-pressure"]
+AVX512 = [*AVX512BW, "-mavx512vbmi"]
 # Part of the names of objects that include Python's headers, and of modules.
 PYTHON = sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
-ISA_FLAGS = {"scalar": [], "avx2": AVX2, "avx512": AVX512} if IS_X86 else {"scalar": []}
+# From the plainest to the fastest.
+ISA_FLAGS = {"scalar": []}
+if IS_X86:
+    ISA_FLAGS |= {"avx2": AVX2, "avx512bw": AVX512BW, "avx512": AVX512}
 
 DEFAULT_ARCHS = (80, 90, 100, 120)
 OLDEST_ARCH = 75
@@ -163,7 +167,7 @@ def command_text(command: list[str]) -> str:
 def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
     bare = [*BASE, "-fopenmp", *werror("-Werror")]
     flags = [*bare, *sanitizer_flags()]
-    x86 = ["-DOPTIM8_HAVE_X86=1"] if IS_X86 else []
+    isas = f"-DOPTIM8_ISAS(X)={' '.join(f'X({isa})' for isa in ISA_FLAGS)}"
     objects = []
     if not sources("bind/cpu"):
         fail(f"found no csrc/bind/cpu/*.cpp under {ROOT}. Build from a complete source tree.")
@@ -171,7 +175,7 @@ def plan_cpu(plan: Plan, folder: Path, output: Path, version: str) -> None:
         extra = [*binding_flags(), f'-DOPTIM8_VERSION="{version}"']
         objects.append(plan.compile(cxx(), source, object_file(folder, source, PYTHON), [*flags, *extra]))
     for source in sources("cpu", "cpu/step"):
-        objects.append(plan.compile(cxx(), source, object_file(folder, source), [*flags, *x86]))
+        objects.append(plan.compile(cxx(), source, object_file(folder, source), [*flags, isas]))
     # The longest first, so that no compiler is left alone at the end.
     for source in sorted(sources("cpu/kernels"), key=lambda source: not source.stem.endswith(IN_PARTS)):
         for (part, of_part), (isa, isa_flags) in product(parts_of(source), ISA_FLAGS.items()):

@@ -13,33 +13,36 @@ namespace optim8 {
     const Kernels table = {#set, OPTIM8_KERNELS(OPTIM8_KERNEL_NAME)}; \
     }
 
-OPTIM8_DECLARE_ISA(scalar)
-#if defined(OPTIM8_HAVE_X86)
-OPTIM8_DECLARE_ISA(avx2)
-OPTIM8_DECLARE_ISA(avx512)
-#endif
+// X(set) for each set that setup.py compiles, from the plainest to the fastest.
+OPTIM8_ISAS(OPTIM8_DECLARE_ISA)
 
 namespace {
+
+// Whether this machine has a set.
+struct Has {
+    static bool scalar() { return true; }
+#if defined(__x86_64__) || defined(_M_X64)
+    static bool avx2() {
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+               __builtin_cpu_supports("bmi2");
+    }
+    static bool avx512bw() {
+        return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+    static bool avx512() { return avx512bw() && __builtin_cpu_supports("avx512vbmi"); }
+#endif
+};
 
 struct Candidate {
     const Kernels* table;
     bool available;
 };
 
-// From the plainest to the fastest.
 std::vector<Candidate> candidates() {
-    std::vector<Candidate> all = {{&scalar::table, true}};
-#if defined(OPTIM8_HAVE_X86)
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512vbmi");
-    all.push_back({&avx2::table, has_avx2});
-    all.push_back({&avx512::table, has_avx512});
-#endif
-    return all;
+#define OPTIM8_CANDIDATE(set) {&set::table, Has::set()},
+    return {OPTIM8_ISAS(OPTIM8_CANDIDATE)};
+#undef OPTIM8_CANDIDATE
 }
 
 std::string join(const std::vector<std::string>& names) {

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # In the names of objects that include Python's headers.
 PYTHON = sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
-ISAS = ["scalar", "avx2", "avx512"] if platform.machine() == "x86_64" else ["scalar"]
+ISAS = ["scalar", "avx2", "avx512bw", "avx512"] if platform.machine() == "x86_64" else ["scalar"]
 LOOP_OBJECTS = sorted(f"_cpu/cpu/kernels/loop.{isa}.o" for isa in ISAS)
 CPU_OBJECTS = sorted(["_cpu/bind/cpu/module.o", "_cpu/cpu/dispatch.o", *LOOP_OBJECTS])
 
@@ -38,17 +38,23 @@ LOOP = """
 #define JOIN(a, b) JOINED(a, b)
 #define LEVEL_scalar 0
 #define LEVEL_avx2 1
-#define LEVEL_avx512 2
+#define LEVEL_avx512bw 2
+#define LEVEL_avx512 3
 #define LEVEL JOIN(LEVEL, OPTIM8_ISA)
 #if LEVEL >= 1
 static_assert(__AVX2__ && __FMA__ && __F16C__ && __BMI2__);
 #elif defined(__AVX2__)
 #error the scalar build must run on any machine
 #endif
-#if LEVEL == 2
-static_assert(__AVX512F__ && __AVX512BW__ && __AVX512DQ__ && __AVX512VL__ && __AVX512VBMI__);
+#if LEVEL >= 2
+static_assert(__AVX512F__ && __AVX512BW__ && __AVX512DQ__ && __AVX512VL__);
 #elif defined(__AVX512F__)
-#error only the build for AVX-512 may use it
+#error only the builds for AVX-512 may use it
+#endif
+#if LEVEL == 3
+static_assert(__AVX512VBMI__);
+#elif defined(__AVX512VBMI__)
+#error only the build for VBMI may use it
 #endif
 #if defined(__FAST_MATH__)
 #error fast-math changes results

@@ -9,19 +9,20 @@ OPTIM8_BEGIN
 
 constexpr int gemv_lanes = 16;
 
-#if defined(__AVX512VBMI__)
+#if defined(__AVX512BW__)
 
 OPTIM8_HD F clamp_unit(F y) { return _mm512_range_ps(y.v, _mm512_set1_ps(1.0f), 0x02); }  // smaller magnitude, own sign
 
-// The codes below and above a cell's midpoint as bytes, twice over: byte permutes take six bits of index.
-struct alignas(64) CellBytes {
-    uint8_t below[64], above[64];
+// The codes below and above a cell's midpoint as bytes.
+struct CellBytes {
+    Bytes32 below, above;
 };
+static_assert(fourbit_cells == 32);
 constexpr CellBytes make_cell_bytes(const FourbitTables& t) {
     CellBytes bytes{};
     for (int i = 0; i < 64; ++i) {
-        bytes.below[i] = static_cast<uint8_t>(t.below[i % fourbit_cells]);
-        bytes.above[i] = static_cast<uint8_t>(t.above[i % fourbit_cells]);
+        bytes.below.twice[i] = static_cast<uint8_t>(t.below[i % 32]);
+        bytes.above.twice[i] = static_cast<uint8_t>(t.above[i % 32]);
     }
     return bytes;
 }
@@ -42,8 +43,8 @@ OPTIM8_HD void encode_nibbles(const float* quotients, uint8_t* packed) {
         is_above |= static_cast<uint64_t>(_mm512_cmp_ps_mask(y, pick(t.midpoint, cell[j]).v, _CMP_GT_OQ)) << (16 * j);
     }
     const __m512i cells = gather_bytes<0>(cell[0], cell[1], cell[2], cell[3]);
-    const __m512i below = _mm512_permutexvar_epi8(cells, _mm512_load_si512(CellBytesOf<type>::all.below));
-    const __m512i above = _mm512_permutexvar_epi8(cells, _mm512_load_si512(CellBytesOf<type>::all.above));
+    const __m512i below = look_up(CellBytesOf<type>::all.below, cells);
+    const __m512i above = look_up(CellBytesOf<type>::all.above, cells);
     const __m512i codes = _mm512_mask_blend_epi8(is_above, below, above);
     const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));  // 16 * first + second
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi16_epi8(pairs));
@@ -51,9 +52,14 @@ OPTIM8_HD void encode_nibbles(const float* quotients, uint8_t* packed) {
 
 // The 64 nibbles of 32 bytes, high one first, each in the low half of a byte (the high half is whatever came along).
 OPTIM8_HD __m512i spread_nibbles(const uint8_t* packed) {
-    const __m512i words = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+#if defined(__AVX512VBMI__)
     const __m512i start = _mm512_set1_epi64(0x181c'1014'080c'0004);  // bit 4, 0, 12, 8, 20, 16, 28, 24
-    return _mm512_multishift_epi64_epi8(start, words);
+    return _mm512_multishift_epi64_epi8(start, _mm512_cvtepu32_epi64(bytes));
+#else
+    const __m512i words = _mm512_cvtepu8_epi16(bytes);
+    return _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_slli_epi16(words, 8));
+#endif
 }
 
 OPTIM8_HD void decode_nibbles(const uint8_t* packed, const float (&table)[fourbit_size], float* out) {

@@ -54,7 +54,7 @@ struct Pieces {
 };
 OPTIM8_END
 
-#if defined(__AVX512VBMI__)
+#if defined(__AVX512BW__)
 #include "cpu/kernels/simd_avx512.h"
 #elif defined(__AVX2__)
 #include "cpu/kernels/simd_avx2.h"

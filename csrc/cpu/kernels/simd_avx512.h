@@ -1,5 +1,6 @@
-// AVX-512 with VBMI (Ice Lake, Zen 4 and later): 16 lanes. Decoding reads the exact 256-entry table by byte
-// permutes; encoding reads the line of a decade by 32-entry permutes indexed with the low exponent bits.
+// AVX-512: 16 lanes. Encoding reads the line of a decade by 32-entry permutes indexed with the low exponent bits. Two
+// builds: with VBMI (Ice Lake, Zen 4 and later) bytes are looked up by permutes of bytes, without (Skylake-X, Cascade
+// Lake) by permutes of half words and shuffles within 128 bits.
 #pragma once
 
 // GCC 12 warns of its own header's deliberately undefined operands (GCC bug 105593).
@@ -126,10 +127,6 @@ OPTIM8_HD void store_pair(bfloat16* to, F a, F b) {
     }
 }
 
-// The four bytes of each of the 256 table values, a plane a byte.
-struct alignas(64) Planes {
-    uint8_t byte[4][code_size];
-};
 constexpr uint32_t constant_bits(float x) {
     // std::bit_cast is C++20; table values are 0 or normal numbers, so the fields can be computed.
     if (x == 0) return 0;
@@ -137,58 +134,40 @@ constexpr uint32_t constant_bits(float x) {
     const float magnitude = x < 0 ? -x : x;
     return sign | static_cast<uint32_t>(exponent_field(magnitude)) << 23 | mantissa_field(magnitude);
 }
-constexpr Planes make_planes(const CodeTables& t) {
-    Planes planes{};
-    for (int i = 0; i < code_size; ++i)
-        for (int b = 0; b < 4; ++b) planes.byte[b][i] = static_cast<uint8_t>(constant_bits(t.value[i]) >> (8 * b));
-    return planes;
-}
-template <Code code>
-struct PlanesOf {
-    static constexpr Planes all = make_planes(Tables<code>::all);
-};
-
 OPTIM8_HD __m512i at(const void* table, int quarter) {
     return _mm512_loadu_si512(static_cast<const char*>(table) + 64 * quarter);
 }
 
-template <Code code>
-OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) {
-    const Planes& planes = PlanesOf<code>::all;
-    // The byte interleaving below works within 128-bit lanes; transposing 4-byte runs first makes it come out in order.
-    const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i index = _mm512_permutexvar_epi32(transpose, _mm512_loadu_si512(codes));
-    const __mmask64 upper = _mm512_movepi8_mask(index);
-    __m512i byte[4];
-    for (int b = 0; b < 4; ++b) {
-        const uint8_t* plane = planes.byte[b];
-        const __m512i low = _mm512_permutex2var_epi8(at(plane, 0), index, at(plane, 1));
-        const __m512i high = _mm512_permutex2var_epi8(at(plane, 2), index, at(plane, 3));
-        byte[b] = _mm512_mask_blend_epi8(upper, low, high);
-    }
-    const __m512i low01 = _mm512_unpacklo_epi8(byte[0], byte[1]), high01 = _mm512_unpackhi_epi8(byte[0], byte[1]);
-    const __m512i low23 = _mm512_unpacklo_epi8(byte[2], byte[3]), high23 = _mm512_unpackhi_epi8(byte[2], byte[3]);
-    out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23));
-    out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low01, low23));
-    out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(high01, high23));
-    out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
+// A table of 32 bytes, twice over: permutes of bytes take six bits of index.
+struct alignas(64) Bytes32 {
+    uint8_t twice[64];
+};
+// The look-ups by bytes: decode_group, gather_bytes, and look_up by the low five bits.
+constexpr int nothing = lowest_binade - 1;  // stands for the exponent of what is stored as 0
+// As if transposed: four runs of 4 bytes in each of four 128-bit lanes.
+OPTIM8_HD __m512i transpose_runs(__m512i x) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
 }
+OPTIM8_END
+#if defined(__AVX512VBMI__)
+#include "cpu/kernels/bytes_vbmi.h"
+#else
+#include "cpu/kernels/bytes_bw.h"
+#endif
+OPTIM8_BEGIN
 
-// Byte `which` of every 32-bit lane of four vectors, in order.
-template <int which>
-OPTIM8_HD __m512i gather_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
-    alignas(64) static constexpr auto index = [] {
-        struct {
-            uint8_t byte[64];
-        } t{};
-        for (int i = 0; i < 64; ++i) t.byte[i] = static_cast<uint8_t>(4 * (i % 32) + which);
-        return t;
-    }();
-    const __m512i pick = _mm512_load_si512(index.byte);
-    const __m512i low = _mm512_permutex2var_epi8(a, pick, b);
-    const __m512i high = _mm512_permutex2var_epi8(c, pick, d);
-    return _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
+// By the low five bits of the exponent; 0 for `nothing`.
+constexpr Bytes32 make_last_bytes(Code code) {
+    const DitherTables t = make_dither_tables(code);
+    Bytes32 made{};
+    for (int b = lowest_binade; b < lowest_binade + zones * binades_of_zone; ++b)
+        made.twice[b % 32] = made.twice[b % 32 + 32] = last_index(t, code, b);
+    return made;
 }
+template <Code code>
+struct LastBytesOf {
+    static constexpr Bytes32 all = make_last_bytes(code);
+};
 
 OPTIM8_HD F pick(const float (&table)[32], __m512i zone) {
     return _mm512_permutex2var_ps(_mm512_loadu_ps(table), zone, _mm512_loadu_ps(table + 16));
@@ -227,22 +206,6 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
     _mm512_storeu_si512(codes, index);
 }
 
-struct alignas(64) LastBytes {
-    uint8_t last[64];  // by the low six bits of the exponent; 0 for those of nothing
-};
-constexpr int nothing = lowest_binade - 1;  // stands for the exponent of what is stored as 0
-constexpr LastBytes make_last_bytes(Code code) {
-    const DitherTables t = make_dither_tables(code);
-    LastBytes made{};
-    for (int b = lowest_binade; b < lowest_binade + zones * binades_of_zone; ++b)
-        made.last[b % 64] = last_index(t, code, b);
-    return made;
-}
-template <Code code>
-struct LastBytesOf {
-    static constexpr LastBytes all = make_last_bytes(code);
-};
-
 // As above. The third byte of a fixed-point number is the integer before its point; bytes are added modulo 2^8.
 template <Code code, int state>
 OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float reciprocal, uint32_t start, int at,
@@ -267,7 +230,7 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     }
     const __m512i binade = gather_bytes<0>(exponent[0], exponent[1], exponent[2], exponent[3]);
     __m512i index = gather_bytes<2>(fixed[0], fixed[1], fixed[2], fixed[3]);
-    index = _mm512_add_epi8(index, _mm512_permutexvar_epi8(binade, _mm512_load_si512(LastBytesOf<code>::all.last)));
+    index = _mm512_add_epi8(index, look_up(LastBytesOf<code>::all, binade));
     if (is_signed(code)) {
         const __m512i signs = gather_bytes<3>(_mm512_castps_si512(x[0].v), _mm512_castps_si512(x[1].v),
                                               _mm512_castps_si512(x[2].v), _mm512_castps_si512(x[3].v));
@@ -312,9 +275,8 @@ constexpr bool pieces_hold() {
 template <Code code>
 OPTIM8_HD void decode16_group(const uint8_t* codes, const uint8_t* low, F (&out)[code_group / width]) {
     static_assert(pieces_hold<code>(), "the exponents tell the pieces apart");
-    const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i upper = _mm512_permutexvar_epi32(transpose, _mm512_loadu_si512(codes));
-    const __m512i lower = _mm512_permutexvar_epi32(transpose, _mm512_loadu_si512(low));
+    const __m512i upper = transpose_runs(_mm512_loadu_si512(codes));
+    const __m512i lower = transpose_runs(_mm512_loadu_si512(low));
     const __m512i halves[2] = {_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)};
     const __m512i none = _mm512_setzero_si512(), zero = _mm512_set1_epi32(static_cast<int>(zero16_of(code)));
     const __m512 slopes = _mm512_load_ps(PiecesOf<code>::all.slope),
@@ -372,7 +334,7 @@ OPTIM8_HD void encode16_group(const F (&x)[code_group / width], float reciprocal
     const __m512i binade = gather_bytes<0>(exponent[0], exponent[1], exponent[2], exponent[3]);
     __m512i index = gather_bytes<2>(fixed[0], fixed[1], fixed[2], fixed[3]);
     __m512i rest = gather_bytes<1>(fixed[0], fixed[1], fixed[2], fixed[3]);
-    index = _mm512_add_epi8(index, _mm512_permutexvar_epi8(binade, _mm512_load_si512(LastBytesOf<code>::all.last)));
+    index = _mm512_add_epi8(index, look_up(LastBytesOf<code>::all, binade));
     if (is_signed(code)) {
         const __m512i signs = gather_bytes<3>(_mm512_castps_si512(x[0].v), _mm512_castps_si512(x[1].v),
                                               _mm512_castps_si512(x[2].v), _mm512_castps_si512(x[3].v));
