@@ -16,7 +16,7 @@ import torch
 from cases import EVERY, Case
 from support.harness import DTYPES, bits, hostile, parameter, set_grad
 
-from optim8 import _native, functional
+from optim8 import _native, codec, functional
 
 SIZES = (0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1000, 4095, 40_003)
 NAN, INF = float("nan"), float("inf")
@@ -71,6 +71,14 @@ def functional_hash(dtype: str, blocksize: int, signed: bool) -> str:
     return digest.hexdigest()
 
 
+def number_hash(signed: bool) -> str:
+    """The values of all numbers of 16 bits, those that no step stores among them."""
+    codes, low = torch.arange(65536).div(256, rounding_mode="floor"), torch.arange(65536) % 256
+    absmax = torch.linspace(0.1, 3, 256)
+    value = codec.dequantize16(codes.to(torch.uint8), low.to(torch.uint8), absmax, signed=signed)
+    return hashlib.sha256(bits(value)).hexdigest()
+
+
 def sweep_hash(signed: bool, stride: int, threads: int) -> str:
     """Codes of every `stride`-th float32 bit pattern of [0, 1], and for the signed code of the negatives."""
     digest, chunk = hashlib.sha256(), 1 << 24
@@ -93,6 +101,7 @@ def main() -> None:
     for threads in map(int, sys.argv[1:]):
         torch.set_num_threads(threads)
         table = {f"sweep {signed}": sweep_hash(signed, 1021, threads) for signed in (True, False)}
+        table |= {f"numbers {signed}": number_hash(signed) for signed in (True, False)}
         for case in EVERY:
             for row in range(3):
                 for p_dtype, g_dtype in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")):

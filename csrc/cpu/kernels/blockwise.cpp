@@ -108,15 +108,18 @@ OPTIM8_HD void decode_values(const uint8_t* codes, float absmax, const float* co
 template <CodeKind kind, class T>
 void dequantize_range(const DequantizeJob& job, int64_t begin, int64_t end) {
     T* values = static_cast<T*>(job.out);
+    // As far as a compiler knows, what is written may be the job.
+    const uint8_t* codes = job.codes;
+    const float* code = job.code;
     for (int64_t b = begin; b < end; ++b) {
         const int64_t stop = std::min((b + 1) * job.blocksize, job.size);
+        const float absmax = job.absmax[b];
         int64_t i = b * job.blocksize;
-        for (; i + code_group <= stop; i += code_group)
-            decode_values<kind>(job.codes + i, job.absmax[b], job.code, values + i);
+        for (; i + code_group <= stop; i += code_group) decode_values<kind>(codes + i, absmax, code, values + i);
         if (i < stop) {
-            const Padded<uint8_t> rest(job.codes + i, stop - i);
+            const Padded<uint8_t> rest(codes + i, stop - i);
             T out[code_group];
-            decode_values<kind>(rest.values, job.absmax[b], job.code, out);
+            decode_values<kind>(rest.values, absmax, code, out);
             std::memcpy(values + i, out, static_cast<size_t>(stop - i) * sizeof(T));
         }
     }

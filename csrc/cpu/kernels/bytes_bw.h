@@ -4,23 +4,23 @@
 OPTIM8_BEGIN
 
 // The two halves of each of the 256 table values.
-struct alignas(64) Planes {
+struct alignas(64) HalfPlanes {
     uint16_t half[2][code_size];
 };
-constexpr Planes make_planes(const CodeTables& t) {
-    Planes planes{};
+constexpr HalfPlanes make_half_planes(const CodeTables& t) {
+    HalfPlanes planes{};
     for (int i = 0; i < code_size; ++i)
         for (int h = 0; h < 2; ++h) planes.half[h][i] = static_cast<uint16_t>(constant_bits(t.value[i]) >> (16 * h));
     return planes;
 }
 template <Code code>
-struct PlanesOf {
-    static constexpr Planes all = make_planes(Tables<code>::all);
+struct HalfPlanesOf {
+    static constexpr HalfPlanes all = make_half_planes(Tables<code>::all);
 };
 
 template <Code code>
 OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) {
-    const Planes& planes = PlanesOf<code>::all;
+    const HalfPlanes& planes = HalfPlanesOf<code>::all;
     const __m512i none = _mm512_setzero_si512();
     // The interleaving works within 128-bit lanes; the transposition makes it come out in order.
     const __m512i all = transpose_runs(_mm512_loadu_si512(codes));

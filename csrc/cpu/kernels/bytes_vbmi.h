@@ -3,21 +3,6 @@
 
 OPTIM8_BEGIN
 
-// The four bytes of each of the 256 table values, a plane a byte.
-struct alignas(64) Planes {
-    uint8_t byte[4][code_size];
-};
-constexpr Planes make_planes(const CodeTables& t) {
-    Planes planes{};
-    for (int i = 0; i < code_size; ++i)
-        for (int b = 0; b < 4; ++b) planes.byte[b][i] = static_cast<uint8_t>(constant_bits(t.value[i]) >> (8 * b));
-    return planes;
-}
-template <Code code>
-struct PlanesOf {
-    static constexpr Planes all = make_planes(Tables<code>::all);
-};
-
 template <Code code>
 OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) {
     const Planes& planes = PlanesOf<code>::all;

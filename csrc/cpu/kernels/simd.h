@@ -8,14 +8,10 @@
 #include "core/codec.h"
 #include "core/number.h"
 #include "core/storage.h"
+#include "cpu/kernels/tables.h"
 
 OPTIM8_BEGIN
 constexpr int group = 64;
-
-// The magnitude index that DitherTables::last stands for, by the exponent field.
-constexpr uint8_t last_index(const DitherTables& t, Code code, int binade) {
-    return static_cast<uint8_t>(t.last[binade % 32] + (fixed_point_bits >> 16) - zero_code_of(code));
-}
 
 // The part of a block's elements in u; sums are modulo 2^16.
 struct alignas(64) ElementDither {
@@ -35,23 +31,6 @@ struct ElementDitherOf {
 // have there.
 OPTIM8_HD uint32_t dither_base(uint32_t start) { return (start >> 16) - fixed_point_bits; }
 
-// What a piece of the inverse of `position` can be told by: the exponents of the position, or without a sign of that
-// plus 1, and of this plus 1. Positions in units of 1/256; with a sign, less than a half is taken for that.
-template <Code code>
-struct Pieces {
-    static constexpr float shift = is_signed(code) ? 0.0f : 256.0f, least = 128.0f;
-    static constexpr int exponent_of(float x) {
-        int exponent = 127;
-        for (; x >= 2; x /= 2) ++exponent;
-        return exponent;
-    }
-    static constexpr int lower(int index) {
-        const float x = static_cast<float>(index * 256) + shift;
-        return exponent_of(x < least ? least : x);
-    }
-    static constexpr int upper(int index) { return exponent_of(static_cast<float>(index * 256) + shift + 256); }
-    static constexpr int count = is_signed(code) ? 129 : 256;
-};
 OPTIM8_END
 
 #if defined(__AVX512BW__)

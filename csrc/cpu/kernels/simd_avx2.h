@@ -119,64 +119,6 @@ OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) 
     }
 }
 
-// The eight zones in eight entries, and a rule that gives the zone of y or the one before it: the upper half of the
-// bits of y, which is close to a logarithm, times `factor`, shifted right by 16; `first` stands for zone 0. Entries are
-// placed by the low three bits of that. What is below `lowest` is taken for that, which has the same code.
-struct ZoneTables {
-    float threshold[8];  // of the next zone; infinity after the last
-    float slope[8], offset[8];
-    int32_t last[8];
-    float lowest;
-    int factor;
-};
-constexpr int exact_zone(const CodeTables& t, double y) {
-    int zone = 0;
-    while (zone < decades && y >= t.threshold[zone]) ++zone;
-    return zone;
-}
-constexpr double value_of_half(int half) {  // of the bits half << 16
-    double value = 1 + (half & 127) / 128.0;
-    for (int e = half >> 7; e < 127; ++e) value /= 2;
-    return value;
-}
-constexpr bool zone_rule_holds(const CodeTables& t, int factor, int first, int lowest) {
-    constexpr int one = 127 << 7;
-    const Line line = t.line[0];
-    if (static_cast<int>(value_of_half(lowest) * line.slope + line.offset) != static_cast<int>(line.offset))
-        return false;
-    for (int half = lowest; half <= one; ++half) {
-        const int found = ((half * factor) >> 16) - first;
-        const int at_end = half == one ? decades : exact_zone(t, value_of_half(half + 1) * (1 - 1e-9));
-        if (found > exact_zone(t, value_of_half(half)) || found < at_end - 1) return false;
-    }
-    return true;
-}
-constexpr ZoneTables make_zones(const CodeTables& t) {
-    ZoneTables zones{};
-    // About one zone in log2(10) binades of 128 steps.
-    for (int factor = 130; factor < 180; ++factor) {
-        const int first = (((127 << 7) * factor) >> 16) - (decades - 1);
-        const int lowest = ((first << 16) + factor - 1) / factor;
-        if (!zone_rule_holds(t, factor, first, lowest)) continue;
-        zones.factor = factor;
-        zones.lowest = static_cast<float>(value_of_half(lowest));
-        for (int z = 0; z <= decades; ++z) {
-            const int place = (first + z) & 7;
-            zones.threshold[place] = z < decades ? t.threshold[z] : __builtin_inff();
-            zones.slope[place] = t.line[z].slope;
-            zones.offset[place] = t.line[z].offset;
-            zones.last[place] = t.line[z].last;
-        }
-        break;
-    }
-    return zones;
-}
-template <Code code>
-struct ZonesOf {
-    static constexpr ZoneTables all = make_zones(Tables<code>::all);
-    static_assert(all.factor != 0, "no linear rule finds the zone of a value");
-};
-
 OPTIM8_HD __m256i pick(const int32_t (&table)[8], __m256i zone) {
     return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)), zone);
 }
@@ -238,27 +180,6 @@ OPTIM8_HD void encode_group(const F (&x)[code_group / width], float reciprocal, 
     }
     store_packed(_mm256_packus_epi16(low, high), codes);
 }
-
-// The tables of dithered rounding by zone, a third of the exponent.
-struct alignas(32) DitherZones {
-    float slope[8], offset[8];  // modulo 8
-    uint8_t last[16];           // modulo 16
-};
-constexpr DitherZones make_dither_zones(Code code) {
-    const DitherTables t = make_dither_tables(code);
-    DitherZones made{};
-    for (int i = 0; i < zones; ++i) {
-        const int binade = lowest_binade + i * binades_of_zone, zone = binade / binades_of_zone;
-        made.slope[zone % 8] = t.slope[binade % 32];
-        made.offset[zone % 8] = t.offset[binade % 32];
-        made.last[zone % 16] = last_index(t, code, binade);
-    }
-    return made;
-}
-template <Code code>
-struct DitherZonesOf {
-    static constexpr DitherZones all = make_dither_zones(code);
-};
 
 // Of numbers that are not negative, whose bits are in the same order, or of a negative one and one that is not. Some
 // processors have more units for integers.
@@ -355,7 +276,7 @@ OPTIM8_HD void decode16_group(const uint8_t* codes, const uint8_t* low, F (&out)
     for (int j = 0; j < code_group / width; ++j) {
         const __m256i number = _mm256_or_si256(_mm256_slli_epi32(eight(codes + j * width), 8), eight(low + j * width));
         const __m256i place = _mm256_sub_epi32(number, zero);
-        const F position = _mm256_cvtepi32_ps(is_signed(code) ? _mm256_abs_epi32(place) : place);
+        const F position = _mm256_cvtepi32_ps(_mm256_abs_epi32(place));
         const F moved = is_signed(code) ? maximum(position, F(Pieces<code>::least)) : position + F(Pieces<code>::shift);
         const F next = position + F(Pieces<code>::shift + 256.0f);
         const __m256i lower = _mm256_srli_epi32(_mm256_castps_si256(moved.v), 23);

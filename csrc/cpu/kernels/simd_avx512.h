@@ -127,13 +127,6 @@ OPTIM8_HD void store_pair(bfloat16* to, F a, F b) {
     }
 }
 
-constexpr uint32_t constant_bits(float x) {
-    // std::bit_cast is C++20; table values are 0 or normal numbers, so the fields can be computed.
-    if (x == 0) return 0;
-    const uint32_t sign = x < 0 ? 0x80000000u : 0u;
-    const float magnitude = x < 0 ? -x : x;
-    return sign | static_cast<uint32_t>(exponent_field(magnitude)) << 23 | mantissa_field(magnitude);
-}
 OPTIM8_HD __m512i at(const void* table, int quarter) {
     return _mm512_loadu_si512(static_cast<const char*>(table) + 64 * quarter);
 }
@@ -243,49 +236,20 @@ OPTIM8_HD void encode_group_dithered(const F (&x)[code_group / width], float rec
     _mm512_storeu_si512(codes, index);
 }
 
-// The pieces by the sum of their two exponents, modulo 16.
-struct alignas(64) Pieces16 {
-    float slope[16], offset[16];
-};
-template <Code code>
-constexpr Pieces16 make_pieces() {
-    Pieces16 made{};
-    for (int i = 0; i < Pieces<code>::count; ++i) {
-        const int place = (Pieces<code>::lower(i) + Pieces<code>::upper(i)) % 16;
-        made.slope[place] = Decode16TablesOf<code>::all.slope[i];
-        made.offset[place] = Decode16TablesOf<code>::all.offset[i];
-    }
-    return made;
-}
-template <Code code>
-struct PiecesOf {
-    static constexpr Pieces16 all = make_pieces<code>();
-};
-template <Code code>
-constexpr bool pieces_hold() {
-    for (int i = 0; i < Pieces<code>::count; ++i) {
-        const int place = (Pieces<code>::lower(i) + Pieces<code>::upper(i)) % 16;
-        if (PiecesOf<code>::all.slope[place] != Decode16TablesOf<code>::all.slope[i] ||
-            PiecesOf<code>::all.offset[place] != Decode16TablesOf<code>::all.offset[i])
-            return false;
-    }
-    return true;
-}
-
 template <Code code>
 OPTIM8_HD void decode16_group(const uint8_t* codes, const uint8_t* low, F (&out)[code_group / width]) {
-    static_assert(pieces_hold<code>(), "the exponents tell the pieces apart");
+    static_assert(sums_tell_pieces<code>(), "the sum tells the pieces apart");
     const __m512i upper = transpose_runs(_mm512_loadu_si512(codes));
     const __m512i lower = transpose_runs(_mm512_loadu_si512(low));
     const __m512i halves[2] = {_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)};
     const __m512i none = _mm512_setzero_si512(), zero = _mm512_set1_epi32(static_cast<int>(zero16_of(code)));
-    const __m512 slopes = _mm512_load_ps(PiecesOf<code>::all.slope),
-                 offsets = _mm512_load_ps(PiecesOf<code>::all.offset);
+    const __m512 slopes = _mm512_load_ps(PiecesBySumOf<code>::all.slope),
+                 offsets = _mm512_load_ps(PiecesBySumOf<code>::all.offset);
     for (int j = 0; j < 4; ++j) {
         const __m512i number =
             j % 2 == 0 ? _mm512_unpacklo_epi16(halves[j / 2], none) : _mm512_unpackhi_epi16(halves[j / 2], none);
         const __m512i place = _mm512_sub_epi32(number, zero);
-        const __m512 position = _mm512_cvtepi32_ps(is_signed(code) ? _mm512_abs_epi32(place) : place);
+        const __m512 position = _mm512_cvtepi32_ps(_mm512_abs_epi32(place));
         const __m512 moved = is_signed(code) ? _mm512_max_ps(position, _mm512_set1_ps(Pieces<code>::least))
                                              : _mm512_add_ps(position, _mm512_set1_ps(Pieces<code>::shift));
         const __m512 next = _mm512_add_ps(position, _mm512_set1_ps(Pieces<code>::shift + 256.0f));
