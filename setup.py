@@ -45,6 +45,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
+IS_ARM = platform.machine() in ("aarch64", "arm64")
 
 # No contraction and no fast-math: every instruction set must give the same bits.
 MATH = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -58,10 +59,14 @@ AVX512BW += ["-fschedule-insns", "-fsched-pressure"]
 AVX512 = [*AVX512BW, "-mavx512vbmi"]
 # Part of the names of objects that include Python's headers, and of modules.
 PYTHON = sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
+# Compilers for 64-bit Arm take NEON for granted, so a macro tells the source.
+NEON = ["-DOPTIM8_NEON=1"]
 # From the plainest to the fastest.
-ISA_FLAGS = {"scalar": []}
-if IS_X86:
-    ISA_FLAGS |= {"avx2": AVX2, "avx512bw": AVX512BW, "avx512": AVX512}
+ISA_FLAGS = {
+    "scalar": [],
+    **({"avx2": AVX2, "avx512bw": AVX512BW, "avx512": AVX512} if IS_X86 else {}),
+    **({"neon": NEON} if IS_ARM else {}),
+}
 
 DEFAULT_ARCHS = (80, 90, 100, 120)
 OLDEST_ARCH = 75

@@ -29,7 +29,7 @@ from shared.subjects import (
     weight_subjects,
 )
 
-ISAS = ("scalar", "avx2", "avx512bw", "avx512")
+ISAS = ("scalar", "avx2", "avx512bw", "avx512", "neon")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

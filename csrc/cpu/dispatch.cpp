@@ -32,6 +32,7 @@ struct Has {
     }
     static bool avx512() { return avx512bw() && __builtin_cpu_supports("avx512vbmi"); }
 #endif
+    static bool neon() { return true; }  // part of every 64-bit Arm, where alone it is compiled
 };
 
 struct Candidate {

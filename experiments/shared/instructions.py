@@ -1,10 +1,11 @@
 """Counts the instructions that each kernel executes per value, under valgrind's callgrind.
 
-Valgrind knows no AVX-512, so only the scalar and the AVX2 form can be counted. One thread; the count includes the
-Python of the call, which is under one instruction per value at the size used here.
+Valgrind knows no AVX-512, so only the scalar and the AVX2 form can be counted, and on Arm the NEON one. One thread; the
+count includes the Python of the call, which is under one instruction per value at the size used here.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from shared.common import ROOT
 
 COUNT = 2**20
-ISAS = ("scalar", "avx2")
+ISAS = ("scalar", "neon" if platform.machine() in ("aarch64", "arm64") else "avx2")
 
 
 def count_instructions() -> dict[str, dict[str, float]]:

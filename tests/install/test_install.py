@@ -61,7 +61,7 @@ class TestInfo:
         ):
             assert expected in result.stdout
 
-    @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512bw", "avx512"])
+    @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512bw", "avx512", "neon"])
     def test_honours_a_forced_instruction_set(self, tmp_path: Path, isa: str) -> None:
         result = run(sys.executable, "-m", "optim8", cwd=tmp_path, PYTHONPATH=str(PACKAGE.parent), OPTIM8_CPU_ISA=isa)
         if isa in _native.cpu().isa_info()["available"]:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # In the names of objects that include Python's headers.
 PYTHON = sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
-ISAS = ["scalar", "avx2", "avx512bw", "avx512"] if platform.machine() == "x86_64" else ["scalar"]
+ISAS = ["scalar", *{"x86_64": ["avx2", "avx512bw", "avx512"], "aarch64": ["neon"]}.get(platform.machine(), [])]
 LOOP_OBJECTS = sorted(f"_cpu/cpu/kernels/loop.{isa}.o" for isa in ISAS)
 CPU_OBJECTS = sorted(["_cpu/bind/cpu/module.o", "_cpu/cpu/dispatch.o", *LOOP_OBJECTS])
 
@@ -40,6 +40,7 @@ LOOP = """
 #define LEVEL_avx2 1
 #define LEVEL_avx512bw 2
 #define LEVEL_avx512 3
+#define LEVEL_neon -1
 #define LEVEL JOIN(LEVEL, OPTIM8_ISA)
 #if LEVEL >= 1
 static_assert(__AVX2__ && __FMA__ && __F16C__ && __BMI2__);
@@ -55,6 +56,9 @@ static_assert(__AVX512F__ && __AVX512BW__ && __AVX512DQ__ && __AVX512VL__);
 static_assert(__AVX512VBMI__);
 #elif defined(__AVX512VBMI__)
 #error only the build for VBMI may use it
+#endif
+#if (LEVEL == -1) != defined(OPTIM8_NEON)
+#error the build for NEON, and no other, has its macro
 #endif
 #if defined(__FAST_MATH__)
 #error fast-math changes results
@@ -138,6 +142,18 @@ def test_each_source_once_per_instruction_set_and_only_what_changed(tree: Path) 
         [sys.executable, "-c", script], cwd=tree, capture_output=True, text=True, check=True
     ).stdout
     assert printed.startswith("8 77.")
+
+
+@pytest.mark.parametrize("name", ["aarch64", "arm64"])
+def test_arm_has_scalar_code_and_neon(tree: Path, tmp_path: Path, name: str) -> None:
+    """Where Python says that the machine is one; what the compiler is for does not matter here."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/sitecustomize.py").write_text(f"import platform; platform.machine = lambda: {name!r}")
+    dispatch = tree / "csrc/cpu/dispatch.cpp"
+    dispatch.write_text("#if !defined(OPTIM8_HAVE_NEON) || defined(OPTIM8_HAVE_X86)\n#error another machine\n#endif\n")
+    loops = [f"_cpu/cpu/kernels/loop.{isa}.o" for isa in ("neon", "scalar")]
+    built = compiled(setup(tree, PYTHONPATH=str(tmp_path / "other")))
+    assert built == ["_cpu/bind/cpu/module.o", "_cpu/cpu/dispatch.o", *loops]
 
 
 def test_a_sanitized_build_does_not_mix_with_the_normal_one(tree: Path) -> None:

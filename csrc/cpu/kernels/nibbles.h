@@ -106,6 +106,104 @@ OPTIM8_HD F spread_scales(const float* absmax, int) {
     return spread;
 }
 
+#elif defined(OPTIM8_NEON)
+
+OPTIM8_HD F clamp_unit(F y) { return larger(smaller(y, F(1.0f)), F(-1.0f)); }
+
+// By cell, the bytes of the midpoints and the codes below and above.
+struct alignas(64) CellBytes {
+    uint8_t midpoint[4][fourbit_cells], below[fourbit_cells], above[fourbit_cells];
+};
+constexpr CellBytes make_cell_bytes(const FourbitTables& t) {
+    CellBytes bytes{};
+    for (int i = 0; i < fourbit_cells; ++i) {
+        for (int b = 0; b < 4; ++b)
+            bytes.midpoint[b][i] = static_cast<uint8_t>(constant_bits(t.midpoint[i]) >> (8 * b));
+        bytes.below[i] = static_cast<uint8_t>(t.below[i]);
+        bytes.above[i] = static_cast<uint8_t>(t.above[i]);
+    }
+    return bytes;
+}
+template <Fourbit type>
+struct CellBytesOf {
+    static constexpr CellBytes all = make_cell_bytes(FourbitOf<type>::all);
+};
+
+template <Fourbit type>
+OPTIM8_HD void encode_nibbles(const float* quotients, uint8_t* packed) {
+    const CellBytes& t = CellBytesOf<type>::all;
+    const auto look_up = [](const uint8_t* table, uint8x16_t at) {
+        return vqtbl2q_u8(table_of(table, table + run), at);
+    };
+    uint8x16_t codes[group / run];
+    for (int i = 0; i < group / run; ++i) {
+        F y[run_vectors], midpoint[run_vectors];
+        uint32x4_t cell[run_vectors], above[run_vectors];
+        for (int j = 0; j < run_vectors; ++j) y[j] = load(quotients + i * run + j * width);
+        for (int j = 0; j < run_vectors; ++j)
+            cell[j] = vreinterpretq_u32_s32(vcvtpq_s32_f32(vmulq_n_f32(y[j].v, 16.0f)));
+        const uint8x16_t cells = vandq_u8(gather_bytes<0>(cell), vdupq_n_u8(fourbit_cells - 1));
+        uint8x16_t byte[4];
+        for (int b = 0; b < 4; ++b) byte[b] = look_up(t.midpoint[b], cells);
+        scatter_bytes(byte, midpoint);
+        for (int j = 0; j < run_vectors; ++j) above[j] = (y[j] > midpoint[j]).v;
+        codes[i] = vbslq_u8(gather_bytes<0>(above), look_up(t.above, cells), look_up(t.below, cells));
+    }
+    for (int i = 0; i < group / run; i += 2) {
+        const uint8x16_t first = vuzp1q_u8(codes[i], codes[i + 1]), second = vuzp2q_u8(codes[i], codes[i + 1]);
+        vst1q_u8(packed + i / 2 * run, vsliq_n_u8(second, first, 4));
+    }
+}
+
+// work(i, codes) for each run of the 64 codes of 32 bytes.
+template <class Work>
+OPTIM8_HD void each_run(const uint8_t* packed, const Work& work) {
+    for (int i = 0; i < group / run; i += 2) {
+        const uint8x16_t pairs = vld1q_u8(packed + i / 2 * run);
+        const uint8x16_t first = vshrq_n_u8(pairs, 4), second = vandq_u8(pairs, vdupq_n_u8(15));
+        work(i, vzip1q_u8(first, second));
+        work(i + 1, vzip2q_u8(first, second));
+    }
+}
+
+OPTIM8_HD void decode_nibbles(const uint8_t* packed, const float (&table)[fourbit_size], float* out) {
+    const uint8x16x4_t planes = vld4q_u8(reinterpret_cast<const uint8_t*>(table));
+    each_run(packed, [&](int i, uint8x16_t codes) {
+        uint8x16_t byte[4];
+        F values[run_vectors];
+        for (int b = 0; b < 4; ++b) byte[b] = vqtbl1q_u8(planes.val[b], codes);
+        scatter_bytes(byte, values);
+        for (int j = 0; j < run_vectors; ++j) store(out + i * run + j * width, values[j]);
+    });
+}
+
+template <class T>
+OPTIM8_HD void decode_nibbles(const uint8_t* packed, const T (&table)[fourbit_size], T* out) {
+    static_assert(sizeof(T) == 2, "16-bit storage");
+    const uint8x16x2_t planes = vld2q_u8(reinterpret_cast<const uint8_t*>(table));
+    each_run(packed, [&](int i, uint8x16_t codes) {
+        const uint8x16_t low = vqtbl1q_u8(planes.val[0], codes), high = vqtbl1q_u8(planes.val[1], codes);
+        uint8_t* to = reinterpret_cast<uint8_t*>(out + i * run);
+        vst1q_u8(to, vzip1q_u8(low, high));
+        vst1q_u8(to + run, vzip2q_u8(low, high));
+    });
+}
+
+struct NibbleTable {
+    uint8x16x4_t values;
+    explicit NibbleTable(const float* table) : values(quarter(reinterpret_cast<const uint8_t*>(table))) {}
+    template <int turn>
+    OPTIM8_HD F at(U words) const {
+        const uint32x4_t nibbles = vshrq_n_u32(vshlq_n_u32(words.v, 28 - 4 * turn), 28);
+        return vreinterpretq_f32_u8(vqtbl4q_u8(values, byte_places(nibbles)));
+    }
+};
+OPTIM8_HD U load_words(const uint8_t* from) { return U(vreinterpretq_u32_u8(vld1q_u8(from))); }
+template <int scales>
+OPTIM8_HD F spread_scales(const float* absmax, int first_lane) {
+    return F(absmax[first_lane * scales / gemv_lanes]);
+}
+
 #else
 
 template <Fourbit type>

@@ -37,6 +37,8 @@ OPTIM8_END
 #include "cpu/kernels/simd_avx512.h"
 #elif defined(__AVX2__)
 #include "cpu/kernels/simd_avx2.h"
+#elif defined(OPTIM8_NEON)
+#include "cpu/kernels/simd_neon.h"
 #else
 #include "cpu/kernels/simd_scalar.h"
 #endif
