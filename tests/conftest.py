@@ -27,7 +27,10 @@ collect_ignore = ["cuda/fake_cuda"]
 
 
 # Files that take long for how few tests they have. They come first, so that no process is left with one at the end.
-LONG = ["test_cuda_on_cpu", "test_cuda_module", "test_distributed", "test_experiments", "test_experiments_gpu"]
+LONG = [
+    *("test_arm", "test_cuda_on_cpu", "test_cuda_module", "test_distributed", "test_experiments"),
+    "test_experiments_gpu",
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
