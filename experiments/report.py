@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import activations
+import arm_instructions
 import bench_monitoring
 import bf16
 import bf16_movement
@@ -140,6 +141,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "bf16": bf16.render,
     "bf16_movement": bf16_movement.render,
     "gpu_budget": gpu_budget_table,
+    "instructions": arm_instructions.render,
     "long_run": slow_state.report.render,
     "roofline": kernels,
     "memory_choices": memory_choices.render,
