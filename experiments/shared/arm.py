@@ -214,6 +214,7 @@ class Machine:
             total += size // 4
 
         hook = self._machine.hook_add(UC_HOOK_BLOCK, count)
+        self._machine.ctl_flush_tb()  # what was translated before calls no hook
         self.call(function, *arguments)
         self._machine.hook_del(hook)
         return total

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))
+import arm_instructions  # noqa: E402
 from shared import arm  # noqa: E402
 
 pytestmark = [
@@ -82,3 +83,14 @@ def test_a_wrong_operation_is_noticed(machine: arm.Machine, tmp_path: Path, righ
     arm.run(f"{target.compiler} {link} -o {tmp_path / 'program'}")
     wrong_machine = arm.Machine(tmp_path / "program")
     assert difference(output(wrong_machine, "neon", "number"), output(machine, "scalar", "number"))
+
+
+def test_neon_takes_far_fewer_instructions(machine: arm.Machine) -> None:
+    counts = arm_instructions.count(machine)
+    ratios = {name: counts["neon"][name] / counts["scalar"][name] for name in arm_instructions.KERNELS}
+    assert all(0 < ratio <= arm_instructions.MOST for ratio in ratios.values()), ratios
+
+
+def test_instructions_are_counted_again_for_what_ran_before(machine: arm.Machine) -> None:
+    first, again = (machine.instructions("dequantize_counted", 0) for _ in range(2))
+    assert first == again >= machine.call("counted_values")
