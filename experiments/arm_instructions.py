@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared import arm
-from shared.common import add_json, json_path, origin, provenance, table, write_json
+from shared.common import add_json, json_path, provenance, table, write_json
 
 MOST = 0.45  # of the scalar instructions; what a kernel is asked to reach
 NAME = "instructions-neon"
@@ -45,11 +45,12 @@ def render(result: Mapping[str, Any]) -> str:
     missed = [name for name in scalar if neon[name] > result["most_of_scalar"] * scalar[name]]
     goal = f"goal: at most {result['most_of_scalar']:.2f} of the scalar ones: {'missed' if missed else 'reached'}"
     tools = ", ".join(f"{name} {version}" for name, version in result["tools"].items())
+    commit = result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
     return "\n\n".join(
         [
             table(["kernel, float32", "scalar", "NEON", "ratio"], rows),
-            f"Instructions per value, {result['values']} values in blocks of 256; {goal}. Of {tools}.",
-            origin(result),
+            f"Instructions per value, {result['values']} values in blocks of 256; {goal}.",
+            f"Emulated {result['emulated']}, {tools}; commit {commit}, {result['date'].split()[0]}.",
         ]
     )
 
