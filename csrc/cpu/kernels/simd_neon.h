@@ -55,7 +55,7 @@ OPTIM8_HD F maximum(F a, F b) { return select(a > b, a, b); }
 OPTIM8_HD F minimum(F a, F b) { return select(a < b, a, b); }
 OPTIM8_HD F absolute(F x) { return vabsq_f32(x.v); }
 OPTIM8_HD F sign(F x) {
-    const uint32x4_t moves = vcagtq_f32(x.v, vdupq_n_f32(0.0f));  // neither for NaN
+    const uint32x4_t moves = vcagtq_f32(x.v, vdupq_n_f32(0.0f));  // by magnitude, and not for NaN
     const float32x4_t with_sign = vbslq_f32(vdupq_n_u32(~abs_mask), x.v, vdupq_n_f32(1.0f));
     return vreinterpretq_f32_u32(vandq_u32(moves, vreinterpretq_u32_f32(with_sign)));
 }
@@ -125,18 +125,18 @@ OPTIM8_HD Table8 table_of(const void* low, const void* high) {
 }
 OPTIM8_HD F pick(Table8 table, uint8x16_t places) { return vreinterpretq_f32_u8(vqtbl2q_u8(table, places)); }
 
-// 64 bytes of a plane, or what there is.
-OPTIM8_HD uint8x16x4_t quarter(const uint8_t* plane) { return vld1q_u8_x4(plane); }
+// As many bytes as TBL looks up at once: a quarter of a plane, or a table of 16 words.
+OPTIM8_HD uint8x16x4_t quarter(const uint8_t* from) { return vld1q_u8_x4(from); }
 
-// Byte by byte of the values, so that a quarter of a plane is in registers for all codes of the group. Compilers would
-// load all planes first, which are more than there are registers, and spill them: what an empty `asm` takes is made
-// before it, and what it may have changed is used after it.
 OPTIM8_HD uint8x16x4_t next_quarter(const uint8_t*& plane, int step) {
     const uint8x16x4_t found = quarter(plane);
     plane += step;
-    __asm__("" : "+r"(plane));  // else there is an addition for each, which a load can do
+    __asm__("" : "+r"(plane));  // else compilers add for each load anew what a load adds by itself
     return found;
 }
+// Byte by byte of the values, so that a quarter of a plane is in registers for all codes of the group. Compilers would
+// load all planes first, which are more than there are registers, and spill them: what an empty `asm` takes is made
+// before it, and what it may have changed is used after it. No instruction comes of it.
 template <Code code>
 OPTIM8_HD void decode_group(const uint8_t* codes, F (&out)[code_group / width]) {
     constexpr int runs = code_group / run, zero = zero_code_of(code);
@@ -189,7 +189,7 @@ struct LinesOf {
     static constexpr Lines8 all = make_lines(Tables<code>::all);
 };
 
-// The top bytes of a run, in which is its sign.
+// All bits of a byte for each negative value of a run, and for -0.
 OPTIM8_HD uint8x16_t negative_bytes(const F* x) {
     const uint32x4_t bits[run_vectors] = {bits_of(x[0]).v, bits_of(x[1]).v, bits_of(x[2]).v, bits_of(x[3]).v};
     return vcltzq_s8(vreinterpretq_s8_u8(gather_bytes<3>(bits)));
