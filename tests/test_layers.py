@@ -36,12 +36,24 @@ PYTHON_LAYERS = [
 # The same within a package: modules and folders, from the ground up.
 INNER_LAYERS = {
     "state": [
-        *("layout", "mapped", "report", "states", "allocation", "moments", "weights", "conversion", "tiles", "shards"),
+        *(
+            "symbols",
+            "layout",
+            "mapped",
+            "report",
+            "states",
+            "allocation",
+            "moments",
+            "weights",
+            "conversion",
+            "tiles",
+            "shards",
+        ),
     ],
     "step": [
         *("orthogonal", "weight_options", "hypers", "arguments", "overrides", "pending", "norms", "run", "scaling"),
         *("parts", "arrays"),
-        *("memory", "supply", "ranks", "matrices", "stepper"),
+        *("memory", "supply", "ranks", "matrices", "stepper", "record", "operator"),
     ],
     "paging": ["files", "pager", "placement", "directory", "tiers", "streaming", "sharing", "store"],
     "checkpoint": [
@@ -49,7 +61,8 @@ INNER_LAYERS = {
         *("copying", "read", "save", "load"),
     ],
     "optim": [
-        *("absent", "override", "reset", "summary", "access", "manager", "optimizer", "base", "docstring"),
+        *("absent", "override", "reset", "summary", "access", "manager", "optimizer", "update", "base"),
+        "docstring",
         "precision",
         "*",  # the families of optimizers
         "adamw",

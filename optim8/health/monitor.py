@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 from optim8.health import advice, measures
 from optim8.health.measures import ParameterHealth
@@ -16,6 +17,10 @@ from optim8.step import pending
 
 ERROR_LIMIT = 0.1  # several times what moments of usual training show
 _SAMPLE = 8192  # values of a parameter, 32 blocks: mean errors to about 1 % of themselves
+_NOT_COMPILED = (
+    "optim8.monitor: a program of one graph cannot hold a look at the state before each step. End the monitor with "
+    "remove(), or compile without fullgraph=True."
+)
 _EDGES = list(range(257))  # one bin for each code
 
 
@@ -44,6 +49,8 @@ class Monitor:
         self.remove()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=_NOT_COMPILED)
         self._steps += 1
         if self._steps % self.every:
             return None
@@ -60,6 +67,7 @@ class Monitor:
         others = {name: value for name, value in kwargs.items() if name != "closure"}
         return (args[0], with_look), others
 
+    @_disable_dynamo
     @torch.no_grad()
     def _look(self) -> None:
         found_inf = getattr(self.optimizer, "found_inf", None)

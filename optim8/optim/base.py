@@ -8,27 +8,22 @@ from threading import RLock
 from typing import Any, ClassVar
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from optim8 import _native, rules
 from optim8.checkpoint import copying, load, save
-from optim8.checkpoint.adopt import adopt_states
-from optim8.checkpoint.formats import groups as foreign_groups
-from optim8.checkpoint.windows import Windows
-from optim8.optim.access import StateAccess
 from optim8.optim.optimizer import refuse_hooks
 from optim8.optim.summary import summary
+from optim8.optim.update import Update
 from optim8.paging import Store
 from optim8.paging.pager import pager_of
 from optim8.rules import Moments
 from optim8.state.states import States
-from optim8.step import arguments, hypers, matrices, overrides, scaling
+from optim8.step import arguments, hypers, matrices, overrides
 from optim8.step.memory import Memory
-from optim8.step.stepper import Stepper
 
 
-class BlockwiseOptimizer(StateAccess):
+class BlockwiseOptimizer(Update):
     """An optimizer whose step is one native call over all its tensors, with state in 8, 16 or 32 bits.
 
     A subclass names its rule (a line of csrc/core/rules/all.h) and passes its defaults up.
@@ -40,8 +35,6 @@ class BlockwiseOptimizer(StateAccess):
     # hands over its scale and what it found (grad_scale, found_inf) and does not read them, since that would wait for
     # a GPU. Otherwise it unscales the gradients itself and leaves such a step out. Libraries that clip read this too.
     _step_supports_amp_scaling = False
-
-    state_checked: bool  # whether all state was made or looked at here
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,21 +72,9 @@ class BlockwiseOptimizer(StateAccess):
         return rules.rule(self.rule).moments
 
     @property
-    def stepper(self) -> Stepper:
-        """The object that steps the parameters. It is neither saved nor copied with the optimizer."""
-        known: Stepper | None = self.__dict__.get("_stepper")
-        return self.__dict__.setdefault("_stepper", Stepper()) if known is None else known
-
-    @property
     def turn(self) -> Any:
         """The lock of the thread that steps or loads: state and scratch must not change while native code uses them."""
         return self.__dict__.setdefault("_turn", RLock())  # setdefault: two threads that ask first get the same
-
-    @property
-    def windows(self) -> Windows:
-        """The tiles of sharded state that state dicts hold."""
-        known: Windows | None = self.__dict__.get("_windows")
-        return self.__dict__.setdefault("_windows", Windows(self.turn)) if known is None else known
 
     def __getstate__(self) -> dict[str, Any]:
         return copying.pickle_state(self, super().__getstate__())
@@ -151,21 +132,9 @@ class BlockwiseOptimizer(StateAccess):
         self._update()
         return loss
 
-    # Dynamo cannot trace native calls. The closure stays outside, so that what it compiles stays compiled.
-    @_disable_dynamo
-    def _update(self) -> None:
-        scales = scaling.of(self)
-        if scales.skips:
-            return
-        with self.turn:
-            self.windows.sync()
-            load.check_before_step(self)
-            adopt_states(self)
-            for group in self.param_groups:
-                foreign_groups.check(f"{type(self).__name__}: a parameter group", self.rule, group)
-            self.stepper.step(self, scaling=scales)
-            self.windows.show()
-            scales.unscale(self.param_groups)
+    # Schedulers wrap a step without this mark, to set what Update._check sets, in code that torch.compile does not
+    # follow.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's: groups, and state by the position of its parameter. Overrides are not in it.
@@ -176,6 +145,7 @@ class BlockwiseOptimizer(StateAccess):
         Raises:
             ValueError: parameters are those of FullyShardedDataParallel, and their state may be 8-bit.
         """
+        self.restore_options()
         save.prepare(self)
         return save.complete(self, super().state_dict())
 

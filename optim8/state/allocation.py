@@ -9,6 +9,7 @@ import torch
 
 from optim8 import _native
 from optim8.rules import Moments
+from optim8.state import symbols
 from optim8.state.layout import Layout, Part, count_keys
 
 _ALIGN = 64  # bytes; a cache line, and the width of the widest vector
@@ -17,10 +18,20 @@ DEVICE, HOST, DISK = TIERS = ("device", "host", "disk")  # where state may live,
 
 
 class Arena:
-    """Elements of one dtype on one device that start as `fill`; `flat` is their memory, once there is any."""
+    """Elements of one dtype on one device that start as `fill`; `flat` is their memory, once there is any.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, fill: float = 0, align: int = _ALIGN) -> None:
-        self.dtype, self.device, self.fill = dtype, device, fill
+    is_symbol: whether they are state of a parameter without memory (symbols.is_symbol), and so have none.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        fill: float = 0,
+        align: int = _ALIGN,
+        is_symbol: bool = False,
+    ) -> None:
+        self.dtype, self.device, self.fill, self.is_symbol = dtype, device, fill, is_symbol
         self.step = max(1, align // dtype.itemsize)
         self.size = 0
         self.flat = torch.empty(0, dtype=dtype)
@@ -40,6 +51,8 @@ class Arena:
             RuntimeError: a tracer's mode makes tensors of another kind, which could not be stepped later.
         """
         self.flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
+        if self.is_symbol:
+            return
         if type(self.flat).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise RuntimeError(
                 f"optim8: state must be plain tensors, and a mode is on that makes a {type(self.flat).__name__} of "
@@ -53,7 +66,7 @@ class Arena:
         exact = [part.size == room for part, room in zip(self.parts, rooms, strict=True)]
         shapes = [part.shape if fits else (room,) for part, room, fits in zip(self.parts, rooms, exact, strict=True)]
         strides = [part.stride if fits else (1,) for part, fits in zip(self.parts, exact, strict=True)]
-        tensors = cut(self.flat, self.begins, shapes, strides)
+        tensors = cut(self.flat, self.begins, shapes, strides, by_view=self.is_symbol)
         for tensor, part, fits in zip(tensors, self.parts, exact, strict=True):
             yield tensor if fits else tensor.as_strided(part.shape, part.stride)
 
@@ -109,6 +122,7 @@ def allocate(wanted: Sequence[tuple[torch.Tensor, Layout]], allocator: Allocator
     by_device: dict[torch.device, list[int]] = {}
     for i, (param, _) in enumerate(wanted):
         by_device.setdefault(param.device, []).append(i)
+    is_symbol = bool(wanted) and symbols.is_symbol(wanted[0][0])  # parameters of both kinds are never stepped together
     entries: list[dict[str, Any]] = [{}] * len(wanted)
     for device, indices in by_device.items():
         by_tier: dict[str, list[int]] = {}
@@ -116,14 +130,20 @@ def allocate(wanted: Sequence[tuple[torch.Tensor, Layout]], allocator: Allocator
             by_tier.setdefault(tier, []).append(i)
         for tier in sorted(by_tier, key=allocator.allocation_order.index):
             layouts = [wanted[i][1] for i in by_tier[tier]]
-            for i, entry in zip(by_tier[tier], _allocate(layouts, device, tier, allocator), strict=True):
+            made = _allocate(layouts, device, tier, allocator, is_symbol)
+            for i, entry in zip(by_tier[tier], made, strict=True):
                 entries[i] = entry
     return entries
 
 
-def _allocate(layouts: Sequence[Layout], device: torch.device, tier: str, allocator: Allocator) -> list[dict[str, Any]]:
-    steps = Arena(torch.float32, torch.device("cpu"), align=1)
-    arenas: dict[Any, Arena] = {"step": steps, "scales": Arena(torch.float32, device, align=1)}
+def _allocate(
+    layouts: Sequence[Layout], device: torch.device, tier: str, allocator: Allocator, is_symbol: bool
+) -> list[dict[str, Any]]:
+    def arena_of(dtype: torch.dtype, beside: torch.device, fill: float, align: int) -> Arena:
+        return Arena(dtype, beside, fill, align, is_symbol)
+
+    steps = arena_of(torch.float32, torch.device("cpu"), 0, 1)
+    arenas: dict[Any, Arena] = {"step": steps, "scales": arena_of(torch.float32, device, 0, 1)}
     homes = []  # of each tensor, its arena
     for layout in layouts:
         for part in layout.parts:
@@ -134,7 +154,7 @@ def _allocate(layouts: Sequence[Layout], device: torch.device, tier: str, alloca
             if arena is None:
                 is_count = part.role == "step"
                 beside, align = (steps.device, 1) if is_count else (device, _ALIGN)
-                arena = arenas[key] = Arena(part.dtype, beside, part.fill, align)
+                arena = arenas[key] = arena_of(part.dtype, beside, part.fill, align)
             arena.add(part)
             homes.append(arena)
     allocator.allocate(tier, device, list(arenas.values()))
@@ -149,10 +169,14 @@ def cut(
     begins: Sequence[int],
     shapes: Sequence[tuple[int, ...]],
     strides: Sequence[tuple[int, ...]],
+    by_view: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Tensors in the memory of a flat one, each with a storage of its own that begins at an element. torch saves and
-    copies a tensor with its whole storage, and saving the state of one parameter must not save that of all."""
-    if flat.device.type == "meta":  # the planner counts allocations
+    copies a tensor with its whole storage, and saving the state of one parameter must not save that of all.
+
+    `by_view`: views instead, which is all that there is without memory.
+    """
+    if by_view or flat.device.type == "meta":  # the planner counts allocations
         return (flat.as_strided(*at) for at in zip(shapes, strides, begins, strict=True))
     return map(torch.utils.dlpack.from_dlpack, _native.cpu().cut(flat, list(begins), list(shapes), list(strides)))
 

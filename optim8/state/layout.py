@@ -123,7 +123,8 @@ def _layout(moments: Moments, shape: tuple[int, ...], stride: tuple[int, ...], b
 def layout_of(moments: Moments, param: torch.Tensor, bits: int) -> Layout:
     """The layout of the state of a parameter, or of the local shard of one, in 8, 16 or 32 bits; `moments` are those
     of one variant of a rule."""
-    return _layout(moments, tuple(param.shape), dense_stride(param), bits)
+    # A tracer's sizes may vary; its state is for those that it has now.
+    return _layout(moments, tuple(map(int, param.shape)), tuple(map(int, dense_stride(param))), bits)
 
 
 def bits_of(moments: Sequence[Moment], entry: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from optim8 import _native, rules
 from optim8.rules import Hyper, Rule
+from optim8.state import symbols
 from optim8.step import orthogonal
 from optim8.step.weight_options import MASTER_BITS, PLAIN_WEIGHTS, has_plain_weights, narrow_only
 
@@ -51,8 +52,8 @@ def _number(owner: str, name: str, value: Any, least: float, below: float = math
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{owner}: {name} must have one element when it is a tensor, got {value.numel()}.")
-        if value.device.type != "cpu":
-            return value  # looking at it would wait for the device
+        if value.device.type != "cpu" or symbols.is_symbol(value):
+            return value  # looking would wait for the device, or show nothing
         one = value.item()
     elif isinstance(value, np.ndarray) and value.size == 1:
         one = value.item()
@@ -251,6 +252,12 @@ def bits_of_new_state(options: dict[str, Any], param: torch.Tensor) -> int:
     return bits if param.numel() >= options["min_8bit_size"] else 32
 
 
+def counts_on_device(options: dict[str, Any]) -> bool:
+    """Whether the device counts the steps of parameters with these options, where it is no CPU."""
+    lr = options["lr"]
+    return bool(options.get("capturable")) or (isinstance(lr, torch.Tensor) and lr.device.type != "cpu")
+
+
 def step_options(
     owner: str, rule: Rule, group: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor | None
 ) -> Any:
@@ -285,7 +292,7 @@ def step_options(
         group,
         maximize=bool(group["maximize"]),
         gradient_scale=1.0 if scale is None or scale.device.type != "cpu" else 1.0 / float(scale),
-        count_on_device=bool(group.get("capturable")) or on_device or amp_on_device,
+        count_on_device=counts_on_device(group) or amp_on_device,
         device_lr=lr.data_ptr() if on_device else 0,
         dithered=group["rounding"] == "dithered",
         master_bits=group["master_bits"],

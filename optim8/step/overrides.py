@@ -57,12 +57,14 @@ class OverrideHandle:
 
 _made: list[_Override] = []
 _generation = 0
+era = "0"  # the same as a text: a program of torch.compile is for one text, and may be for any number
 _optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def _changed() -> None:
-    global _generation
+    global _generation, era
     _generation += 1
+    era = str(_generation)
 
 
 def register(optimizer: torch.optim.Optimizer) -> None:
@@ -103,6 +105,11 @@ class Resolved:
             if self.by_id and not all(map(operator.is_, seen, copy)):
                 return False
         return True
+
+
+def nothing(groups: Groups) -> Resolved:
+    """What is resolved for groups that have the changed options already."""
+    return Resolved(_generation, [(group["params"], list(group["params"])) for group in groups])
 
 
 def none_made() -> bool:

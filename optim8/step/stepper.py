@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -24,6 +24,8 @@ from optim8.step.scaling import UNSCALED, Scaling
 from optim8.step.supply import Stateful
 from optim8.step.weight_options import PLAIN_WEIGHTS
 
+Grads: TypeAlias = Mapping[int, torch.Tensor]  # by id of a parameter
+
 
 class Stepper:
     """Steps an optimizer, which it is handed in each call: it keeps native scratch memory and nothing else."""
@@ -32,12 +34,17 @@ class Stepper:
         self._table = _native.cpu().StepTable()
 
     def step(
-        self, optimizer: Stateful, params: Collection[torch.Tensor] | None = None, scaling: Scaling = UNSCALED
+        self,
+        optimizer: Stateful,
+        params: Collection[torch.Tensor] | None = None,
+        scaling: Scaling = UNSCALED,
+        grads: Grads | None = None,
     ) -> None:
         """Update every parameter that has a gradient.
 
         Args:
             params: of the optimizer; None: all.
+            grads: by id of the parameter, gradients that are taken instead of its own.
 
         Raises:
             ValueError: a parameter, gradient or state cannot be stepped; names the parameter. Nothing was changed.
@@ -45,7 +52,7 @@ class Stepper:
         owner, has_norms = type(optimizer).__name__, rules.rule(optimizer.rule).has_norms
         if has_norms:
             check_whole(owner, (param for group in optimizer.param_groups for param in group["params"]))
-        with self.gathered(optimizer, params, scaling) as local_step:
+        with self.gathered(optimizer, params, scaling, grads) as local_step:
             memory, any_rows = optimizer.memory, len(self._table) > 0
             with_matrices = self._without_matrices(optimizer, local_step)
             reduce = local_step.reduce_over_ranks(self._table.params) if has_norms else None
@@ -63,11 +70,15 @@ class Stepper:
 
     @contextmanager
     def gathered(
-        self, optimizer: Stateful, params: Collection[torch.Tensor] | None, scaling: Scaling
+        self,
+        optimizer: Stateful,
+        params: Collection[torch.Tensor] | None = None,
+        scaling: Scaling = UNSCALED,
+        grads: Grads | None = None,
     ) -> Iterator[LocalStep]:
         """All tensors of a step in the native table, checked, with state for every gradient, for the `with` block."""
         try:
-            parts = self._parts(optimizer, params, scaling)
+            parts = self._parts(optimizer, params, scaling, grads)
             local_step = LocalStep(type(optimizer).__name__, parts, optimizer.state)
             lacks = self._gather(optimizer, local_step)
             for _ in range(2):  # that state lies otherwise than a tensor with gaps shows only beside its dense copy
@@ -136,7 +147,13 @@ class Stepper:
         arrays.step_array(who, options, values, gradient, state, scale, sums)
         return before, {moment.name: state[moment.name] for moment in moments}
 
-    def _parts(self, optimizer: Stateful, params: Collection[torch.Tensor] | None, scaling: Scaling) -> list[Part]:
+    def _parts(
+        self,
+        optimizer: Stateful,
+        params: Collection[torch.Tensor] | None,
+        scaling: Scaling,
+        grads: Grads | None = None,
+    ) -> list[Part]:
         """The groups; those with overridden parameters in several parts, each with its own scalars."""
         owner, rule = type(optimizer).__name__, rules.rule(optimizer.rule)
         resolved = supply.resolve(optimizer)
@@ -151,7 +168,8 @@ class Stepper:
                 given = {**group, **changes} if changes else group
                 options = _options(owner, rule, given, scaling)
                 members = of_part if chosen is None else _only(of_part, chosen)
-                parts.append(Part(at, members, options, group.get("param_names"), given=given))
+                taken = {i: grads[id(p)] for i, p in enumerate(members) if id(p) in grads} if grads else {}
+                parts.append(Part(at, members, options, group.get("param_names"), taken, given=given))
         return parts
 
     def _gather(self, optimizer: Stateful, local_step: LocalStep, without: Collection[int] = ()) -> list[Any]:

@@ -16,6 +16,7 @@ from optim8.state.shards import local
 from optim8.state.states import States
 from optim8.step import hypers, overrides, pending
 from optim8.step.memory import Groups, Memory
+from optim8.step.weight_options import counts_steps
 
 
 class Stateful(Protocol):
@@ -51,6 +52,11 @@ def moments_wanted(optimizer: Stateful, group: dict[str, Any], param: torch.Tens
     if moments.variants:
         moments = rules.variant(optimizer.rule, options).moments
     return moments.beside(options["master_bits"])
+
+
+def keeps_state(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> bool:
+    """Whether a parameter of a group has state once it is stepped."""
+    return bool(moments_wanted(optimizer, group, param)) or counts_steps(options_of(optimizer, group, param))
 
 
 def bits_wanted(optimizer: Stateful, group: dict[str, Any], param: torch.Tensor) -> int:
