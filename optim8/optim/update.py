@@ -168,7 +168,7 @@ class Update(StateAccess):
             group: one of the optimizer's.
             era: of the overrides. A program is for one.
             flags, values: options that are no numbers, and what they are outside of the program.
-            params, grads, states: the tensors; None: nothing is made, nor changed.
+            params, grads, states: the tensors; None: no state is made.
             plans: the plan, where there is something to step.
             names: then also the options whose numbers the operator takes.
 
@@ -179,6 +179,12 @@ class Update(StateAccess):
         if reason:
             return reason
         if params is None or grads is None or states is None or plans is None or names is None:
+            try:
+                with self.turn:  # states have other keys behind this, and torch.compile remembers keys from here on
+                    self._check()
+                    supply.resolve(self)
+            except Exception as error:  # the step by native code reports it
+                return f"{error}"
             self._capturable.extend(bool(each["capturable"]) for each in self.param_groups[len(self._capturable) :])
             plain = {k: v for k, v in record.group_options(self, group).items() if not isinstance(v, tuple)}
             flags += [name for name in plain if name != "capturable"]

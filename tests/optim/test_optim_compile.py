@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
-from support.harness import ALL, bits, hostile, parameter, snapshot
+from support.compilation import compiled, give_grads, make_params
+from support.harness import ALL, parameter, snapshot
 from torch.optim import lr_scheduler
 
 import optim8
 
-SHAPES = ((40, 30), (300,), (1,), (2, 3, 5, 7))
 STEPS = 10
 
 
@@ -24,24 +24,6 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def make_params(device: torch.device, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    return [
-        parameter(hostile(torch.Size(shape).numel(), dtype, seed=i, small=-2, large=0).to(device).view(shape))
-        for i, shape in enumerate(SHAPES)
-    ]
-
-
-def give_grads(params: list[torch.nn.Parameter], t: int) -> None:
-    for i, p in enumerate(params):
-        p.grad = hostile(p.numel(), p.dtype, seed=100 * t + i, small=-3, large=0).to(p.device).view(p.shape)
-
-
-def compiled(optimizer: Any, backend: str = "aot_eager", fullgraph: bool = True) -> Callable[[], Any]:
-    torch._dynamo.reset()  # what broke a graph of this code before may make torch leave it alone
-    step: Callable[[], Any] = torch.compile(lambda: optimizer.step(), fullgraph=fullgraph, backend=backend)
-    return step
 
 
 Make = Callable[[list[torch.nn.Parameter]], Any]
@@ -152,6 +134,11 @@ def override_late(t: int, optimizer: Any, params: list[torch.nn.Parameter]) -> N
         optim8.override(params[t % 4], weight_decay=0.1 * t)
 
 
+def override_precision(t: int, optimizer: Any, params: list[torch.nn.Parameter]) -> None:
+    if t in (3, 6):
+        optim8.override(params[t % 4], optim_bits=32 if t == 3 else 16)
+
+
 def reload(t: int, optimizer: Any, params: list[torch.nn.Parameter]) -> None:
     if t == 4:
         optimizer.load_state_dict(optimizer.state_dict())
@@ -178,6 +165,20 @@ def take_other_memory(t: int, optimizer: Any, params: list[torch.nn.Parameter]) 
         entry.update({key: value.clone() for key, value in entry.items()})
 
 
+def lose_state(t: int, optimizer: Any, params: list[torch.nn.Parameter]) -> None:
+    if t == 3:
+        optimizer.state.clear()
+    if t == 6:
+        optimizer.state = {}
+
+
+def take_state_of_torch(t: int, optimizer: Any, params: list[torch.nn.Parameter]) -> None:
+    if t == 4:
+        for p in params:
+            values = {key: torch.full_like(p, 0.5) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(7.0), **values}
+
+
 CHANGES: dict[str, Change] = {
     "weight_decay": set_option("weight_decay", 0.25),
     "betas": set_option("betas", (0.6, 0.7)),
@@ -185,10 +186,13 @@ CHANGES: dict[str, Change] = {
     "rounding": set_option("rounding", "nearest"),
     "gradients come and go": drop_gradient,
     "overrides": override_late,
+    "overrides of precision": override_precision,
     "load_state_dict": reload,
     "reset_state": reset,
     "add_param_group": add_group,
     "other memory": take_other_memory,
+    "state is lost": lose_state,
+    "state of another optimizer": take_state_of_torch,
 }
 
 
@@ -203,6 +207,44 @@ def test_a_tensor_as_lr_is_read_in_each_step(device: torch.device) -> None:
 
     check_alike(lambda params: optim8.AdamW8bit(params, lr=torch.tensor(0.1), min_8bit_size=0), device, change)
     assert graphs() == 1
+
+
+def test_numbers_of_any_size_from_the_start(device: torch.device) -> None:
+    """dynamic=True, under which every number of a group is an input."""
+    results = []
+    for is_compiled in (False, True):
+        params = make_params(device)
+        optimizer = CASES["AdamW8bit"].make(params)
+        step = optimizer.step
+        if is_compiled:
+            step = torch.compile(lambda: optimizer.step(), fullgraph=True, dynamic=True, backend="aot_eager")  # noqa: B023
+        for t in range(5):
+            give_grads(params, t)
+            optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)
+            step()
+        results.append(snapshot(optimizer, params))
+    assert results[0] == results[1]
+
+
+def test_a_schedule_in_the_program(device: torch.device) -> None:
+    """One that moves betas too. torch leaves schedulers themselves outside of the graph."""
+    results = []
+    for is_compiled in (False, True):
+        params = make_params(device)
+        optimizer = CASES["AdamW8bit"].make(params)
+        schedule = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=STEPS + 1)
+
+        def iteration() -> None:
+            optimizer.step()  # noqa: B023  called in this turn
+            schedule.step()  # noqa: B023
+
+        step = torch.compile(iteration, backend="aot_eager") if is_compiled else iteration
+        for t in range(STEPS):
+            give_grads(params, t)
+            step()
+        results.append((snapshot(optimizer, params), schedule.get_last_lr()))
+    assert results[0][1] == results[1][1]
+    assert {**results[0][0], "group 0 capturable": True} == {**results[1][0], "group 0 capturable": True}
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -280,86 +322,3 @@ def test_one_operator_in_the_graph(device: torch.device) -> None:
     give_grads(params, 0)
     torch.compile(lambda: optimizer.step(), fullgraph=True, backend=backend)()
     assert sum("optim8" in str(target) for target in seen) == 1
-
-
-def test_a_loss_scale_is_left_outside(device: torch.device) -> None:
-    """Without fullgraph the step is outside of the program and has the eager bits; with it, the error says why."""
-    results = []
-    for way in ("eager", "compiled", "fullgraph"):
-        params = make_params(device)
-        optimizer = optim8.AdamW8bit(params, fused=True, min_8bit_size=0)
-        optimizer.grad_scale = torch.tensor(4.0, device=device)
-        optimizer.found_inf = torch.tensor(0.0, device=device)
-        give_grads(params, 0)
-        if way == "fullgraph":
-            with pytest.raises(torch._dynamo.exc.Unsupported, match=r"GradScaler .* Use fused=False"):
-                compiled(optimizer)()
-            assert not optimizer.state
-            continue
-        step = optimizer.step if way == "eager" else compiled(optimizer, fullgraph=False)
-        step()
-        results.append(snapshot(optimizer, params))
-    assert results[0] == results[1]
-
-
-def test_paged_state_is_left_outside(device: torch.device) -> None:
-    results = []
-    for way in ("eager", "compiled", "fullgraph"):
-        params = make_params(device)
-        optimizer = optim8.AdamW8bit(params, paged=True, min_8bit_size=0)
-        give_grads(params, 0)
-        if way == "fullgraph":
-            with pytest.raises(torch._dynamo.exc.Unsupported, match=r"state is paged.* Use paged=False"):
-                compiled(optimizer)()
-            continue
-        step = optimizer.step if way == "eager" else compiled(optimizer, fullgraph=False)
-        for t in range(3):
-            give_grads(params, t)
-            step()
-        results.append(snapshot(optimizer, params))
-    assert results[0] == results[1]
-
-
-def test_what_eager_refuses_is_refused(device: torch.device) -> None:
-    params = make_params(device)
-    optimizer = CASES["AdamW8bit"].make(params)
-    give_grads(params, 0)
-    params[1].grad = torch.ones(300, device=device).to_sparse()
-    before = [bits(p) for p in params]
-    with pytest.raises(ValueError, match=r"parameter 1 of group 0 has a gradient .*sparse"):
-        compiled(optimizer, fullgraph=False)()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="parameter 1 of group 0 has a gradient"):
-        compiled(optimizer)()
-    assert [bits(p) for p in params] == before
-    assert not optimizer.state
-
-
-def test_a_monitor_looks_at_compiled_steps(device: torch.device) -> None:
-    class Writer:
-        def __init__(self) -> None:
-            self.calls: list[Any] = []
-
-        def add_scalar(self, *call: Any) -> None:
-            self.calls.append(call)
-
-        def add_histogram(self, name: str, values: Any, step: int, bins: Any) -> None:
-            self.calls.append((name, step))
-
-    seen = []
-    for way in ("eager", "compiled", "fullgraph"):
-        params = make_params(device)
-        optimizer = CASES["AdamW8bit"].make(params)
-        writer = Writer()
-        with optim8.monitor(optimizer, writer, every=2):
-            give_grads(params, 0)
-            if way == "fullgraph":
-                with pytest.raises(torch._dynamo.exc.Unsupported, match=r"monitor.*remove\(\)"):
-                    compiled(optimizer)()
-                continue
-            step = optimizer.step if way == "eager" else compiled(optimizer, fullgraph=False)
-            for t in range(6):
-                give_grads(params, t)
-                step()
-        seen.append((writer.calls, snapshot(optimizer, params)))
-    assert seen[0] == seen[1]
-    assert seen[0][0]
