@@ -4,6 +4,7 @@ on CPU and on CUDA. docs/functional.md lists them."""
 from optim8.functional import lib as lib  # bitsandbytes' name
 from optim8.functional import ops as _ops  # noqa: F401  registers torch.ops.optim8
 from optim8.functional import ops_matmul as _ops_matmul  # noqa: F401
+from optim8.functional import ops_steps as _ops_steps  # noqa: F401
 from optim8.functional.blockwise import dequantize_blockwise, quantize_blockwise
 from optim8.functional.codebooks import (
     create_dynamic_map,

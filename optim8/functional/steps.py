@@ -69,8 +69,13 @@ def optimizer_update_8bit_blockwise(
         (tensor(-0.5000), tensor(255, dtype=torch.uint8), tensor([0.1000]))
     """
     who = "optimizer_update_8bit_blockwise"
+    check_tensors(who, g, p)
+    if _check.through_op(p):
+        scalars = (beta1, beta2, beta3, alpha, eps, step, lr)
+        scales = (qmap1, qmap2, absmax1, absmax2, weight_decay, gnorm_scale, skip_zeros)
+        torch.ops.optim8.optimizer_update_8bit_blockwise(optimizer_name, g, p, state1, state2, *scalars, *scales)
+        return
     rule = _rule(who, optimizer_name, beta3, alpha, skip_zeros)
-    _check_tensors(who, g, p)
     entry: dict[str, torch.Tensor] = {}
     given = ((state1, qmap1, absmax1), (state2, qmap2, absmax2))
     for i in range(2):
@@ -82,11 +87,11 @@ def optimizer_update_8bit_blockwise(
         entry[moment.codes] = _check_state(who, f"state{i + 1}", state, p, torch.uint8)
         _check_map(who, f"qmap{i + 1}", qmap, moment.signed)
         blocks = _check.blocks(p.numel(), BLOCK)
-        scales = _check.tensor(who, f"absmax{i + 1}", absmax, (torch.float32,))
-        _check.on_device(who, f"absmax{i + 1}", scales, p.device, "p")
+        absmax = _check.tensor(who, f"absmax{i + 1}", absmax, (torch.float32,))
+        _check.on_device(who, f"absmax{i + 1}", absmax, p.device, "p")
         why = f"{p.numel()} values / blocksize {BLOCK}, rounded up"
-        _check.entries(who, f"absmax{i + 1}", scales, blocks, why, "Allocate it so.")
-        entry[moment.absmax] = scales
+        _check.entries(who, f"absmax{i + 1}", absmax, blocks, why, "Allocate it so.")
+        entry[moment.absmax] = absmax
     hypers = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     _run(who, rule, g, p, entry, step, hypers, gnorm_scale)
 
@@ -131,10 +136,15 @@ def optimizer_update_32bit(
         (tensor([-0.2500, -0.2500, -0.2500]), tensor([0.5000, 0.5000, 0.5000]))
     """
     who = "optimizer_update_32bit"
+    check_tensors(who, g, p)
+    if _check.through_op(p):
+        scalars = (beta1, beta2, beta3, alpha, eps, step, lr, weight_decay, gnorm_scale)
+        clip = (unorm_vec, max_unorm, skip_zeros)
+        torch.ops.optim8.optimizer_update_32bit(optimizer_name, g, p, state1, state2, *scalars, *clip)
+        return
     rule = _rule(who, optimizer_name, beta3, alpha, skip_zeros)
     if unorm_vec is not None or max_unorm != 0.0:
         raise ValueError(f"{who}: unorm_vec must be None and max_unorm 0. Clip the gradient before the step instead.")
-    _check_tensors(who, g, p)
     first, *second = rule.moments
     entry = {first.name: _check_state(who, "state1", state1, p, torch.float32)}
     if second:
@@ -162,7 +172,8 @@ def _rule(who: str, name: str, beta3: float, alpha: float, skip_zeros: bool) -> 
     return known[name]
 
 
-def _check_tensors(who: str, g: torch.Tensor, p: torch.Tensor) -> None:
+def check_tensors(who: str, g: torch.Tensor, p: torch.Tensor) -> None:
+    """Raise TypeError or ValueError where these are no gradient and parameter of one step."""
     _check.floats(who, "p", p)
     dtypes = (p.dtype,) if p.dtype == torch.float32 else (p.dtype, torch.float32)
     _check.tensor(who, "g", g, dtypes, "A gradient has the parameter's dtype or float32.")
