@@ -15,6 +15,7 @@ from optim8.optim.access import StateAccess
 from optim8.rules import rule
 from optim8.state import symbols
 from optim8.state.layout import count_keys
+from optim8.state.shards import local
 from optim8.step import hypers, norms, operator, overrides, record, scaling, supply
 from optim8.step.stepper import Stepper
 
@@ -88,26 +89,27 @@ class Update(StateAccess):
         stepped = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         if not stepped:
             return True
-        is_symbol = symbols.is_symbol(stepped[0])
+        first = local(stepped[0])
+        is_symbol = symbols.is_symbol(first)
         reason = self._obstacle() or ("" if is_symbol else symbols.obstacle_of_memory())
         if reason:
             if is_symbol or symbols.needs_no_memory():
                 raise RuntimeError(f"{type(self).__name__}: this step cannot be recorded: {reason}")
             return False
-        with self.turn, symbols.modes_of(stepped[0]):
+        with self.turn, symbols.modes_of(first):
             self._supply(is_symbol)
         params: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         states: list[torch.Tensor] = []
         numbers: list[torch.Tensor] = []
         plans = []
-        with symbols.mode_of(stepped[0]):
+        with symbols.mode_of(first):
             for group in self.param_groups:
                 plan = record.record_group(self, group, params, grads, states)
                 if plan:
                     plans.append(plan)
                     numbers += record.numbers_of(group, record.number_names(self.rule))
-            numbers = [symbols.beside(stepped[0], number) for number in numbers]
+            numbers = [symbols.beside(first, number) for number in numbers]
             recorder = 0 if symbols.proxy_mode() is None else operator.recorder_of(self)
             torch.ops.optim8.step(params, grads, states, numbers, plans, recorder)
         return True
@@ -235,9 +237,12 @@ class Update(StateAccess):
                     "an override gives a parameter a tensor as an option, which a program cannot hold. Use a number, "
                     "or a group of its own with that tensor."
                 )
+        proxy = symbols.proxy_mode()
         for at, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
-                if not symbols.is_plain(param):
+                # Of a fake shard there is no step, only state.
+                is_fake = proxy is None and symbols.fake_mode_of(local(param)) is not None
+                if not symbols.is_plain(param) and not is_fake:
                     return (
                         f"parameter {index} of group {at} must be a plain tensor, got a {type(param).__name__}, whose "
                         "step needs other ranks or another library. Leave the step outside of what is compiled or "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from optim8 import _native
 from optim8.rules import Moments
@@ -45,19 +47,17 @@ class Arena:
         self.size += -(-part.size // self.step) * self.step
 
     def fill_beside(self) -> None:
-        """Get memory on the device.
+        """Get memory on the device, unseen by modes that count it: what `cut` gives is counted.
 
         Raises:
-            RuntimeError: a tracer's mode makes tensors of another kind, which could not be stepped later.
+            RuntimeError: a tracer's mode would make tensors of another kind, which could not be stepped later.
         """
-        self.flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
-        if self.is_symbol:
-            return
-        if type(self.flat).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-            raise RuntimeError(
-                f"optim8: state must be plain tensors, and a mode is on that makes a {type(self.flat).__name__} of "
-                "each. Step outside of it (FakeTensorMode, FunctionalTensorMode, tracing)."
-            )
+        is_seen = self.is_symbol or torch._C._len_torch_dispatch_stack() == 0
+        reason = "" if is_seen else symbols.obstacle_of_memory()
+        if reason:
+            raise RuntimeError(f"optim8: state cannot be made here: {reason}")
+        with nullcontext() if is_seen else _disable_current_modes():
+            self.flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
 
     def cut(self) -> Iterator[torch.Tensor]:
         """The tensors for which room was made, in order, each made when it is asked for. The storage of each is all of

@@ -27,6 +27,7 @@ import torch
 from optim8 import rules
 from optim8.rules import Moments
 from optim8.state.layout import own_keys
+from optim8.state.shards import local
 from optim8.step import hypers, supply
 from optim8.step.supply import Stateful
 
@@ -77,8 +78,8 @@ def record_group(
         changes = json.dumps(supply.changes_of(optimizer, param), sort_keys=True)
         parts.setdefault(changes, []).append(len(rows))
         rows.append((sets.setdefault(keys, len(sets)), hypers.name_of(group, index)))
-        params.append(param)
-        grads.append(param.grad)
+        params.append(local(param))
+        grads.append(local(param.grad))
         states += [entry[key] for key in keys]
     if not rows:
         return ""

@@ -42,8 +42,8 @@ def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[st
     sys.path.insert(0, str(HERE))  # the scenarios import the tests' own modules
     torch.set_num_threads(1)
     scenarios: dict[str, Scenario] = {}
-    for module in ("distributed_training", "distributed_matrices", "distributed_checkpoints", "distributed_loading"):
-        scenarios |= importlib.import_module(module).SCENARIOS
+    for module in ("training", "matrices", "checkpoints", "loading", "counting"):
+        scenarios |= importlib.import_module(f"distributed_{module}").SCENARIOS
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
     for name, world, scenario in stages:
         if rank >= world:

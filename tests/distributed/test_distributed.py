@@ -11,7 +11,7 @@ import distributed_worker
 import pytest
 import torch
 
-# (a scenario of distributed_training.py, _matrices.py, _checkpoints.py or _loading.py, number of processes), in order.
+# (a scenario of distributed_training.py or of another distributed_*.py, number of processes), in order.
 STAGES = [
     ("ddp", 2),
     ("ddp", 3),
@@ -53,6 +53,7 @@ STAGES = [
     ("copies", 2),
     ("saved_while_stepping", 2),
     ("default_dtype", 2),
+    ("counted", 2),
     # What is saved first is loaded by all that come after it.
     ("save_sharded", 2),
     ("from_rank_0", 2),
