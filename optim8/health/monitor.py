@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from optim8.health import advice, measures
 from optim8.health.measures import ParameterHealth
 from optim8.optim.base import BlockwiseOptimizer
-from optim8.state import shards
+from optim8.state import shards, symbols
 from optim8.state.layout import bits_of, moments_of
 from optim8.step import pending
 
@@ -49,8 +49,12 @@ class Monitor:
         self.remove()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() and symbols.is_one_graph():
             torch._dynamo.graph_break(msg=_NOT_COMPILED)
+        return self._watch(args, kwargs)
+
+    @_disable_dynamo
+    def _watch(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self._steps += 1
         if self._steps % self.every:
             return None

@@ -52,7 +52,11 @@ class Update(StateAccess):
 
     def _update(self) -> None:
         if torch.compiler.is_dynamo_compiling():
-            if not self._compile():
+            # Where the graph may break nothing is gained by a program, which compiles something for every tensor, and
+            # looks at each of them before each run.
+            if symbols.is_one_graph():
+                self._compile()
+            else:
                 self._update_here()
         elif not _is_watched(self.param_groups) or not self._record():
             self._update_here()
@@ -114,9 +118,9 @@ class Update(StateAccess):
             torch.ops.optim8.step(params, grads, states, numbers, plans, recorder)
         return True
 
-    def _compile(self) -> bool:
-        """Step by the operator, in a program of torch.compile, which follows this code. False: it must be native code,
-        outside of the program."""
+    def _compile(self) -> None:
+        """Step by the operator, in a program of torch.compile, which follows this code and reports a graph break, with
+        its reason, as an error."""
         params: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         states: list[torch.Tensor] = []
@@ -146,9 +150,7 @@ class Update(StateAccess):
                 numbers += record.numbers_of(group, found[4])
         if reason:
             torch._dynamo.graph_break(msg=reason)
-            return False
         torch.ops.optim8.step(params, grads, states, numbers, plans, 0)
-        return True
 
     def _init_group(
         self,
@@ -185,7 +187,7 @@ class Update(StateAccess):
                 with self.turn:  # states have other keys behind this, and torch.compile remembers keys from here on
                     self._check()
                     supply.resolve(self)
-            except Exception as error:  # the step by native code reports it
+            except Exception as error:  # it would be one of torch.compile's own
                 return f"{error}"
             self._capturable.extend(bool(each["capturable"]) for each in self.param_groups[len(self._capturable) :])
             plain = {k: v for k, v in record.group_options(self, group).items() if not isinstance(v, tuple)}
@@ -196,7 +198,7 @@ class Update(StateAccess):
             with self.turn:
                 self._supply(is_symbol=False)
                 plan = record.record_group(self, group, params, grads, states)
-        except Exception as error:  # the step by native code reports it
+        except Exception as error:  # it would be one of torch.compile's own
             return f"{error}"
         if plan:
             plans.append(plan)

@@ -29,6 +29,18 @@ def needs_no_memory() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL))
 
 
+def is_one_graph() -> bool:
+    """Whether what torch.compile compiles now must be one graph (fullgraph=True). Only code that it follows asks."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    compiler = InstructionTranslator.current_tx()
+    return bool(getattr(compiler, "one_graph", True) or getattr(compiler, "error_on_graph_break", False))
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler here.
+is_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_symbol(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a FakeTensor, or an input or a result of the program that make_fx records. Its state is made
     by operations that the modes see. Others are constants to a program, and so is their state."""

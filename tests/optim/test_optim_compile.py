@@ -226,27 +226,6 @@ def test_numbers_of_any_size_from_the_start(device: torch.device) -> None:
     assert results[0] == results[1]
 
 
-def test_a_schedule_in_the_program(device: torch.device) -> None:
-    """One that moves betas too. torch leaves schedulers themselves outside of the graph."""
-    results = []
-    for is_compiled in (False, True):
-        params = make_params(device)
-        optimizer = CASES["AdamW8bit"].make(params)
-        schedule = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=STEPS + 1)
-
-        def iteration() -> None:
-            optimizer.step()  # noqa: B023  called in this turn
-            schedule.step()  # noqa: B023
-
-        step = torch.compile(iteration, backend="aot_eager") if is_compiled else iteration
-        for t in range(STEPS):
-            give_grads(params, t)
-            step()
-        results.append((snapshot(optimizer, params), schedule.get_last_lr()))
-    assert results[0][1] == results[1][1]
-    assert {**results[0][0], "group 0 capturable": True} == {**results[1][0], "group 0 capturable": True}
-
-
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_what_changes_in_the_program_itself(as_tensor: bool, device: torch.device) -> None:
     """Two steps in one program, with other gradients and another lr behind the first."""

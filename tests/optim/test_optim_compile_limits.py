@@ -1,5 +1,5 @@
-"""Steps of which torch.compile leaves something outside of the program: it has the bits of eager steps then, and with
-fullgraph=True an error that says why."""
+"""Steps that torch.compile leaves outside of its programs, which have the bits of eager steps: all of them without
+fullgraph=True. With it, those that cannot be in a program are an error that says why."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+def test_without_fullgraph_a_step_is_native_code(device: torch.device) -> None:
+    """One graph break, no graph, and no guards on its hundreds of tensors."""
+    params = make_params(device)
+    optimizer = CASES["AdamW8bit"].make(params)
+    step = compiled(optimizer, fullgraph=False)
+    for t in range(4):
+        give_grads(params, t)
+        optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)
+        step()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 0
+    assert len(counters["graph_break"]) == 1
+    assert not counters["recompile_limit"]
 
 
 def test_a_loss_scale_is_left_outside(device: torch.device) -> None:

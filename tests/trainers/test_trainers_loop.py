@@ -166,17 +166,14 @@ def test_loop(case: Case, accumulate: int, scaled: bool, device: torch.device) -
 
 @pytest.mark.parametrize("compiled", ["model", "step", "loop"])
 def test_compiled(compiled: str, device: torch.device) -> None:
-    """The bits of the eager loop, and a schedule does not make the step compile again and again.
-
-    Twelve values of lr: a step is compiled for the first, and once more with lr as an input. What comes before it in
-    the loop, the model and the clipping of gradients, is a graph each.
-    """
+    """The bits of the eager loop, and a schedule does not make the step compile again and again."""
     case = CASES["AdamW8bit"]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     actual = train(case, device, compiled, 1, False)
     assert actual == train(case, device, "", 1, False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= {"model": 2, "step": 2, "loop": 4}[compiled]
+    # Twelve values of lr, and not one graph more for it.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     assert not torch._dynamo.utils.counters["recompile_limit"]
 
 
