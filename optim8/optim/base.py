@@ -110,6 +110,7 @@ class BlockwiseOptimizer(Update):
         except (TypeError, ValueError):
             del self.param_groups[count]
             raise
+        self.added_capturable.append(bool(group.get("capturable")))
         load.resume(self, count)
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ class Update(StateAccess):
     """An optimizer with a step that torch can record."""
 
     state_checked: bool  # whether all state was made or looked at here
+    _was_compiled = False  # whether torch.compile has followed a step
 
     @property
     def stepper(self) -> Stepper:
@@ -40,14 +41,15 @@ class Update(StateAccess):
     def restore_options(self) -> None:
         """Put back what torch.compile leaves in groups on a CPU: it takes them for capturable, and where a program
         changes a group in any way, it writes that into the group too."""
-        for was, group in zip(self._capturable, self.param_groups):
-            if not was and group["capturable"] and any(param.device.type == "cpu" for param in group["params"]):
-                group["capturable"] = False
+        if self._was_compiled:
+            for was, group in zip(self.added_capturable, self.param_groups):
+                if not was and group.get("capturable") and any(param.device.type == "cpu" for param in group["params"]):
+                    group["capturable"] = False
 
     @property
-    def _capturable(self) -> list[bool]:
-        """Which groups were capturable when they were compiled first."""
-        known: list[bool] = self.__dict__.setdefault("_capturable_before", [])
+    def added_capturable(self) -> list[bool]:
+        """Which groups were capturable when they were added."""
+        known: list[bool] = self.__dict__.setdefault("_added_capturable", [])
         return known
 
     def _update(self) -> None:
@@ -57,13 +59,14 @@ class Update(StateAccess):
             if symbols.is_one_graph():
                 self._compile()
             else:
-                self._update_here()
+                self._update_here(is_compiled=True)
         elif not _is_watched(self.param_groups) or not self._record():
             self._update_here()
 
     @_disable_dynamo
-    def _update_here(self) -> None:
+    def _update_here(self, is_compiled: bool = False) -> None:
         """Step by native code, which torch does not see."""
+        self._was_compiled = self._was_compiled or is_compiled
         scales = scaling.of(self)
         if scales.skips:
             return
@@ -189,7 +192,7 @@ class Update(StateAccess):
                     supply.resolve(self)
             except Exception as error:  # it would be one of torch.compile's own
                 return f"{error}"
-            self._capturable.extend(bool(each["capturable"]) for each in self.param_groups[len(self._capturable) :])
+            self._was_compiled = True
             plain = {k: v for k, v in record.group_options(self, group).items() if not isinstance(v, tuple)}
             flags += [name for name in plain if name != "capturable"]
             values += [plain[name] for name in flags]
