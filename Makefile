@@ -76,7 +76,9 @@ wheels: ## build a wheel for each Python here into dist/, and try it (ARGS=--hel
 SANITIZED := build/sanitized
 NATIVE_TESTS = tests/test_codec.py $(wildcard tests/functional/test_*.py tests/numerics/test_*.py tests/optim/test_*.py \
     tests/checkpoint/test_optim_*.py tests/paging/test_paging_disk*.py tests/paging/test_paging_step*.py)
-SANITIZED_TESTS = $(filter-out tests/optim/test_optim_training.py tests/functional/test_functional_peers.py, $(NATIVE_TESTS)) \
+# What torch.compile makes runs a compiler, which would be sanitized with it.
+SANITIZED_TESTS = $(filter-out tests/optim/test_optim_training.py tests/functional/test_functional_peers.py \
+    tests/optim/test_optim_compile.py tests/optim/test_optim_compile_limits.py, $(NATIVE_TESTS)) \
     tests/install/test_install.py::test_the_tests_run_against_the_build_that_was_asked_for
 .PHONY: test-sanitize
 test-sanitize: $(call with,test) ## run the tests of native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer
