@@ -47,17 +47,8 @@ class Arena:
         self.size += -(-part.size // self.step) * self.step
 
     def fill_beside(self) -> None:
-        """Get memory on the device, unseen by modes that count it: what `cut` gives is counted.
-
-        Raises:
-            RuntimeError: a tracer's mode would make tensors of another kind, which could not be stepped later.
-        """
-        is_seen = self.is_symbol or torch._C._len_torch_dispatch_stack() == 0
-        reason = "" if is_seen else symbols.obstacle_of_memory()
-        if reason:
-            raise RuntimeError(f"optim8: state cannot be made here: {reason}")
-        with nullcontext() if is_seen else _disable_current_modes():
-            self.flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
+        """Get memory on the device."""
+        self.flat = torch.full((self.size,), self.fill, dtype=self.dtype, device=self.device)
 
     def cut(self) -> Iterator[torch.Tensor]:
         """The tensors for which room was made, in order, each made when it is asked for. The storage of each is all of
@@ -118,11 +109,15 @@ def allocate(wanted: Sequence[tuple[torch.Tensor, Layout]], allocator: Allocator
 
     Raises:
         OSError: there is no room on the disk; nothing was allocated.
+        RuntimeError: a tracer's mode is on, which would make state of another kind than the parameters.
     """
     by_device: dict[torch.device, list[int]] = {}
     for i, (param, _) in enumerate(wanted):
         by_device.setdefault(param.device, []).append(i)
     is_symbol = bool(wanted) and symbols.is_symbol(wanted[0][0])  # parameters of both kinds are never stepped together
+    reason = symbols.obstacle_of_memory() if wanted and not is_symbol else ""
+    if reason:
+        raise RuntimeError(f"optim8: state cannot be made here: {reason}")
     entries: list[dict[str, Any]] = [{}] * len(wanted)
     for device, indices in by_device.items():
         by_tier: dict[str, list[int]] = {}
@@ -157,7 +152,10 @@ def _allocate(
                 arena = arenas[key] = arena_of(part.dtype, beside, part.fill, align)
             arena.add(part)
             homes.append(arena)
-    allocator.allocate(tier, device, list(arenas.values()))
+    # A mode that counts memory is to count what is cut, and not the arena besides.
+    is_seen = is_symbol or torch._C._len_torch_dispatch_stack() == 0
+    with nullcontext() if is_seen else _disable_current_modes():
+        allocator.allocate(tier, device, list(arenas.values()))
     # Parameter by parameter, so that the small objects a step must look at lie together.
     tensors = {id(arena): arena.cut() for arena in arenas.values()}
     home = iter(homes)

@@ -220,6 +220,18 @@ def test_mem_tracker_counts_the_state_that_is_planned(case: Case, kind: str) -> 
     assert planned.state_bytes > 0
 
 
+def test_mem_tracker_counts_paged_state_once() -> None:
+    model = network()
+    optimizer = CASES["AdamW8bit"].make(model.parameters(), paged=True)
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        train(model, optimizer, 0, 1)
+        counted = tracker.get_tracker_snapshot("current")[torch.device("cpu")][_MemRefType.OPT]
+    tensors = [t for entry in optimizer.state.values() for t in entry.values()]
+    assert counted == sum(t.untyped_storage().nbytes() for t in tensors)
+
+
 def recorded(case_or_make: Any, device: torch.device, is_recorded: bool, **options: Any) -> tuple[Any, Any, Any]:
     model = network(device)
     optimizer = case_or_make(model.parameters(), **options)
