@@ -193,9 +193,11 @@ void decode_one(const Block& block, int i, float (&state)[state_count<Rule>]) {
 // What a group of a later block reads. Some processors' own prefetchers take the streams of a step for something else,
 // depending on where code and arrays lie, and it then waits for every line. With narrower vectors its own instructions
 // are what it waits for, and these would be more of them. Memory behind the end is not touched.
+// `blocks_ahead`: little, so that it is not evicted before it is read; but of small tensors the whole next one.
 constexpr bool prefetches = width >= 16;
-OPTIM8_HD void prefetch_group(const unsigned char* at, int64_t bytes_of_value) {
-    constexpr int blocks_ahead = 2, line = 64;
+inline int blocks_ahead_of(const Row& row) { return row.size < 16 * step_block ? 4 : 2; }
+OPTIM8_HD void prefetch_group(const unsigned char* at, int64_t bytes_of_value, int blocks_ahead = 4) {
+    constexpr int line = 64;
     at += blocks_ahead * step_block * bytes_of_value;
     for (int64_t b = 0; prefetches && b < code_group * bytes_of_value; b += line) __builtin_prefetch(at + b);
 }

@@ -175,12 +175,12 @@ constexpr bool seals_meanwhile = state_count<Rule> == 1;
 // Advances a block, and seals the one before it where there is one.
 template <class Coding, class Rule>
 OPTIM8_HD void work(Block<Rule>& block, const Weights& param, const Values& grad, const StepScalars<Rule>& scalars,
-                    const Block<Rule>* before) {
+                    int blocks_ahead, const Block<Rule>* before) {
     Pass<Rule> pass(block);
     for (int at = 0; at < step_block; at += code_group) {
-        prefetch_group(param.at(at), bytes_of(param.storage));
-        prefetch_group(grad.at(at), bytes_of(grad.storage));
-        for (int s = 0; s < state_count<Rule>; ++s) prefetch_group(block.codes[s] + at, 1);
+        prefetch_group(param.at(at), bytes_of(param.storage), blocks_ahead);
+        prefetch_group(grad.at(at), bytes_of(grad.storage), blocks_ahead);
+        for (int s = 0; s < state_count<Rule>; ++s) prefetch_group(block.codes[s] + at, 1, blocks_ahead);
         Group of_param, of_grad;
         of_param.load(param, at);
         of_grad.load(grad, at);
@@ -203,6 +203,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
     const Weights param = param_of(row, scalars.dither_time);
     const Values grad = grad_of(row);
     const int64_t whole = std::min(end, row.size / step_block);
+    const int ahead = blocks_ahead_of(row);
     Block<Rule> blocks[2];
 
     const auto point = [&](Block<Rule>& block, int64_t b) {
@@ -218,10 +219,10 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
     const auto grads = [&](int64_t b) { return grad.from(b * step_block); };
     if (begin < whole) {
         point(blocks[begin & 1], begin);
-        work<Coding, Rule>(blocks[begin & 1], params(begin), grads(begin), scalars, nullptr);
+        work<Coding, Rule>(blocks[begin & 1], params(begin), grads(begin), scalars, ahead, nullptr);
         for (int64_t b = begin + 1; b < whole; ++b) {
             point(blocks[b & 1], b);
-            work<Coding>(blocks[b & 1], params(b), grads(b), scalars, &blocks[(b - 1) & 1]);
+            work<Coding>(blocks[b & 1], params(b), grads(b), scalars, ahead, &blocks[(b - 1) & 1]);
         }
         seal<Coding>(blocks[(whole - 1) & 1]);
     }
@@ -250,7 +251,7 @@ void step_codes(const Row& row, int64_t begin, int64_t end) {
             }
         }
         const Weights padded = rest.in(tail.param, tail.param_low);
-        work<Coding, Rule>(block, padded, {tail.grad, grad.storage}, scalars, nullptr);
+        work<Coding, Rule>(block, padded, {tail.grad, grad.storage}, scalars, ahead, nullptr);
         seal<Coding>(block);
         std::memcpy(rest.data, tail.param, param_bytes);
         if (low_bytes > 0) std::memcpy(rest.low, tail.param_low, low_bytes);
