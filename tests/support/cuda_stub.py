@@ -137,8 +137,8 @@ def install(path: str) -> Gpu:
         def synchronize(self) -> None:
             gpu.run_to(self.mark)
 
-    def cut(flat: torch.Tensor, *places: Any) -> Iterator[torch.Tensor]:
-        tensors = native_cut(plain(flat), *places)
+    def cut(flat: torch.Tensor, *places: Any, **how: Any) -> Iterator[torch.Tensor]:
+        tensors = native_cut(plain(flat), *places, **how)
         return (t.as_subclass(OnCuda) for t in tensors) if isinstance(flat, OnCuda) else tensors
 
     native_cut, allocation.cut = allocation.cut, cut
