@@ -21,7 +21,7 @@ namespace {
 // Whether this machine has a set.
 struct Has {
     static bool scalar() { return true; }
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     static bool avx2() {
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
                __builtin_cpu_supports("bmi2");
