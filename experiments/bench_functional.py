@@ -1,7 +1,8 @@
 """Times optim8.functional against bitsandbytes and torch, in turn, in one process, on 1 thread and on all.
 
 Every call allocates its result, as callers do. Ratios are of medians of the same rounds; `needed` is what the project
-holds itself to.
+holds itself to. Where a function does little but read and write, the bytes per second that it must at least move are
+compared with those of a copy that allocates its result too, in the same rounds.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from optim8 import _native
 from optim8 import functional as F
 
 Call = Callable[[], object]
+COPIED = 64 << 20  # bytes of the copy
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,12 @@ class Row:
     ours: Call
     peer: str
     theirs: Call
-    needed: float | None  # ratio of their time to ours
+    needed: float | None = None  # ratio of their time to ours
+    moves: int | None = None  # bytes read and written; None: it does more than that
+
+
+def bytes_of(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,6 +80,7 @@ def rows(quick: bool) -> Iterator[Row]:
             name,
             partial(B.quantize_blockwise, v),
             20.0 if needed else None,
+            bytes_of(v) + v.numel(),
         )
         codes, state = F.quantize_blockwise(v)
         theirs = B.quantize_blockwise(v)
@@ -82,6 +90,7 @@ def rows(quick: bool) -> Iterator[Row]:
             name,
             partial(B.dequantize_blockwise, *theirs),
             2.0 if needed else None,
+            v.numel() + bytes_of(x),
         )
         for quant_type in ("nf4", "fp4"):
             yield Row(
@@ -90,6 +99,7 @@ def rows(quick: bool) -> Iterator[Row]:
                 name,
                 partial(B.quantize_4bit, v, quant_type=quant_type),
                 30.0 if needed else None,
+                bytes_of(v) + v.numel() // 2,
             )
             packed, state4 = F.quantize_4bit(v, quant_type=quant_type)
             theirs4 = B.quantize_4bit(v, quant_type=quant_type)
@@ -99,6 +109,7 @@ def rows(quick: bool) -> Iterator[Row]:
                 name,
                 partial(B.dequantize_4bit, *theirs4),
                 1.0 if needed else None,
+                bytes_of(v) + v.numel() // 2,
             )
     matrix = x.view(side, side)
     for dtype, threshold in ((torch.float16, 0.0), (torch.float16, 6.0), (torch.float32, 0.0)):
@@ -109,7 +120,9 @@ def rows(quick: bool) -> Iterator[Row]:
             name,
             partial(B.int8_vectorwise_quant, cast, threshold),
             3.0 if threshold == 0 else None,
+            bytes_of(cast) + cast.numel(),
         )
+    yield from int8_rows(B, name, matrix)
     for quant_type in ("nf4", "fp4"):
         packed, state = F.quantize_4bit(matrix, quant_type=quant_type)
         weight, row = F.dequantize_4bit(packed, state), torch.randn(1, side)
@@ -119,6 +132,7 @@ def rows(quick: bool) -> Iterator[Row]:
             "torch, float32 weight",
             partial(torch.matmul, row, weight.t()),
             5.0,
+            bytes_of(packed, state.absmax),
         )
     peer_packed, peer_state = B.quantize_4bit(matrix, quant_type="nf4", blocksize=64)
     packed, state = F.quantize_4bit(matrix, quant_type="nf4")
@@ -151,8 +165,43 @@ def rows(quick: bool) -> Iterator[Row]:
     )
 
 
+def int8_rows(B: Any, name: str, matrix: torch.Tensor) -> Iterator[Row]:
+    """LLM.int8()'s ways out of int8, and rows and columns at once."""
+    half = matrix.half()
+    codes, stats, _ = F.int8_vectorwise_quant(half)
+    yield Row(
+        "int8_vectorwise_dequant",
+        partial(F.int8_vectorwise_dequant, codes, stats),
+        name,
+        partial(B.int8_vectorwise_dequant, codes, stats),
+        moves=codes.numel() + bytes_of(matrix),
+    )
+    sums, columns = codes.int() * 1000, torch.rand(matrix.shape[1])
+    yield Row(
+        "int8_mm_dequant",
+        partial(F.int8_mm_dequant, sums, stats, columns),
+        name,
+        partial(B.int8_mm_dequant, sums, stats, columns),
+        moves=bytes_of(sums, half),
+    )
+    yield Row(
+        "int8_double_quant float16",
+        partial(F.int8_double_quant, half),
+        name,
+        partial(B.int8_double_quant, half),
+        moves=bytes_of(half) + 2 * half.numel(),
+    )
+
+
 def measure(row: Row, threads: int, repeats: int) -> dict[str, Any]:
-    timings = time_interleaved({"optim8": row.ours, row.peer: row.theirs}, repeats)
+    calls = {"optim8": row.ours, row.peer: row.theirs}
+    if row.moves is not None:
+        source = torch.zeros(COPIED, dtype=torch.uint8)
+        calls["copy"] = source.clone
+    timings = time_interleaved(calls, repeats)
+    of_copy = None
+    if row.moves is not None:
+        of_copy = row.moves / timings["optim8"]["median_ms"] / (2 * COPIED / timings["copy"]["median_ms"])
     return {
         "name": row.name,
         "threads": threads,
@@ -161,6 +210,8 @@ def measure(row: Row, threads: int, repeats: int) -> dict[str, Any]:
         "peer_timing": timings[row.peer],
         "speed_ratio": timings[row.peer]["median_ms"] / timings["optim8"]["median_ms"],
         "needed": row.needed,
+        "bytes": row.moves,
+        "of_copy": of_copy,
     }
 
 
@@ -178,7 +229,7 @@ def main() -> None:
             result["timings"].append(measure(row, threads, arguments.repeats))
     print(
         table(
-            ["function", "threads", "optim8 ms", "peer ms", "peer", "times as fast", "needed"],
+            ["function", "threads", "optim8 ms", "peer ms", "peer", "times as fast", "needed", "of a copy's bandwidth"],
             [
                 [
                     row["name"],
@@ -188,6 +239,7 @@ def main() -> None:
                     row["peer"],
                     f"{row['speed_ratio']:.2f}",
                     "" if row["needed"] is None else f"{row['needed']:g}",
+                    "" if row["of_copy"] is None else f"{row['of_copy']:.0%}",
                 ]
                 for row in result["timings"]
             ],

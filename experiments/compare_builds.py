@@ -2,7 +2,8 @@
 
 BEFORE is a source tree with its compiled module, such as an older commit after `python setup.py build_ext --inplace`.
 Each build runs in a process of its own, and then in another; one waits while the other steps. A ratio above 1 says
-that the optim8 of this environment is faster.
+that the optim8 of this environment is faster. With --before-isa and --isa the two may have instruction sets that
+differ, and BEFORE may then be this source tree.
 """
 
 import argparse
@@ -34,6 +35,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--processes", type=int, default=4, help="of each build, one after another: memory lies otherwise"
     )
     parser.add_argument("--repeats", type=int, default=9, help="rounds of a process")
+    parser.add_argument("--before-isa", help="instruction set of the older build, as OPTIM8_CPU_ISA names it")
+    parser.add_argument("--isa", help="instruction set of the build of this environment")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     add_json(parser, "compare_builds")
     return parser.parse_args(argv)
@@ -70,9 +73,11 @@ def work(quick: bool, dtype: str, rounding: str) -> None:
 class Build:
     """A process that steps with the build of a source tree."""
 
-    def __init__(self, root: Path, options: list[str]) -> None:
+    def __init__(self, root: Path, isa: str | None, options: list[str]) -> None:
         # Threads that spin while they wait would take the processor from the other build.
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "passive"}
+        if isa is not None:
+            environment["OPTIM8_CPU_ISA"] = isa
         command = [sys.executable, __file__, str(root), "--worker", *options]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
@@ -90,8 +95,10 @@ class Build:
 
 
 @contextlib.contextmanager
-def builds(roots: dict[str, Path], options: list[str]) -> Iterator[dict[str, Build]]:
-    running = {name: Build(root, options) for name, root in roots.items()}
+def builds(
+    roots: dict[str, Path], isas: dict[str, str | None], options: list[str]
+) -> Iterator[dict[str, Build]]:
+    running = {name: Build(root, isas[name], options) for name, root in roots.items()}
     try:
         yield running
     finally:
@@ -128,11 +135,12 @@ def main() -> int:
     for root in roots.values():
         if not list((root / "optim8").glob("_cpu*")):
             sys.exit(f"compare_builds: there is no optim8 with a compiled module in {root}. Build it there first.")
+    isas = {"before": arguments.before_isa, "after": arguments.isa}
     every = len(os.sched_getaffinity(0))
     options = ["--dtype", arguments.dtype, "--rounding", arguments.rounding, *(["--quick"] if arguments.quick else [])]
     seconds: dict[tuple[str, str, str, int], dict[str, list[float]]] = {}
     for _ in range(arguments.processes):
-        with builds(roots, options) as running:
+        with builds(roots, isas, options) as running:
             for (case, subject, first), threads in itertools.product(
                 list(subjects(arguments.quick)), sorted({1, every})
             ):

@@ -109,10 +109,12 @@ def bench_functional(result: Result) -> str:
             f"{timing['peer_timing']['median_ms']:.2f} ms",
             with_version(timing["peer"], result["peers"]),
             f"{timing['speed_ratio']:.2f}",
+            "" if timing["of_copy"] is None else f"{timing['of_copy']:.0%}",
         ]
         for timing in result["timings"]
     ]
-    return f"{table(['function', 'threads', 'optim8', 'peer', 'which', 'ratio'], rows)}\n\n{origin(result)}"
+    headers = ["function", "threads", "optim8", "peer", "which", "ratio", "of a copy"]
+    return f"{table(headers, rows)}\n\n{origin(result)}"
 
 
 def absent(result: Result) -> str:

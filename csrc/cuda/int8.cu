@@ -45,6 +45,22 @@ __global__ void __launch_bounds__(threads_per_block, 4) mark_outliers(const Int8
     }
 }
 
+struct Factor {
+    double exact;
+    bool has_quick;
+    float quick;
+    OPTIM8_DEVICE explicit Factor(float absmax)
+        : exact(int8_factor(absmax)),
+          has_quick(has_quick_int8(exact)),
+          quick(has_quick ? static_cast<float>(exact) : 0.0f) {}
+    // Of anything; the distance of a NaN or an infinity is NaN, which is not below.
+    OPTIM8_DEVICE int8_t encode(float x) const {
+        const QuickInt8 code = encode_int8_quickly(x, quick);
+        if (has_quick && code.distance < int8_sure) return static_cast<int8_t>(code.bits);
+        return encode_int8_checked(x, exact);
+    }
+};
+
 // A warp a row: its largest magnitude below the threshold, then the codes.
 template <class T>
 __global__ void __launch_bounds__(threads_per_block, 4) quantize_rows(const Int8QuantizeJob job) {
@@ -59,10 +75,10 @@ __global__ void __launch_bounds__(threads_per_block, 4) quantize_rows(const Int8
         largest = maximum(largest, bits < limit ? bits : 0u);
     }
     largest = largest_of_lanes(largest, warp_size);
-    const double factor = int8_factor(float_of(largest));
+    const Factor factor(float_of(largest));
     for (int64_t c = lane(); c < job.columns; c += warp_size) {
         const bool left_out = job.outliers != nullptr && job.outliers[c] != 0;
-        codes[c] = encode_int8_checked(left_out ? 0.0f : to_float(values[c]), factor);
+        codes[c] = factor.encode(left_out ? 0.0f : to_float(values[c]));
     }
     if (lane() == 0) job.stats[row] = float_of(largest);
 }
@@ -85,12 +101,12 @@ __global__ void __launch_bounds__(threads_per_block, 4) quantize_columns(const I
     const ColumnStrip at(job.rows, job.columns);
     if (at.begin >= at.end) return;
     const uint32_t limit = bits_of(job.threshold);
-    const double factor = int8_factor(job.stats[at.column]);
+    const Factor factor(job.stats[at.column]);
     for (int64_t r = at.begin; r < at.end; ++r) {
         const int64_t i = r * job.columns + at.column;
         const float x = to_float(static_cast<const T*>(job.values)[i]);
         const bool left_out = limit < inf_bits && magnitude_bits(x) >= limit;
-        job.codes[i] = encode_int8_checked(left_out ? 0.0f : x, factor);
+        job.codes[i] = factor.encode(left_out ? 0.0f : x);
     }
 }
 

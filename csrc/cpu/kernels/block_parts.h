@@ -6,6 +6,9 @@
 #include "core/row.h"
 #include "cpu/kernels/vectors.h"
 
+#include <algorithm>
+#include <cstring>
+
 OPTIM8_BEGIN
 
 // The values of a parameter or gradient, of any storage.
@@ -57,12 +60,24 @@ class Group {
     }
     OPTIM8_HD void load(const Weights& weights, int64_t i) {
         if (weights.low == nullptr) return load(static_cast<const Values&>(weights), i);
+#if defined(OPTIM8_WEIGHT_VECTORS)
+        if (weights.storage == Storage::BFloat16) {
+            const bfloat16* param = reinterpret_cast<const bfloat16*>(weights.at(i));
+            const unsigned char* low = weights.low + i * bytes_of(weights.weight);
+            if (weights.weight == Weight::Bits24 ? join_weights(param, low, vector)
+                                                 : join_weights(param, reinterpret_cast<const int16_t*>(low), vector))
+                return;
+        }
+#endif
         alignas(64) float joint[code_group];
         join(weights, i, joint);
         load_vectors(joint, vector);
     }
     OPTIM8_HD void store(const Weights& weights, int64_t i) const {
         if (weights.weight != Weight::Plain) {
+#if defined(OPTIM8_WEIGHT_VECTORS)
+            if (weights.storage == Storage::BFloat16 && part_quickly(weights, i)) return;
+#endif
             alignas(64) float joint[code_group];
             store_vectors(joint, vector);
             part(weights, i, joint);
@@ -76,53 +91,83 @@ class Group {
     }
 
   private:
+#if defined(OPTIM8_WEIGHT_VECTORS)
+    // Of a group that is of one block and without a NaN, to bfloat16 parameters. False otherwise, with nothing stored.
+    OPTIM8_HD bool part_quickly(const Weights& weights, int64_t i) const {
+        bfloat16* param = reinterpret_cast<bfloat16*>(weights.at(i));
+        unsigned char* low = weights.low + i * bytes_of(weights.weight);
+        if (weights.weight == Weight::Bits32) return part_weights<Weight::Bits32>(vector, 0, 0, param, low);
+        const int64_t index = weights.first + i;
+        const int at = static_cast<int>(index % step_block);
+        if (__builtin_expect(at + code_group > step_block, 0)) return false;
+        const uint32_t start = dither_start(static_cast<uint32_t>(index / step_block), weights.dither_time);
+        return weights.weight == Weight::Bits24 ? part_weights<Weight::Bits24>(vector, start, at, param, low)
+                                                : part_weights<Weight::Dithered>(vector, start, at, param, low);
+    }
+#endif
+
     using Floats = float[code_group];
     static void join(const Weights& weights, int64_t i, Floats& joint);
     static void part(const Weights& weights, int64_t i, const Floats& joint);
 
+    // The loops below are over copies of a constant length, which compilers turn into vectors without asking whether
+    // what they write is what they read.
+    template <class T>
+    struct Copy {
+        alignas(64) T value[code_group];
+        OPTIM8_HD explicit Copy(const unsigned char* from) { std::memcpy(value, from, sizeof value); }
+        Copy() = default;
+        OPTIM8_HD void to(unsigned char* there) const { std::memcpy(there, value, sizeof value); }
+    };
+
     template <class P, class Low>
     OPTIM8_HD static void join_from(const unsigned char* param, const unsigned char* low, Floats& joint) {
-        const P* p = reinterpret_cast<const P*>(param);
-        const Low* l = reinterpret_cast<const Low*>(low);
-        for (int k = 0; k < code_group; ++k) joint[k] = weight_value<P>(join_weight(p[k].bits, low_of(l[k])));
+        const Copy<uint16_t> p(param);
+        const Copy<Low> l(low);
+        for (int k = 0; k < code_group; ++k) joint[k] = weight_value<P>(join_weight(p.value[k], low_of(l.value[k])));
     }
-    template <class P>
-    OPTIM8_HD static void part_into(const Weights& weights, int64_t i, const Floats& joint) {
+    // The dither of the group's elements; shards may begin anywhere in a block, and so a group may be of two.
+    OPTIM8_HD static void dithers_of(const Weights& weights, int64_t i, uint32_t (&u)[code_group]) {
+        const auto& all = ElementDitherOf<dither_of_param>::all;
         const int64_t index = weights.first + i;
         const uint32_t block = static_cast<uint32_t>(index / step_block);
-        const int at = static_cast<int>(index % step_block), of_block = step_block - at;
-        if (__builtin_expect(of_block >= code_group, 1))
-            return part_some<P>(weights, i, joint, 0, code_group, dither_start(block, weights.dither_time), at);
-        // Shards may begin anywhere in a block, and so the group is of two.
-        part_some<P>(weights, i, joint, 0, of_block, dither_start(block, weights.dither_time), at);
-        part_some<P>(weights, i, joint, of_block, code_group, dither_start(block + 1, weights.dither_time), -of_block);
-    }
-    // Values [begin, end) of the group. `start`: the dither of the first value of their block; `at`: where the group
-    // begins there.
-    template <class P>
-    OPTIM8_HD static void part_some(const Weights& weights, int64_t i, const Floats& joint, int begin, int end,
-                                    uint32_t start, int at) {
-        P* p = reinterpret_cast<P*>(weights.at(i));
-        uint8_t* low = weights.low + i * bytes_of(weights.weight);
-        const auto& all = ElementDitherOf<dither_of_param>::all;
-        const auto u = [&](int k) { return start + (all.of_element[at + k] << 16); };
-        if (weights.weight == Weight::Dithered) {
-            for (int k = begin; k < end; ++k)
-                p[k].bits = param_of_weight(keep_weight(Weight::Dithered, weight_bits<P>(joint[k]), u(k)));
-        } else if (weights.weight == Weight::Bits24) {
-            for (int k = begin; k < end; ++k) {
-                const uint32_t weight = keep_weight(Weight::Bits24, weight_bits<P>(joint[k]), u(k));
-                p[k].bits = param_of_weight(weight);
-                low[k] = low_of_weight24(weight);
-            }
+        const int at = static_cast<int>(index % step_block), of_block = std::min(step_block - at, code_group);
+        const uint32_t start = dither_start(block, weights.dither_time);
+        if (__builtin_expect(of_block == code_group, 1)) {
+            for (int k = 0; k < code_group; ++k) u[k] = start + (all.of_element[at + k] << 16);
         } else {
-            int16_t* l = reinterpret_cast<int16_t*>(low);
-            for (int k = begin; k < end; ++k) {
-                const uint32_t weight = keep_weight(Weight::Bits32, weight_bits<P>(joint[k]), 0);
-                p[k].bits = param_of_weight(weight);
-                l[k] = low_of_weight(weight);
-            }
+            const uint32_t next = dither_start(block + 1, weights.dither_time);
+            for (int k = 0; k < of_block; ++k) u[k] = start + (all.of_element[at + k] << 16);
+            for (int k = of_block; k < code_group; ++k) u[k] = next + (all.of_element[k - of_block] << 16);
         }
+    }
+    template <class P, Weight kind>
+    OPTIM8_HD static void part_into(const Weights& weights, int64_t i, const Floats& joint) {
+        uint32_t weight[code_group], u[code_group] = {};
+        if (kind != Weight::Bits32) dithers_of(weights, i, u);
+        for (int k = 0; k < code_group; ++k) weight[k] = keep_weight(kind, weight_bits<P>(joint[k]), u[k]);
+        Copy<uint16_t> p;
+        for (int k = 0; k < code_group; ++k) p.value[k] = param_of_weight(weight[k]);
+        p.to(weights.at(i));
+        unsigned char* low = weights.low + i * bytes_of(kind);
+        if (kind == Weight::Bits24) {
+            Copy<uint8_t> bytes;
+            for (int k = 0; k < code_group; ++k) bytes.value[k] = low_of_weight24(weight[k]);
+            bytes.to(low);
+        } else if (kind == Weight::Bits32) {
+            Copy<int16_t> halves;
+            for (int k = 0; k < code_group; ++k) halves.value[k] = low_of_weight(weight[k]);
+            halves.to(low);
+        }
+    }
+    template <class P>
+    OPTIM8_HD static void part_as(const Weights& weights, int64_t i, const Floats& joint) {
+        if (weights.weight == Weight::Dithered)
+            part_into<P, Weight::Dithered>(weights, i, joint);
+        else if (weights.weight == Weight::Bits24)
+            part_into<P, Weight::Bits24>(weights, i, joint);
+        else
+            part_into<P, Weight::Bits32>(weights, i, joint);
     }
 };
 
@@ -155,9 +200,9 @@ __attribute__((noinline)) inline void Group::join(const Weights& weights, int64_
 }
 __attribute__((noinline)) inline void Group::part(const Weights& weights, int64_t i, const Floats& joint) {
     if (weights.storage == Storage::BFloat16)
-        part_into<bfloat16>(weights, i, joint);
+        part_as<bfloat16>(weights, i, joint);
     else
-        part_into<float16>(weights, i, joint);
+        part_as<float16>(weights, i, joint);
 }
 
 // The states of a group. A Block has `codes`, `low` and `absmax` of each.

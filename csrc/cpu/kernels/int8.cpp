@@ -23,6 +23,21 @@ void narrow(const float (&from)[group], int64_t n, T* to) {
     }
 }
 
+// Finite values, the zeros after the last of them included.
+void encode_finite(const float (&x)[group], double factor, bool quick, int8_t (&out)[group]) {
+    if (quick) {
+        const float narrow_factor = static_cast<float>(factor);
+        uint32_t farthest = 0;
+        for (int i = 0; i < group; ++i) {
+            const QuickInt8 code = encode_int8_quickly(x[i], narrow_factor);
+            out[i] = static_cast<int8_t>(code.bits & 255);
+            farthest = maximum(farthest, bits_of(code.distance));
+        }
+        if (farthest < bits_of(int8_sure)) return;
+    }
+    for (int i = 0; i < group; ++i) out[i] = encode_int8(x[i], factor);
+}
+
 template <class T>
 void mark_outliers(const Int8QuantizeJob& job, int64_t row) {
     const T* values = static_cast<const T*>(job.values) + row * job.columns;
@@ -53,6 +68,7 @@ void quantize_row(const Int8QuantizeJob& job, int64_t row) {
     const bool finite = largest < inf_bits;
     const float absmax = float_of(largest < limit ? largest : largest_bits_below(values, job.columns, limit));
     const double factor = int8_factor(absmax);
+    const bool quick = has_quick_int8(factor);
     job.stats[row] = absmax;
     for (int64_t at = 0; at < job.columns; at += group) {
         const int64_t n = std::min<int64_t>(group, job.columns - at);
@@ -62,7 +78,7 @@ void quantize_row(const Int8QuantizeJob& job, int64_t row) {
         if (job.outliers != nullptr)
             for (int64_t i = 0; i < n; ++i) x[i] = job.outliers[at + i] != 0 ? 0.0f : x[i];
         if (finite)
-            for (int i = 0; i < group; ++i) out[i] = encode_int8(x[i], factor);
+            encode_finite(x, factor, quick, out);
         else
             for (int i = 0; i < group; ++i) out[i] = encode_int8_checked(x[i], factor);
         std::memcpy(codes + at, out, static_cast<size_t>(n));
@@ -98,19 +114,27 @@ void quantize_columns(const Int8ColumnsJob& job, int64_t begin) {
     }
 }
 
+// `n` is a constant where a group is whole, or compilers keep its values in memory.
+template <class T>
+OPTIM8_HD void scale_group(const Int8ScaleJob& job, const int32_t* sums, double row_scale, int64_t at, int64_t n,
+                           T* out) {
+    float scaled[group];
+    const float* columns = job.column_stats + at;
+    if (job.bias == nullptr)
+        for (int64_t i = 0; i < n; ++i) scaled[i] = scale_int8(sums[i], row_scale, columns[i], 0.0f);
+    else
+        for (int64_t i = 0; i < n; ++i) scaled[i] = scale_int8(sums[i], row_scale, columns[i], job.bias[at + i]);
+    narrow(scaled, n, out);
+}
+
 template <class T>
 void scale_row(const Int8ScaleJob& job, int64_t row) {
     const int32_t* sums = job.sums + row * job.columns;
     T* out = static_cast<T*>(job.out) + row * job.columns;
     const double row_scale = int8_row_scale(job.row_stats[row]);
-    for (int64_t at = 0; at < job.columns; at += group) {
-        const int64_t n = std::min<int64_t>(group, job.columns - at);
-        float scaled[group];
-        const float* bias = job.bias == nullptr ? nullptr : job.bias + at;
-        for (int64_t i = 0; i < n; ++i)
-            scaled[i] = scale_int8(sums[at + i], row_scale, job.column_stats[at + i], bias == nullptr ? 0.0f : bias[i]);
-        narrow(scaled, n, out + at);
-    }
+    int64_t at = 0;
+    for (; at + group <= job.columns; at += group) scale_group(job, sums + at, row_scale, at, group, out + at);
+    if (at < job.columns) scale_group(job, sums + at, row_scale, at, job.columns - at, out + at);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "core/codec.h"
 #include "core/number.h"
 #include "core/storage.h"
+#include "core/weight.h"
 #include "cpu/kernels/tables.h"
 
 OPTIM8_BEGIN
@@ -33,6 +34,9 @@ OPTIM8_HD uint32_t dither_base(uint32_t start) { return (start >> 16) - fixed_po
 
 OPTIM8_END
 
+#if defined(__AVX2__)
+#define OPTIM8_WEIGHT_VECTORS 1  // join_weights and part_weights of bfloat16 parameters
+#endif
 #if defined(__AVX512BW__)
 #include "cpu/kernels/simd_avx512.h"
 #elif defined(__AVX2__)

@@ -138,6 +138,66 @@ OPTIM8_HD void store_packed(__m256i packed, uint8_t* codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(packed, order));
 }
 
+// The low bits of weights (core/weight.h), of two bytes or of one.
+OPTIM8_HD __m256i load_low(const int16_t* from) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+OPTIM8_HD __m256i load_low(const uint8_t* from) {
+    return _mm256_slli_epi32(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))), 8);
+}
+// Halves of two vectors that stand alone in their words.
+OPTIM8_HD void store_halves(__m256i a, __m256i b, void* to) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+    _mm256_storeu_si256(static_cast<__m256i*>(to), packed);
+}
+// A group of weights from bfloat16 parameters and their low bits. False where some would change a sign.
+template <class Low>
+OPTIM8_HD bool join_weights(const bfloat16* param, const Low* low, F (&x)[code_group / width]) {
+    __m256i differ = _mm256_setzero_si256();
+    for (int j = 0; j < code_group / width; ++j) {
+        const __m256i upper = _mm256_castps_si256(load(param + j * width).v);
+        const __m256i joined = _mm256_add_epi32(upper, load_low(low + j * width));
+        differ = _mm256_or_si256(differ, _mm256_xor_si256(upper, joined));
+        x[j] = _mm256_castsi256_ps(joined);
+    }
+    return _mm256_movemask_ps(_mm256_castsi256_ps(differ)) == 0;
+}
+// What is kept of a group of weights. `start`: the dither of the first element of their block; `at`: where the group
+// begins there. False, with nothing stored, where one is NaN.
+template <Weight kind>
+OPTIM8_HD bool part_weights(const F (&x)[code_group / width], uint32_t start, int at, bfloat16* param,
+                            unsigned char* low) {
+    const __m256 unordered =
+        _mm256_or_ps(_mm256_cmp_ps(x[0].v, x[1].v, _CMP_UNORD_Q), _mm256_cmp_ps(x[2].v, x[3].v, _CMP_UNORD_Q));
+    if (__builtin_expect(_mm256_movemask_ps(unordered) != 0, 0)) return false;
+    const __m256i first = _mm256_set1_epi32(static_cast<int>(start >> 16)), zero = _mm256_setzero_si256();
+    __m256i weight[4];
+    for (int j = 0; j < 4; ++j) {
+        weight[j] = _mm256_castps_si256(x[j].v);
+        if (kind != Weight::Bits32) {
+            const uint32_t* elements = ElementDitherOf<dither_of_param>::all.of_element + at + j * width;
+            const __m256i u = _mm256_add_epi16(first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(elements)));
+            weight[j] = _mm256_add_epi32(weight[j], kind == Weight::Bits24 ? _mm256_srli_epi32(u, 8) : u);
+        }
+    }
+    const auto upper = [&](int j) {
+        // What keep_weight takes away for the dither comes back as the parameter is rounded.
+        const __m256i rounded =
+            kind == Weight::Dithered ? weight[j] : _mm256_add_epi32(weight[j], _mm256_set1_epi32(0x8000));
+        return _mm256_srli_epi32(rounded, 16);
+    };
+    const auto lower = [&](int j) { return _mm256_blend_epi16(weight[j], zero, 0xaa); };
+    const auto second = [&](int j) {
+        return _mm256_and_si256(_mm256_srli_epi32(weight[j], 8), _mm256_set1_epi32(255));
+    };
+    for (int j = 0; j < 4; j += 2) {
+        store_halves(upper(j), upper(j + 1), param + j * width);
+        if (kind == Weight::Bits32) store_halves(lower(j), lower(j + 1), low + 2 * j * width);
+    }
+    if (kind == Weight::Bits24) store_packed(pack_unsigned(second(0), second(1), second(2), second(3)), low);
+    return true;
+}
+
 // Each operation stands for all vectors before the next one, so that neighbouring instructions wait for different
 // things and a table is read from memory once.
 template <Code code>

@@ -97,15 +97,21 @@ constexpr Halves make_spread() {
     for (uint16_t i = 0; i < 64; ++i) made.of_pair[i / 32][i % 32] = static_cast<uint16_t>(i / 2);
     return made;
 }
-// The upper halves of two vectors.
-constexpr Halves make_upper() {
+// The lower halves of two vectors, and the upper ones.
+constexpr Halves make_parts() {
     Halves made{};
-    for (uint16_t i = 0; i < 32; ++i) made.of_pair[0][i] = static_cast<uint16_t>(2 * i + 1);
+    for (uint16_t i = 0; i < 64; ++i) made.of_pair[i / 32][i % 32] = static_cast<uint16_t>(2 * (i % 32) + i / 32);
     return made;
 }
 struct HalvesOf {
-    static constexpr Halves spread = make_spread(), upper = make_upper();
+    static constexpr Halves spread = make_spread(), parts = make_parts();
 };
+OPTIM8_HD __m512i lower_halves(__m512i a, __m512i b) {
+    return _mm512_permutex2var_epi16(a, _mm512_load_si512(HalvesOf::parts.of_pair[0]), b);
+}
+OPTIM8_HD __m512i upper_halves(__m512i a, __m512i b) {
+    return _mm512_permutex2var_epi16(a, _mm512_load_si512(HalvesOf::parts.of_pair[1]), b);
+}
 
 OPTIM8_HD void load_pair(const bfloat16* from, F& a, F& b) {
     constexpr __mmask32 upper = 0xaaaaaaaau;
@@ -122,8 +128,7 @@ OPTIM8_HD void store_pair(bfloat16* to, F a, F b) {
         store(to, a);
         store(to + width, b);
     } else {
-        const __m512i upper = _mm512_load_si512(HalvesOf::upper.of_pair[0]);
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(round_to_bfloat16(a), upper, round_to_bfloat16(b)));
+        _mm512_storeu_si512(to, upper_halves(round_to_bfloat16(a), round_to_bfloat16(b)));
     }
 }
 
@@ -148,6 +153,54 @@ OPTIM8_END
 #include "cpu/kernels/bytes_bw.h"
 #endif
 OPTIM8_BEGIN
+
+// The low bits of weights (core/weight.h), of two bytes or of one.
+OPTIM8_HD __m512i load_low(const int16_t* from) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+OPTIM8_HD __m512i load_low(const uint8_t* from) {
+    return _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 8);
+}
+// A group of weights from bfloat16 parameters and their low bits. False where some would change a sign.
+template <class Low>
+OPTIM8_HD bool join_weights(const bfloat16* param, const Low* low, F (&x)[code_group / width]) {
+    __m512i differ = _mm512_setzero_si512();
+    for (int j = 0; j < 4; j += 2) load_pair(param + j * width, x[j], x[j + 1]);
+    for (int j = 0; j < 4; ++j) {
+        const __m512i upper = _mm512_castps_si512(x[j].v);
+        const __m512i joined = _mm512_add_epi32(upper, load_low(low + j * width));
+        differ = _mm512_ternarylogic_epi32(differ, upper, joined, 0xf6);  // differ | (upper ^ joined)
+        x[j] = _mm512_castsi512_ps(joined);
+    }
+    return _mm512_movepi32_mask(differ) == 0;
+}
+// What is kept of a group of weights. `start`: the dither of the first element of their block; `at`: where the group
+// begins there. False, with nothing stored, where one is NaN.
+template <Weight kind>
+OPTIM8_HD bool part_weights(const F (&x)[code_group / width], uint32_t start, int at, bfloat16* param,
+                            unsigned char* low) {
+    const __mmask16 unordered =
+        _mm512_cmp_ps_mask(x[0].v, x[1].v, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(x[2].v, x[3].v, _CMP_UNORD_Q);
+    if (__builtin_expect(unordered != 0, 0)) return false;
+    const __m512i first = _mm512_set1_epi32(static_cast<int>(start >> 16));
+    __m512i weight[4], upper[4];
+    for (int j = 0; j < 4; ++j) {
+        weight[j] = _mm512_castps_si512(x[j].v);
+        if (kind != Weight::Bits32) {
+            const uint32_t* elements = ElementDitherOf<dither_of_param>::all.of_element + at + j * width;
+            const __m512i u = _mm512_add_epi16(first, _mm512_loadu_si512(elements));
+            weight[j] = _mm512_add_epi32(weight[j], kind == Weight::Bits24 ? _mm512_srli_epi32(u, 8) : u);
+        }
+        // What keep_weight takes away for the dither comes back as the parameter is rounded.
+        upper[j] = kind == Weight::Dithered ? weight[j] : _mm512_add_epi32(weight[j], _mm512_set1_epi32(0x8000));
+    }
+    for (int j = 0; j < 4; j += 2) {
+        _mm512_storeu_si512(param + j * width, upper_halves(upper[j], upper[j + 1]));
+        if (kind == Weight::Bits32) _mm512_storeu_si512(low + 2 * j * width, lower_halves(weight[j], weight[j + 1]));
+    }
+    if (kind == Weight::Bits24) _mm512_storeu_si512(low, gather_bytes<1>(weight[0], weight[1], weight[2], weight[3]));
+    return true;
+}
 
 // By the low five bits of the exponent; 0 for `nothing`.
 constexpr Bytes32 make_last_bytes(Code code) {
