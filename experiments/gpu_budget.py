@@ -40,19 +40,37 @@ def main_path(kernel: sass.Kernel, states: int) -> list[str]:
     return [opcodes[i] for i in way]
 
 
+def turn_path(kernel: sass.Kernel, states: int) -> list[str]:
+    """The opcodes of a turn of the kernel over columns, two whole blocks: from the reduction of one block's maxima, over
+    the stores of its absmax and all that the second block takes, back to it.
+    """
+    opcodes = kernel.opcodes()
+
+    def nearest(start: int, wanted: str, which: int = 1) -> list[int]:
+        found = [way for i, way in kernel.ways_from(start).items() if re.fullmatch(wanted, opcodes[i])]
+        return sorted(found, key=len)[which - 1]
+
+    reduction = next(i for i, opcode in enumerate(opcodes) if opcode.startswith("REDUX"))
+    way = nearest(reduction, r"STG\.E", states)
+    way += nearest(way[-1], r"REDUX.*")
+    way += nearest(way[-1], r"STG\.E", states)
+    way += kernel.ways_from(way[-1])[reduction]
+    return [opcodes[i] for i in way]
+
+
 # What one multiprocessor does in a cycle, in lanes (CUDA C++ Programming Guide, table of arithmetic throughput, compute
 # capability 9.0): everything together, and what goes to a pipe of its own.
 LANES_PER_CYCLE = {"issue": 128, "integer and compare": 64, "special functions": 16, "shuffles and loads": 32}
 _PIPES = {
     "special functions": r"MUFU|I2F|F2I|REDUX",
-    "shuffles and loads": r"SHFL|LDG|STG",
+    "shuffles and loads": r"SHFL|LDG|STG|LDS",
     "integer and compare": r"LOP|SHF|IADD|VIADD|LEA|PRMT|SEL|ISETP|PLOP|VIMNMX|FMNMX|FSETP|FSEL|FSET|F2FP|IMAD",
 }
-# A gather of table values from up to 8 lines of the cache takes up to 8 turns, a load of 16 bytes a lane 4.
-_TURNS = {r"LDG.*CONSTANT": 8, r"(LDG|STG).*\.128": 4, r"(LDG|STG).*\.64": 2}
+# A gather of table values from up to 8 lines of the cache takes up to 8 turns, an access of 16 bytes a lane 4.
+_TURNS = {r"LDG.*CONSTANT": 8, r"(LDG|STG|LDS).*\.128": 4, r"(LDG|STG).*\.64": 2}
 
 
-def cycles(path: list[str]) -> dict[str, float]:
+def cycles_of(path: list[str]) -> dict[str, float]:
     """Cycles of a multiprocessor that a warp's way takes at least, by what limits it."""
     lanes = dict.fromkeys(LANES_PER_CYCLE, 0.0)
     for opcode in path:
@@ -67,10 +85,11 @@ def cycles(path: list[str]) -> dict[str, float]:
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The 8-bit step, with dithered rounding, of parameters whose gradients have their dtype."""
-    heads = ["rule", "dtype", "bytes/parameter", "instructions/parameter", "registers", "issue slots taken"]
+    heads = ["rule", "kernel", "dtype", "bytes/parameter", "instructions/parameter", "registers", "issue slots taken"]
     cells = [
         [
             row["rule"],
+            row["kernel"],
             "float32" if row["param"] == "float" else row["param"],
             f"{row['bytes_per_parameter']:.2f}",
             f"{row['instructions_per_parameter']:.1f}",
@@ -94,16 +113,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         kernels = sass.step_kernels("sm_90", Path(folder))
     rows, rules = [], sass.rules_by_type()
     for name, kernel in kernels.items():
-        found = re.search(rf"step_rows<(?:\w+::)*(\w+), {sass.DITHERED}, (?:\w+::)*(\w+), (?:\w+::)*(\w+)>", name)
+        types = r", ".join([r"(?:\w+::)*(\w+)"] * 2)
+        found = re.search(rf"step_(rows|columns)<(?:\w+::)*(\w+), {sass.DITHERED}, {types}[,>]", name)
         if found is None:
             continue
-        struct, param, grad = found.groups()
+        kind, struct, param, grad = found.groups()
         rule = rules[struct]
         states = len(rule.moments)
         if not states:  # what memory limits anyway
             continue
-        path = main_path(kernel, states)
-        taken = cycles(path)
+        path, blocks = (turn_path(kernel, states), 2) if kind == "columns" else (main_path(kernel, states), 1)
+        taken = {limit: cycles / blocks for limit, cycles in cycles_of(path).items()}
         low_bytes = sum(moment.wide for moment in rule.moments)
         moved = 2 * BYTES[param] + BYTES[grad] + states * (2 + 2 * 4 / BLOCK) + 2 * low_bytes
         busy = dict(taken)
@@ -112,12 +132,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(
             {
                 "rule": rule.name,
+                "kernel": kind,
                 "param": param,
                 "grad": grad,
                 "registers": kernel.registers,
                 "warps_per_multiprocessor": 65536 // (-(-kernel.registers // 8) * 8 * WARP * 4) * 4,
                 "bytes_per_parameter": moved,
-                "instructions_per_parameter": len(path) / PER_LANE,
+                "instructions_per_parameter": len(path) / PER_LANE / blocks,
                 "cycles_per_block": taken,
                 "of_copy_bound": taken["memory"] / taken[limit],
                 "of_copy_expected": min(1.0, USABLE * taken["memory"] / max(busy.values())),

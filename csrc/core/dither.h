@@ -126,30 +126,45 @@ OPTIM8_HD uint32_t funnel(uint32_t upper, uint32_t lower) {
 #endif
 }
 
+// The least of three numbers above 0.
+OPTIM8_HD float least(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    // Their bits order like them; from compute capability 9.0 on an instruction takes three integers.
+    const int32_t x = __float_as_int(a), y = __float_as_int(b), z = __float_as_int(c);
+    return __int_as_float(minimum(x, minimum(y, z)));
+#else
+    return smaller(a, smaller(b, c));
+#endif
+}
+
 // The position of a quotient y relative to the last value of its zone, as a fixed-point number. `exponent`: of
 // `clamped`, which is y, or what is the least of its zone.
-template <Code code, class T>
-OPTIM8_HD float least_line(float y, float clamped, uint32_t exponent, const T& t) {
+template <Code code, class I, class T>
+OPTIM8_HD float least_line(float y, float clamped, I exponent, const T& t) {
     static_assert(code == Code::Signed || code == Code::Positive, "what states have");
     // Where nothing becomes 0, less than the smallest value has its position.
     const float line = fma(is_signed(code) ? y : clamped, of_binade(t.slope, exponent), of_binade(t.offset, exponent));
-    return smaller(line, smaller(fma(line, third, after_third), fma(line, fifth, after_fifth)));
+    return least(line, fma(line, third, after_third), fma(line, fifth, after_fifth));
 }
 
-// The code of |x|, finite, in a block whose largest magnitude has the given reciprocal, as the third byte: of
-// position + u as a fixed-point number in units of 2^-16. `T`: as for on_line.
+// The code of a quotient y = |x| * reciprocal as the third byte: of position + u as a fixed-point number in units of
+// 2^-16. `clamped`, `exponent`: as for least_line. `T`: as for on_line.
+template <Code code, class I, class T>
+OPTIM8_HD uint32_t encode_quotient(float y, float clamped, I exponent, uint32_t u, const T& t) {
+    return funnel<16>(of_binade(t.last, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
+}
+// That of |x|, finite, in a block whose largest magnitude has the given reciprocal.
 template <Code code, class T>
 OPTIM8_HD uint32_t encode_magnitude(float x, float reciprocal, uint32_t u, const T& t) {
     const float y = (is_signed(code) ? absolute(x) : x) * reciprocal;
     const float clamped = maximum(y, t.lowest);
-    const uint32_t exponent = bits_of(clamped) >> 23;
-    return funnel<16>(of_binade(t.last, exponent), u) + bits_of(least_line<code>(y, clamped, exponent, t));
+    return encode_quotient<code>(y, clamped, bits_of(clamped) >> 23, u, t);
 }
 
-// The same of x. `root`: x is the square root of a float that is not negative, nor -0.
-template <Code code, bool root = false, class T>
-OPTIM8_HD uint32_t encode_dithered(float x, float reciprocal, uint32_t u, const T& t) {
-    const uint32_t fixed = encode_magnitude<code>(x, reciprocal, u, t);
+// The same of x, from that of |x|. `root`: x is the square root of a float that is not negative, nor -0, or a multiple
+// of it.
+template <Code code, bool root>
+OPTIM8_HD uint32_t with_sign(uint32_t fixed, float x) {
     constexpr uint32_t below_one = 0xfeffffu;  // the greatest with code 254
     if constexpr (is_signed(code)) {
         return bits_of(x) >> 31 ? below_one - fixed : fixed;  // codes of x and -x add up to 254
@@ -161,12 +176,32 @@ OPTIM8_HD uint32_t encode_dithered(float x, float reciprocal, uint32_t u, const 
         return x > 0.0f ? (fixed < below_one ? fixed : below_one) : 0u;
     }
 }
+template <Code code, bool root = false, class T>
+OPTIM8_HD uint32_t encode_dithered(float x, float reciprocal, uint32_t u, const T& t) {
+    return with_sign<code, root>(encode_magnitude<code>(x, reciprocal, u, t), x);
+}
 
 // How a block of a state is stored: its absmax, and what takes its values to quotients, x * scale * reciprocal.
 struct BlockScale {
     float absmax;
     Normalizer normal;
 };
+// With dithered rounding a quotient of 1 is far from 1 itself (DitherTables): no absmax has a reciprocal that is
+// subnormal. What is below this limit is scaled first, or small ones would have infinity.
+constexpr float dither_limit = 0x1p-120f, dither_scale = 0x1p64f;
+// What takes values to `scale` times their quotients, a power of two. `F`: the number type to compute it in, of normal
+// numbers below 2^124.
+template <Code code, class F = float>
+OPTIM8_HD float dither_reciprocal(float largest, float scale = 1) {
+    return plain(reciprocal(F(largest * (DitherTablesOf<code>::all.quotient / scale))));
+}
+template <Code code, bool root>
+OPTIM8_HD float dither_absmax(float largest) {
+    constexpr float of_absmax = DitherTablesOf<code>::all.absmax;
+    // The square of a root that is kept to an ulp must be finite.
+    constexpr float most = root ? 0x1.fffff0p63f * of_absmax : largest_finite;
+    return smaller(largest * of_absmax, most);
+}
 // `root`: the values are square roots, which lie far within the range of float32.
 template <Code code, Rounding rounding, bool root = false>
 OPTIM8_HD BlockScale block_scale(float largest) {
@@ -175,13 +210,9 @@ OPTIM8_HD BlockScale block_scale(float largest) {
     } else if constexpr (rounding == Rounding::Nearest) {
         return {largest, normalizer(largest)};
     } else {
-        // A quotient of 1 is far from 1 itself (DitherTables): no absmax has a reciprocal that is subnormal.
-        constexpr float of_absmax = DitherTablesOf<code>::all.absmax, of_quotient = DitherTablesOf<code>::all.quotient;
-        const float scale = !root && largest < 0x1p-120f ? 0x1p64f : 1.0f;  // or small ones would have infinity
-        const float inverse = largest > 0.0f ? reciprocal(largest * scale * of_quotient) : 0.0f;
-        // The square of a root that is kept to an ulp must be finite.
-        constexpr float most = root ? 0x1.fffff0p63f * of_absmax : largest_finite;
-        return {smaller(largest * of_absmax, most), {scale, inverse}};
+        const float scale = !root && largest < dither_limit ? dither_scale : 1.0f;
+        const float inverse = largest > 0.0f ? dither_reciprocal<code>(largest * scale) : 0.0f;
+        return {dither_absmax<code, root>(largest), {scale, inverse}};
     }
 }
 

@@ -60,11 +60,15 @@ OPTIM8_HD float reciprocal(float x) {
 #endif
 }
 
+// Of any number type the float that it holds.
+OPTIM8_HD float plain(float x) { return x; }
+
 OPTIM8_HD float maximum(float a, float b) { return a > b ? a : b; }
 OPTIM8_HD float minimum(float a, float b) { return a < b ? a : b; }
 OPTIM8_HD float select(bool condition, float a, float b) { return condition ? a : b; }
 
 OPTIM8_HD uint32_t maximum(uint32_t a, uint32_t b) { return a > b ? a : b; }
+OPTIM8_HD uint32_t minimum(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 OPTIM8_HD int32_t truncate(float x) { return static_cast<int32_t>(x); }
 OPTIM8_HD int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }

@@ -102,6 +102,34 @@ OPTIM8_DEVICE void load_packets(const T* from, T (&to)[n]) {
     }
 }
 
+// Where value k of a lane stands from its first on, where k is known when this is compiled.
+template <int span>
+OPTIM8_HD constexpr int step_to(int k) {
+    return k / span * (warp_size * span) + k % span;
+}
+// The lane's values of a whole tile from its first on, at an address fit for packets: as words, and from values.
+template <int span, class T>
+OPTIM8_DEVICE void load_words(const T* from, uint32_t (&to)[per_lane * sizeof(T) / 4]) {
+    using P = Packet<T, span>;
+    constexpr int of_packet = sizeof(P) / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < per_lane; k += of_packet) {
+        const P packet = __ldcs(reinterpret_cast<const P*>(from + step_to<span>(k)));
+        std::memcpy(to + k * sizeof(T) / 4, &packet, sizeof packet);
+    }
+}
+template <int span, class T>
+OPTIM8_DEVICE void store_packets(T* to, const T (&from)[per_lane]) {
+    using P = Packet<T, span>;
+    constexpr int of_packet = sizeof(P) / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < per_lane; k += of_packet) {
+        P packet;
+        std::memcpy(&packet, from + k, sizeof packet);
+        __stcs(reinterpret_cast<P*>(to + step_to<span>(k)), packet);
+    }
+}
+
 // Whether values that are read are read again: then they should stay in the cache.
 enum class Reads { Once, Again };
 
@@ -202,6 +230,27 @@ OPTIM8_DEVICE uint32_t sign_halves(uint32_t a, uint32_t b) {
     asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(halves) : "r"(a), "r"(b));
     return halves;
 }
+#endif
+
+// Two numbers as float16, rounded towards 0, the first in the lower half.
+#if defined(__CUDACC__)
+OPTIM8_DEVICE uint32_t half_pair(float low, float high) {
+    uint32_t pair;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("{.reg .b16 a, b; cvt.rz.f16.f32 a, %1; cvt.rz.f16.f32 b, %2; mov.b32 %0, {b, a};}"
+        : "=r"(pair)
+        : "f"(high), "f"(low));
+#endif
+    return pair;
+}
+#endif
+
+// What nvcc then takes for a number of its own, not to be made again from those that it was made from.
+#if defined(__CUDACC__)
+OPTIM8_DEVICE void keep_in_register(uint32_t& x) { asm volatile("" : "+r"(x)); }
+OPTIM8_DEVICE void keep_in_register(float& x) { asm("" : "+f"(x)); }
 #endif
 
 // Eight codes of magnitudes, as byte 2 of words, with the signs of x: those of x and -x add up to 254.

@@ -50,17 +50,40 @@ inline void check_cuda(const char* who, cudaError_t status) {
                              cudaGetErrorString(status) + "." + advice_for(status));
 }
 
+template <class... Needed, class... Given>
+void launch_blocks(const char* who, void (*kernel)(Needed...), int64_t blocks, int threads, size_t shared,
+                   cudaStream_t stream, const Given&... given) {
+    if (blocks > INT32_MAX) throw std::runtime_error(std::string(who) + ": the tensor is too large for one launch.");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks), 1, 1);
+    config.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    check_cuda(who, cudaLaunchKernelEx(&config, kernel, given...));
+}
 // One launch with at least `warps` warps; none where there is nothing to do.
 template <class... Needed, class... Given>
 void launch(const char* who, void (*kernel)(Needed...), int64_t warps, cudaStream_t stream, const Given&... given) {
     if (warps <= 0) return;
     const int64_t blocks = (warps + warps_per_block - 1) / warps_per_block;
-    if (blocks > INT32_MAX) throw std::runtime_error(std::string(who) + ": the tensor is too large for one launch.");
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks), 1, 1);
-    config.blockDim = dim3(threads_per_block, 1, 1);
-    config.stream = stream;
-    check_cuda(who, cudaLaunchKernelEx(&config, kernel, given...));
+    launch_blocks(who, kernel, blocks, threads_per_block, 0, stream, given...);
+}
+
+// The current device's value of an attribute; 0 where it has none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+    if (!known) cudaGetLastError();  // as in check_cuda
+    return known ? value : 0;
+}
+// Whether a kernel may have so many bytes of dynamic shared memory on the current device; lets it have them.
+template <class... Needed>
+bool allow_shared(void (*kernel)(Needed...), int bytes) {
+    if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) < bytes) return false;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess) return true;
+    cudaGetLastError();
+    return false;
 }
 
 }  // namespace optim8

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/number.h"
-#include "cuda/launch.h"
+#include "cuda/lanes.h"
 
 OPTIM8_BEGIN
 
@@ -30,6 +30,8 @@ struct Quick {
     OPTIM8_DEVICE explicit Quick(float x, bool in_range = true) : x(x), in_range(in_range) {}
 };
 
+OPTIM8_DEVICE float plain(Quick a) { return a.x; }
+
 // Whether a comparison holds, and whether that is so for floats.
 struct QuickCondition {
     bool holds, in_range;
@@ -53,20 +55,24 @@ OPTIM8_DEVICE Quick select(QuickCondition condition, Quick a, Quick b) {
 }
 OPTIM8_DEVICE Quick sign(Quick a) { return Quick(sign(a.x), a.in_range); }
 
-// From an inverse root by one step of Newton's iteration. At 2^64 times its size no operand below 2^63 under- or
-// overflows on the way, subnormal numbers included; 0 gives 0. A negative number is not in range, nor is a NaN.
-OPTIM8_DEVICE Quick square_root(Quick a) {
-    const float scaled = a.x * 0x1p64f;
+// The square root times 2^32, from an inverse root by one step of Newton's iteration. At 2^64 times its size no operand
+// below 2^63 under- or overflows on the way, subnormal numbers included; 0 gives 0.
+OPTIM8_DEVICE float scaled_root(float x) {
+    const float scaled = x * 0x1p64f;
     const float inverse = inverse_root_approximately(maximum(scaled, smallest_normal));  // at 2^-32
-    const float root = scaled * inverse;                                                 // at 2^32
-    const float rest = fma(-root, root, scaled);                                         // at 2^64, exact
-    const float corrected = fma(rest, inverse * 0x1p-33f, root * 0x1p-32f);
+    const float root = scaled * inverse;
+    const float rest = fma(-root, root, scaled);  // at 2^64, exact
+    return fma(rest, inverse * 0.5f, root);
+}
+// A negative number is not in range, nor is a NaN.
+OPTIM8_DEVICE Quick square_root(Quick a) {
     constexpr uint32_t limit = 0x5f000000u;  // 2^63
-    return Quick(corrected, a.in_range && bits_of(a.x) < limit);
+    return Quick(scaled_root(a.x) * 0x1p-32f, a.in_range && bits_of(a.x) < limit);
 }
 
 // By one step of Newton's iteration. Neither the number nor its reciprocal may be subnormal, and it may not be 0.
 OPTIM8_DEVICE Quick reciprocal(Quick a) {
+    keep_in_register(a.x);  // or nvcc would make -a anew where `a` is a product with a constant
     const float inverse = reciprocal_approximately(a.x);
     const float rest = fma(-a.x, inverse, 1.0f);
     const float size = fabsf(a.x);

@@ -49,6 +49,13 @@ OPTIM8_DEVICE int row_of(const Batch& batch, int64_t b) {
     return low;
 }
 
+template <class Rule>
+OPTIM8_DEVICE StepScalars<Rule> scalars_of(const StepBatch<Rule>& batch, const StepRow<Rule>& row) {
+    return batch.device_scalars != nullptr
+               ? *reinterpret_cast<const StepScalars<Rule>*>(batch.device_scalars + row.scalars)
+               : batch.scalars[row.scalars];
+}
+
 // visit(row, block of the row, scalars, which it is of the warp's) for each of the warp's blocks.
 template <class Rule, class Visit>
 OPTIM8_DEVICE void each_block(const StepBatch<Rule>& batch, const Visit& visit) {
@@ -58,10 +65,7 @@ OPTIM8_DEVICE void each_block(const StepBatch<Rule>& batch, const Visit& visit) 
     int r = count > 0 ? row_of(batch, begin) : 0;
     for (int i = 0; i < count; ++r) {
         const StepRow<Rule>& row = batch.row[r];
-        const StepScalars<Rule> scalars =
-            batch.device_scalars != nullptr
-                ? *reinterpret_cast<const StepScalars<Rule>*>(batch.device_scalars + row.scalars)
-                : batch.scalars[row.scalars];
+        const StepScalars<Rule> scalars = scalars_of(batch, row);
         int64_t block = begin + i - batch.first[r];
         const int64_t end = batch.first[r + 1] - batch.first[r];
         for (; i < count && block < end; ++i, ++block) visit(row, block, scalars, i);
@@ -74,11 +78,13 @@ constexpr const char* step_name = "optimizer step";
 template <class Rule>
 using Kernel = void (*)(StepBatch<Rule>);
 
-inline bool fits_packets(const Row& row) {
-    uintptr_t all = reinterpret_cast<uintptr_t>(row.param) | reinterpret_cast<uintptr_t>(row.grad);
-    for (void* state : row.state) all |= reinterpret_cast<uintptr_t>(state);
-    for (uint8_t* low : row.low) all |= reinterpret_cast<uintptr_t>(low);
-    return all % 16 == 0;
+inline uint8_t packed_of(const Row& row) {
+    const auto fits = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+    bool states = true;
+    for (const void* state : row.state) states = states && fits(state);
+    for (const uint8_t* low : row.low) states = states && fits(low);
+    return static_cast<uint8_t>((states ? packed_states : 0) | (fits(row.param) ? packed_param : 0) |
+                                (fits(row.grad) ? packed_grad : 0));
 }
 
 // The rows of one kernel and one kind of scalars, launched whenever a table is full.
@@ -86,8 +92,14 @@ template <class Rule>
 class Batcher {
   public:
     using KernelOf = Kernel<Rule>(const Row&);
-    Batcher(KernelOf& kernel_of, const StepInputs& inputs, cudaStream_t stream)
-        : kernel_of_(kernel_of), inputs_(inputs), stream_(stream), batch_(new StepBatch<Rule>{}) {}
+    // Launches a batch of rows like this one in another way; false, where that is not done.
+    using LaunchMany = bool(const StepBatch<Rule>&, const Row&, cudaStream_t);
+    Batcher(KernelOf& kernel_of, LaunchMany* launch_many, const StepInputs& inputs, cudaStream_t stream)
+        : kernel_of_(kernel_of),
+          launch_many_(launch_many),
+          inputs_(inputs),
+          stream_(stream),
+          batch_(new StepBatch<Rule>{}) {}
 
     void add(const Row& row, int64_t index) {
         if (row.size == 0) return;
@@ -111,7 +123,7 @@ class Batcher {
                            row.first_in_block,
                            row.precision,
                            row.weight,
-                           fits_packets(row)};
+                           packed_of(row)};
         if constexpr (Rule::has_norms) to.of_blocks = row.of_blocks;
         for (int s = 0; s < state_count<Rule>; ++s) {
             to.state[s] = row.state[s];
@@ -128,7 +140,8 @@ class Batcher {
         batch_->blocks_per_warp = blocks < plenty_of_blocks ? 1 : static_cast<int>(blocks_per_warp);
         batch_->found_inf = inputs_.found_inf;
         batch_->device_scalars = inputs_.scalars;
-        launch(step_name, kernel_of_(row), blocks_of(blocks, batch_->blocks_per_warp), stream_, *batch_);
+        if (launch_many_ == nullptr || !launch_many_(*batch_, row, stream_))
+            launch(step_name, kernel_of_(row), blocks_of(blocks, batch_->blocks_per_warp), stream_, *batch_);
         batch_->rows = 0;
         used_ = 0;
     }
@@ -145,16 +158,17 @@ class Batcher {
     }
 
     KernelOf& kernel_of_;
+    LaunchMany* launch_many_;
     const StepInputs& inputs_;
     cudaStream_t stream_;
     std::unique_ptr<StepBatch<Rule>> batch_;
     int used_ = 0;
 };
 
-// Launches a kernel over rows of one rule.
+// Launches a kernel over rows of one rule; where that is given, `launch_many` before.
 template <class Rule>
-void launch_rows(Kernel<Rule> (&kernel_of)(const Row&), const Row* rows, int64_t count, const StepInputs& inputs,
-                 cudaStream_t stream) {
+void launch_rows(Kernel<Rule> (&kernel_of)(const Row&), typename Batcher<Rule>::LaunchMany* launch_many,
+                 const Row* rows, int64_t count, const StepInputs& inputs, cudaStream_t stream) {
     // Rows of one kernel side by side, otherwise in their order.
     const auto kind = [&](int64_t i) {
         return std::make_tuple(rows[i].param_storage, rows[i].grad_storage, rows[i].rounding, rows[i].direct,
@@ -163,7 +177,7 @@ void launch_rows(Kernel<Rule> (&kernel_of)(const Row&), const Row* rows, int64_t
     std::vector<int64_t> order(static_cast<size_t>(count));
     std::iota(order.begin(), order.end(), int64_t{0});
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return kind(a) < kind(b); });
-    Batcher<Rule> batcher(kernel_of, inputs, stream);
+    Batcher<Rule> batcher(kernel_of, launch_many, inputs, stream);
     for (size_t i = 0; i < order.size(); ++i) {
         if (i > 0 && kind(order[i]) != kind(order[i - 1])) batcher.flush(rows[order[i - 1]]);
         batcher.add(rows[order[i]], order[i]);

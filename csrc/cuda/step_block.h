@@ -15,6 +15,10 @@ struct RowNorms<true> {
     double* of_blocks;  // as in Row
 };
 
+// Bits of StepRow::packed. One gradient that begins anywhere does not make the others slow.
+enum Packed : uint8_t { packed_states = 1, packed_param = 2, packed_grad = 4 };
+constexpr uint8_t all_packed = packed_states | packed_param | packed_grad;
+
 // A row as the kernels of one rule take it: the fewer states, the more rows a launch has.
 template <class Rule>
 struct StepRow : RowNorms<Rule::has_norms> {
@@ -29,7 +33,11 @@ struct StepRow : RowNorms<Rule::has_norms> {
     uint32_t first_block, first_in_block;  // in the whole parameter
     Precision precision;
     Weight weight;
-    bool packed_well;  // every address fits 16-byte packets
+    uint8_t packed;  // Packed: whose addresses fit packets of 16 bytes
+
+    OPTIM8_HD bool fits_columns() const {
+        return precision == Precision::Bits8 && weight == Weight::Plain && packed == all_packed;
+    }
 };
 
 template <int s>
@@ -165,7 +173,7 @@ struct Block {
     Weight weight;
     int count;
     uint32_t number;  // in the whole parameter
-    bool well;
+    bool states_well, param_well, grad_well;  // whole, and at addresses fit for packets
 
     OPTIM8_DEVICE Block(const StepRow<Rule>& row, int64_t block) {
         const int64_t at = block * step_block;
@@ -182,11 +190,14 @@ struct Block {
         weight = sizeof(P) == 2 ? row.weight : Weight::Plain;
         count = values_in_tile(row.size, at);
         number = row.first_block + static_cast<uint32_t>(block);
-        well = row.packed_well && count == step_block;
+        const int packed = count == step_block ? row.packed : 0;
+        states_well = (packed & packed_states) != 0;
+        param_well = (packed & packed_param) != 0;
+        grad_well = (packed & packed_grad) != 0;
     }
 };
 
-// A whole block at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
+// A whole block whose states are at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
 // range of Quick. The same in every lane.
 template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
@@ -196,8 +207,8 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     G grad[per_lane];
     uint32_t codes[state_count<Rule>][per_lane / 4], pairs[state_count<Rule>][per_lane / 2];
     float absmax[state_count<Rule>];
-    load_tile<span>(block.param, tile, true, P{}, param);
-    load_tile<span>(block.grad, tile, true, G{}, grad);
+    load_tile<span>(block.param, tile, block.param_well, P{}, param);
+    load_tile<span>(block.grad, tile, block.grad_well, G{}, grad);
     each_state<Rule>([&](auto s) {
         load_bytes<span>(block.codes[s.index], codes[s.index]);
         if constexpr (Coding::template low<Rule, s.index>) {
@@ -243,7 +254,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     }
     if (!good) return false;
 
-    store_tile<span>(block.param, tile, true, param);
+    store_tile<span>(block.param, tile, block.param_well, param);
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
         constexpr bool root = Coding::template root<Rule, s.index>;

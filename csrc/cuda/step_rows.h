@@ -14,6 +14,22 @@ OPTIM8_BEGIN
 template <class Rule>
 constexpr int blocks_at_least = state_count<Rule> == 3 ? 3 : 4;
 
+// A block as nearly all are; false, with nothing changed, where it is none.
+template <class Coding, class Rule, class P, class G>
+OPTIM8_DEVICE bool step_usual(const StepRow<Rule>& row, const Block<Rule, P, G>& at, const StepScalars<Rule>& scalars,
+                              const LaneStates<Rule, Coding>& lane_states) {
+    return row.precision != Precision::Bits32 && at.weight == Weight::Plain && at.states_well &&
+           step_quickly<Coding>(at, scalars, lane_states);
+}
+// Any other.
+template <class Coding, class Rule, class P, class G>
+OPTIM8_DEVICE void step_unusual(const StepRow<Rule>& row, const Block<Rule, P, G>& at, int64_t block,
+                                const StepScalars<Rule>& scalars) {
+    if constexpr (!Rule::stateless)
+        if (row.precision != Precision::Bits32) return step_carefully<Coding>(at, scalars);
+    step_32bit(row, at, block * step_block, scalars);
+}
+
 template <class Rule, class Coding, class P, class G>
 __global__ void __launch_bounds__(threads_per_block, blocks_at_least<Rule>)
     step_rows(const __grid_constant__ StepBatch<Rule> batch) {
@@ -24,19 +40,14 @@ __global__ void __launch_bounds__(threads_per_block, blocks_at_least<Rule>)
     if constexpr (!Rule::stateless) {
         const LaneStates<Rule, Coding> lane_states;
         each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
-            const Block<Rule, P, G> at(row, block);
-            const bool done = row.precision != Precision::Bits32 && at.weight == Weight::Plain && at.well &&
-                              step_quickly<Coding>(at, scalars, lane_states);
+            const bool done = step_usual(row, Block<Rule, P, G>(row, block), scalars, lane_states);
             left_over |= done ? 0u : 1u << i;
         });
         if (left_over == 0) return;
     }
     each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int i) {
         if (!Rule::stateless && (left_over >> i & 1) == 0) return;
-        const Block<Rule, P, G> at(row, block);
-        if constexpr (!Rule::stateless)
-            if (row.precision != Precision::Bits32) return step_carefully<Coding>(at, scalars);
-        step_32bit(row, at, block * step_block, scalars);
+        step_unusual<Coding>(row, Block<Rule, P, G>(row, block), block, scalars);
     });
 }
 

@@ -1,6 +1,6 @@
 // The launches of a step, for the rules of one part. Names no rule.
+#include "cuda/step_columns.h"
 #include "cuda/step_parts.h"
-#include "cuda/step_rows.h"
 
 #include <algorithm>
 #include <cstring>
@@ -128,7 +128,10 @@ void trust_on_device(const Row* rows, int64_t count, const StepInputs& inputs, c
 template <class Rule>
 void step_rule(const Row* rows, int64_t count, const StepInputs& inputs, cudaStream_t stream) {
     if constexpr (Rule::has_norms) trust_on_device<Rule>(rows, count, inputs, stream);
-    launch_rows<Rule>(kernel_of<Rule>, rows, count, inputs, stream);
+    if constexpr (Rule::in_columns)
+        launch_rows<Rule>(kernel_of<Rule>, launch_columns<Rule>, rows, count, inputs, stream);
+    else
+        launch_rows<Rule>(kernel_of<Rule>, nullptr, rows, count, inputs, stream);
 }
 
 }  // namespace

@@ -16,6 +16,8 @@ from optim8.rules import Rule
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+# Rules that have the kernel over columns (in_columns in csrc/core/rules).
+IN_COLUMNS = ("Adam", "AdamW", "Lion")
 DITHERED = r"(?:\w+::)*Coding<\(optim8::base::Rounding\)1, true, false>"  # in the names of kernels
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 
@@ -96,12 +98,20 @@ TYPES = [("float", "float"), *((narrow, grad) for narrow in ("bfloat16", "float1
 
 
 def step_kernels(arch: str, folder: Path, types: Sequence[tuple[str, str]] = TYPES) -> dict[str, Kernel]:
-    """The kernels of the step with dithered rounding in 8 bits, for every rule that keeps state, by demangled name."""
-    lines = ['#include "cuda/step_rows.h"', "OPTIM8_BEGIN", "using Dithered = Coding<Rounding::Dithered, true, false>;"]
+    """The kernels of the step with dithered rounding in 8 bits, for every rule that keeps state, by demangled name.
+
+    Of the kernels over columns those whose gradients are not scaled.
+    """
+    lines = ['#include "cuda/step_columns.h"', "OPTIM8_BEGIN", "using Dithered = Coding<Rounding::Dithered, true, false>;"]
     of = "const __grid_constant__ StepBatch"
     for rule in (name for name, rule in rules_by_type().items() if rule.moments):
+        columns = rule in IN_COLUMNS
+        lines.append(f"static_assert({rule}::in_columns == {str(columns).lower()});")
         for param, grad in types:
             lines.append(f"template __global__ void step_rows<{rule}, Dithered, {param}, {grad}>({of}<{rule}>);")
+            if columns:
+                kernel = f"step_columns<{rule}, Dithered, {param}, {grad}, false>"
+                lines.append(f"template __global__ void {kernel}({of}<{rule}>);")
     source = folder / "step_kernels.cu"
     source.write_text("\n".join([*lines, "OPTIM8_END", ""]))
     return kernels_of(source, arch, folder)

@@ -26,7 +26,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 # To compile the kernels with sanitizers takes minutes.
 @pytest.mark.parametrize("sanitizer", ["plain", pytest.param("memory", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kernels", ["step", "blockwise", "fourbit", "int8"])
+@pytest.mark.parametrize("kernels", ["step", "step-columns", "blockwise", "fourbit", "int8"])
 def test_kernels_equal_those_of_the_cpu(kernels: str, sanitizer: str) -> None:
     """Forwards, backwards and at random, one block after the other."""
     result = run(build.program("compare", sanitizer), kernels, "in-turn")
@@ -94,7 +94,14 @@ def test_a_right_kernel_is_not_blamed(sanitizer: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_no_kernel_needs_the_thread_sanitizer() -> None:
-    """It watches barriers and shared memory; a kernel that comes to use them must be compared under it as well."""
-    text = "".join(path.read_text() for path in (ROOT / "csrc/cuda").iterdir())
-    assert re.findall(r"__shared__|__syncthreads|__syncwarp", text) == []
+@pytest.mark.slow
+def test_columns_have_no_races() -> None:
+    """The one kernel with a barrier and shared memory, under the sanitizer that watches these."""
+    result = run(build.program("compare", "threads"), "step-columns", "random")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+def test_no_other_kernel_needs_the_thread_sanitizer() -> None:
+    for path in (ROOT / "csrc/cuda").iterdir():
+        found = re.findall(r"__shared__|__syncthreads|__syncwarp", path.read_text())
+        assert not found or path.name in ("shared.h", "columns.h"), path.name

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None or sass.tool_folder() is None, reason="needs nvcc, cuobjdump and nvdisasm"
 )
 
+TYPES = ["float, float", "optim8::base::bfloat16, optim8::base::bfloat16"]
 # 65536 registers of a multiprocessor for 16 warps of 32 threads: enough loads in flight to fill the memory.
 MOST_REGISTERS = 128
 # Three states take more: 12 warps.
@@ -29,6 +30,8 @@ STATEFUL = {name: rule for name, rule in RULES.items() if rule.moments}
 # rules have today, so that a path that becomes longer is seen. gpu_budget says what limits each.
 MOST_INSTRUCTIONS = {1: 50, 2: 82, 3: 117}
 OF_ROOT, OF_LOW_BYTE = 9, 7
+# Of the kernel over columns, in float32 and in 16 bits.
+MOST_IN_COLUMNS = {"Adam": (60, 63), "AdamW": (58, 63), "Lion": (32, 36)}
 # The square roots of a formula that are not those of its states as they are kept.
 MORE_ROOTS = {"Adadelta": 2, "RMSpropCentered": 1, "RMSpropCenteredMomentum": 1}
 
@@ -45,10 +48,18 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, sass.Kernel]:
     return sass.step_kernels("sm_90", tmp_path_factory.mktemp("sass"), [("float", "float"), ("bfloat16", "bfloat16")])
 
 
-def step_kernel(kernels: dict[str, sass.Kernel], rule: str, types: str) -> sass.Kernel:
-    pattern = re.compile(rf"step_rows<(\w+::)*{rule}, {sass.DITHERED}, {types}>")
+def step_kernel(kernels: dict[str, sass.Kernel], rule: str, types: str, kind: str = "rows") -> sass.Kernel:
+    pattern = re.compile(rf"step_{kind}<(\w+::)*{rule}, {sass.DITHERED}, {types}[,>]")
     (found,) = [kernel for name, kernel in kernels.items() if pattern.search(name)]
     return found
+
+
+def ends_at(path: list[str], opcode: str) -> list[list[str]]:
+    """A way that goes round, in parts that each begin behind the last of neighbours with this opcode and end there."""
+    places = [i for i, of in enumerate(path) if of.startswith(opcode)]
+    last = [i for i, following in zip(places, [*places[1:], len(path) + places[0]], strict=True) if following - i > 8]
+    twice = [*path, *path]
+    return [twice[i + 1 : following] for i, following in zip(last, [*last[1:], len(path) + last[0]], strict=True)]
 
 
 @pytest.mark.parametrize("rule", STATEFUL)
@@ -64,7 +75,7 @@ def test_float32_is_read_and_written_by_packets_of_128_bits(kernels: dict[str, s
     assert sum(bool(re.match(r"STG\..*\.128", opcode)) for opcode in path) == 2
 
 
-@pytest.mark.parametrize("types", ["float, float", "optim8::base::bfloat16, optim8::base::bfloat16"])
+@pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("rule", STATEFUL)
 def test_the_main_path_stays_short(kernels: dict[str, sass.Kernel], rule: str, types: str) -> None:
     states = len(RULES[rule].moments)
@@ -73,14 +84,41 @@ def test_the_main_path_stays_short(kernels: dict[str, sass.Kernel], rule: str, t
     assert not any(opcode.startswith("CALL") for opcode in path)
 
 
-def test_no_kernel_has_local_or_shared_memory_or_barriers(kernels: dict[str, sass.Kernel]) -> None:
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("rule", sass.IN_COLUMNS)
+def test_a_turn_over_columns_stays_short(kernels: dict[str, sass.Kernel], rule: str, types: str) -> None:
+    path = gpu_budget.turn_path(step_kernel(kernels, rule, types, "columns"), len(RULES[rule].moments))
+    assert len(path) / 16 <= MOST_IN_COLUMNS[rule][types != "float, float"]
+    assert not any(opcode.startswith("CALL") for opcode in path)
+
+
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("rule", sass.IN_COLUMNS)
+def test_columns_load_a_block_before_they_look_anything_up(
+    kernels: dict[str, sass.Kernel], rule: str, types: str
+) -> None:
+    """Each block is loaded while the one before is encoded; between its loads and its first code there is no other."""
+    states, narrow = len(RULES[rule].moments), types != "float, float"
+    loads = (2 if narrow else 4) + states * (2 if narrow else 3)  # param, grad; codes and absmax
+    path = gpu_budget.turn_path(step_kernel(kernels, rule, types, "columns"), states)
+    for block in ends_at(path, "REDUX"):
+        loaded = [i for i, opcode in enumerate(block) if opcode.startswith("LDG")]
+        decoded = [i for i, opcode in enumerate(block) if opcode == "LDS"]
+        assert (len(loaded), len(decoded)) == (loads, 8 * states)
+        assert max(loaded) < min(decoded)
+
+
+def test_no_kernel_has_local_or_needless_shared_memory(kernels: dict[str, sass.Kernel]) -> None:
     for kernel in kernels.values():
-        assert kernel.count(r"(LDL|STL|LDS|STS|BAR)\b") == 0, kernel.name
+        columns = "step_columns<" in kernel.name
+        assert kernel.count(r"(LDL|STL)\b") == 0, kernel.name
+        assert kernel.count(r"BAR\b") == (1 if columns else 0), kernel.name
+        assert columns or kernel.count(r"(LDS|STS)\b") == 0, kernel.name
 
 
 def test_registers_stay_under_the_bound(kernels: dict[str, sass.Kernel]) -> None:
     for name, kernel in kernels.items():
-        found = re.search(r"step_rows<(?:\w+::)*(\w+),", name)
+        found = re.search(r"step_\w+<(?:\w+::)*(\w+),", name)
         three = found is not None and len(RULES[found[1]].moments) == 3
         assert kernel.registers <= (MOST_REGISTERS_OF_THREE if three else MOST_REGISTERS), name
 

@@ -63,6 +63,7 @@ template <bool decoupled>
 struct AdamFamily : AdamOptions<decoupled> {
     using Options = AdamOptions<decoupled>;
     static constexpr State states[] = {{"exp_avg", Code::Signed}, {"exp_avg_sq", Code::Positive, true}};
+    static constexpr bool in_columns = true;
     // The field's "adam" takes weight decay off the parameter.
     static constexpr const char* functional_name = decoupled ? "adam" : nullptr;
     static bool serves(const typename Options::Hypers& h) { return h.amsgrad == 0; }

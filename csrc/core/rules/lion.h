@@ -8,6 +8,7 @@ OPTIM8_BEGIN
 
 struct Lion : RuleDefaults {
     static constexpr State states[] = {{"exp_avg", Code::Signed}};
+    static constexpr bool in_columns = true;
     static constexpr const char* functional_name = "lion";
     static constexpr bool states_need_param = false;
 

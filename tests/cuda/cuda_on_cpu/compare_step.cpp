@@ -157,10 +157,12 @@ double& lr_of(RuleId rule, StepOptions& options) {
 // How the scalars of the step come to the device.
 enum class Scalar { Host, Device, Skipped };
 
+// `every`: 2, for options of which none changes the sign of gradients, or has an eps of 0.
 template <class P, class G>
-void compare_tensors(RuleId rule, std::vector<Tensor<P, G>>& tensors, Scalar scalar, const std::string& what) {
+void compare_tensors(RuleId rule, std::vector<Tensor<P, G>>& tensors, Scalar scalar, const std::string& what,
+                     int every = 1) {
     std::vector<StepOptions> all;
-    for (int i = 0; i < 20; ++i) all.push_back(options_of(rule, i));
+    for (int i = 0; i < 20; ++i) all.push_back(options_of(rule, i * every));
     std::vector<AnyScalars> scalars(tensors.size());
     Buffer<float> lr(1), scale(1), found_inf(1);
     lr[0] = 0.0123f;
@@ -248,6 +250,54 @@ void compare_types(RuleId rule) {
     }
 }
 
+// Blocks that have no state yet, and blocks that have no second moment yet and gradients over many decades.
+template <class P, class G>
+void begin_anew(Tensor<P, G>& tensor) {
+    const int64_t blocks = tensor.actual.absmax[0].size();
+    for (int64_t b = 0; b < blocks; ++b) {
+        if (b % 5 != 3 && b % 7 != 2) continue;
+        for (auto* side : {&tensor.actual, &tensor.expected})
+            for (size_t s = b % 5 == 3 ? 0 : 1; s < side->absmax.size(); ++s) side->absmax[s][b] = 0;
+        for (int64_t i = b * step_block; b % 5 == 3 && i < (b + 1) * step_block && i < tensor.grad.size(); ++i)
+            tensor.grad[i] = G{};
+    }
+}
+
+// Enough blocks for the kernel over columns: rows that begin and end anywhere in the shares of its warps, and among them
+// some that it leaves to others.
+template <class P, class G>
+void compare_columns(RuleId rule, Kind kind) {
+    for (const auto& [scalar, every] : {std::pair{Scalar::Host, 1}, {Scalar::Host, 2}, {Scalar::Device, 2}}) {
+        std::vector<Tensor<P, G>> tensors;
+        for (int64_t blocks : {1, 3, 70, 17, 0, 128, 64, 33}) {
+            tensors.emplace_back(blocks * step_block + (blocks % 2 ? 0 : blocks % 11), 0, kind, rule, dithered);
+            begin_anew(tensors.back());
+        }
+        tensors.emplace_back(5 * step_block, 1, kind, rule, dithered);
+        tensors.emplace_back(5 * step_block, 0, kind, rule, wide);
+        if (sizeof(P) == 2) tensors.emplace_back(2 * step_block, 0, kind, rule, bits24);
+        const std::string types = std::string(name_of<P>()) + "/" + name_of<G>();
+        const long before = cuda_on_cpu::launches_with_memory;
+        compare_tensors(rule, tensors, scalar, "columns " + types + " kind " + std::to_string(static_cast<int>(kind)),
+                        every);
+        if (cuda_on_cpu::launches_with_memory > before) continue;
+        std::printf("columns: the kernel over columns was not launched\n");
+        ++differing;
+    }
+}
+template <class Rule>
+void compare_columns(RuleId rule) {
+    if constexpr (Rule::in_columns) {
+        for (Kind kind : kinds) {
+            compare_columns<float, float>(rule, kind);
+            compare_columns<bfloat16, bfloat16>(rule, kind);
+        }
+        compare_columns<bfloat16, float>(rule, Kind::Wide);
+        compare_columns<float16, float16>(rule, Kind::Wide);
+        compare_columns<float16, float>(rule, Kind::Wide);
+    }
+}
+
 // More tensors than one launch takes, and more different scalars and hypers.
 void compare_many() {
     for (Scalar scalar : {Scalar::Host, Scalar::Device}) {
@@ -289,5 +339,11 @@ void compare_step() {
 }
 
 void compare_step_long() { compare_long(); }
+
+void compare_step_columns() {
+#define OPTIM8_COMPARE(name, type) compare_columns<type>(RuleId::name);
+    OPTIM8_RULES(OPTIM8_COMPARE)
+#undef OPTIM8_COMPARE
+}
 
 }  // namespace optim8

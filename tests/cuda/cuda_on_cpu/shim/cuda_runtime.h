@@ -39,11 +39,14 @@ enum class Order { Forward, Reverse, Random, InTurn };
 // Random.
 void set_order(Order order, unsigned seed);
 
-// Calls body(context) once for each thread of each block.
-void run_grid(dim3 grid, dim3 block, void (*body)(void*), void* context);
+// Calls body(context) once for each thread of each block. `shared`: bytes of dynamic_memory.
+void run_grid(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* context);
 
 const dim3& thread_index();
 const dim3& block_index();
+extern dim3 grid;
+extern long launches_with_memory;  // of dynamic_memory
+unsigned char* dynamic_memory();
 
 // What the threads of a barrier or the lanes of a warp operation must agree on, and what a lane gives to it.
 enum class Operation { Shuffle, Vote, Largest, Warp };
@@ -67,6 +70,7 @@ inline int lane() { return static_cast<int>(thread_index().x % 32); }
 
 #define threadIdx (cuda_on_cpu::thread_index())
 #define blockIdx (cuda_on_cpu::block_index())
+inline const dim3& gridDim = cuda_on_cpu::grid;  // no macro: a launch has a member of this name
 
 inline void __syncthreads() { cuda_on_cpu::meet_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::meet(cuda_on_cpu::Operation::Warp, mask, 0, -1); }
@@ -116,6 +120,13 @@ inline float round_down(long double sum, bool to_zero) {
     return above ? std::nextafter(nearest, to_zero ? 0.0f : -INFINITY) : nearest;
 }
 
+// csrc/cuda/shared.h over the memory of the launch; a device keeps the first addresses to itself.
+constexpr unsigned first_address = 1024;
+template <class T>
+T* at_address(unsigned address) {
+    return reinterpret_cast<T*>(dynamic_memory() + (address - first_address));
+}
+
 }  // namespace cuda_on_cpu
 
 inline float __fadd_rd(float a, float b) { return cuda_on_cpu::round_down(static_cast<long double>(a) + b, false); }
@@ -127,6 +138,32 @@ inline float reciprocal_approximately(float x) { return 1.0f / x; }
 inline unsigned sign_halves(unsigned a, unsigned b) { return (a >> 31 ? 0xffffu : 0u) | (b >> 31 ? 0xffff0000u : 0u); }
 inline unsigned sign_bytes(unsigned a, unsigned b) { return (a >> 31 ? 0xffu : 0u) | (b >> 31 ? 0xff00u : 0u); }
 inline float inverse_root_approximately(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
+
+inline unsigned half_bits(float x) {  // of float16, rounded towards 0; of a normal one, or 0 for less
+    unsigned bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const unsigned magnitude = bits & 0x7fffffffu, bias = (127 - 15) << 23;
+    const unsigned least = 113u << 23, largest = 0x477fe000u;
+    return (bits >> 16 & 0x8000u) |
+           (magnitude < least ? 0 : ((magnitude < largest ? magnitude : largest) - bias) >> 13);
+}
+inline unsigned half_pair(float low, float high) { return half_bits(high) << 16 | half_bits(low); }
+template <class T>
+void keep_in_register(T&) {}
+
+inline unsigned dynamic_address() { return cuda_on_cpu::first_address; }
+inline float shared_float(unsigned address) { return *cuda_on_cpu::at_address<float>(address); }
+inline uint4 shared_packet(unsigned address) { return *cuda_on_cpu::at_address<uint4>(address); }
+inline unsigned load_shared(unsigned address) {
+    return __atomic_load_n(cuda_on_cpu::at_address<unsigned>(address), __ATOMIC_RELAXED);
+}
+template <class T>
+void store_shared(unsigned address, T x) {
+    *cuda_on_cpu::at_address<T>(address) = x;
+}
+inline void or_shared(unsigned address, unsigned bits) {
+    __atomic_fetch_or(cuda_on_cpu::at_address<unsigned>(address), bits, __ATOMIC_RELAXED);
+}
 
 template <class T>
 T __ldg(const T* from) {
@@ -185,6 +222,16 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
     return *version = cuda_on_cpu::setting("CUDA_ON_CPU_DRIVER", CUDART_VERSION), cudaSuccess;
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : cuda_on_cpu::setting("CUDA_ON_CPU_SHARED", 227 * 1024);
+    return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
 struct cudaFuncAttributes {
     int binaryVersion, ptxVersion;
 };
@@ -204,7 +251,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const auto call = [&](Needed... copied) {
         auto body = [&] { kernel(copied...); };
         cuda_on_cpu::run_grid(
-            config->gridDim, config->blockDim, [](void* context) { (*static_cast<decltype(body)*>(context))(); },
+            config->gridDim, config->blockDim, config->dynamicSmemBytes, [](void* context) { (*static_cast<decltype(body)*>(context))(); },
             &body);
     };
     call(given...);

@@ -26,6 +26,10 @@ __attribute__((weak)) void __tsan_release(void* at);
 }
 
 namespace cuda_on_cpu {
+
+dim3 grid;
+long launches_with_memory = 0;
+
 namespace {
 
 constexpr size_t stack_bytes = 256 << 10;
@@ -98,7 +102,8 @@ Context scheduler;
 void *scheduler_fake_stack = nullptr, *scheduler_tsan = nullptr;
 const void* scheduler_bottom = nullptr;
 size_t scheduler_size = 0;
-dim3 grid, block, block_at;
+dim3 block, block_at;
+std::unique_ptr<unsigned char[]> shared_memory;
 void (*thread_body)(void*) = nullptr;
 void* thread_context = nullptr;
 // What stands for order in TSan's eyes: barriers, warp operations, and that a block begins when the one before has
@@ -190,14 +195,17 @@ void set_order(Order new_order, unsigned seed) {
 
 const dim3& thread_index() { return current->index; }
 const dim3& block_index() { return block_at; }
+unsigned char* dynamic_memory() { return shared_memory.get(); }
 
-void run_grid(dim3 new_grid, dim3 new_block, void (*body)(void*), void* context) {
+void run_grid(dim3 new_grid, dim3 new_block, size_t shared, void (*body)(void*), void* context) {
     if (current != nullptr) fail("launches a kernel");
     grid = new_grid;
     block = new_block;
     if (block.y != 1 || block.z != 1 || grid.y != 1 || grid.z != 1) fail("blocks and grids have one dimension here");
     thread_body = body;
     thread_context = context;
+    launches_with_memory += shared > 0;
+    shared_memory.reset(shared > 0 ? new unsigned char[shared] : nullptr);
     if (__tsan_get_current_fiber) scheduler_tsan = __tsan_get_current_fiber();
     if (fibers.size() != block.x) {
         fibers = std::vector<Fiber>(block.x);
