@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,8 +37,11 @@ def _ninja() -> str:
     return str(Path(BIN_DIR) / "ninja")
 
 
-def _build(result: Path, objects: Sequence[tuple[Path, Path, list[str]]], link: Sequence[str]) -> Path:
-    """Compiles (source, object, flags) where they changed, and links them."""
+Object = tuple[Path, Path, list[str]]  # source, object, flags
+
+
+def link(result: Path, objects: Sequence[Object], flags: Sequence[str], given: Iterable[Path] = ()) -> Path:
+    """Compiles objects where their sources changed, and links them with others that are `given`."""
     folder = result.parent
     folder.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{path}" for path in (HERE / "shim", HERE, ROOT / "csrc")]
@@ -48,11 +51,12 @@ def _build(result: Path, objects: Sequence[tuple[Path, Path, list[str]]], link: 
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler()} {' '.join(link)} $in -o $out",
+        f"  command = {compiler()} {' '.join(flags)} $in -o $out",
     ]
-    for source, output, flags in objects:
-        lines += [f"build {output}: compile {source}", f"  flags = {' '.join(flags)}"]
-    lines.append(f"build {result}: link {' '.join(str(output) for _, output, _ in objects)}")
+    for source, output, own in objects:
+        lines += [f"build {output}: compile {source}", f"  flags = {' '.join(own)}"]
+    linked = [*(output for _, output, _ in objects), *given]
+    lines.append(f"build {result}: link {' '.join(map(str, linked))}")
     command = [_ninja(), "-C", str(folder), "-f", f"{result.stem}.ninja"]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run at a time take turns
@@ -92,7 +96,33 @@ def module() -> Path:
         objects.append((source, folder / f"{source.stem}.module.o", bound))
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         objects.append((source, folder / f"{source.stem}.cuda.o", [*PIC, "-x", "c++"]))
-    return _build(folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", objects, ["-shared"])
+    return link(folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", objects, ["-shared"])
+
+
+def objects(name: str, sanitizer: str) -> list[Object]:
+    """What a program is made of."""
+    folder = ROOT / "build" / "cuda_on_cpu" / sanitizer
+    # Without sanitizers the kernels are those of the module.
+    checked = PIC
+    if SANITIZERS[sanitizer]:
+        few = f"-iquote {_few_rules(folder)}"
+        checked = [*sanitize_flags(sanitizer), "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", few]
+    listed: list[Object] = [
+        # The scheduler tells sanitizers of its fibers; it must not itself be watched.
+        (HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC),
+    ]
+    for source in sorted(HERE.glob(f"{name}*.cpp")):
+        listed.append((source, folder / f"{source.stem}.o", checked))
+    if name == "compare":
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            listed.append((source, folder / f"{source.stem}.cuda.o", [*checked, "-x", "c++"]))
+        for source in sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")):
+            listed.append((source, folder / f"{source.stem}.cpu.o", [*checked, "-DOPTIM8_ISA=scalar"]))
+    return listed
+
+
+def sanitize_flags(sanitizer: str) -> list[str]:
+    return [f"-fsanitize={names}" for names in SANITIZERS[sanitizer]]
 
 
 def program(name: str, sanitizer: str) -> Path:
@@ -106,21 +136,4 @@ def program(name: str, sanitizer: str) -> Path:
         RuntimeError: it does not compile; holds the compiler's messages.
     """
     folder = ROOT / "build" / "cuda_on_cpu" / sanitizer
-    sanitize = [f"-fsanitize={names}" for names in SANITIZERS[sanitizer]]
-    # Without sanitizers the kernels are those of the module.
-    checked = PIC
-    if sanitize:
-        few = f"-iquote {_few_rules(folder)}"
-        checked = [*sanitize, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", few]
-    objects: list[tuple[Path, Path, list[str]]] = [
-        # The scheduler tells sanitizers of its fibers; it must not itself be watched.
-        (HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC),
-    ]
-    for source in sorted(HERE.glob(f"{name}*.cpp")):
-        objects.append((source, folder / f"{source.stem}.o", checked))
-    if name == "compare":
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            objects.append((source, folder / f"{source.stem}.cuda.o", [*checked, "-x", "c++"]))
-        for source in sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")):
-            objects.append((source, folder / f"{source.stem}.cpu.o", [*checked, "-DOPTIM8_ISA=scalar"]))
-    return _build(folder / name, objects, sanitize)
+    return link(folder / name, objects(name, sanitizer), sanitize_flags(sanitizer))

@@ -48,6 +48,14 @@ class Buffer {
     std::unique_ptr<char[]> memory_;
 };
 
+// What kernels read must be in a Buffer, as it must be in a GPU's memory: tests/cuda/ptx looks at it.
+template <class T>
+Buffer<T> buffer_of(const T* from, int64_t size) {
+    Buffer<T> buffer(size);
+    for (int64_t i = 0; i < size; ++i) buffer[i] = from[i];
+    return buffer;
+}
+
 inline long compared = 0, differing = 0;
 
 template <class T>

@@ -45,7 +45,8 @@ void compare_blocks(const Map& map, Kind kind, int64_t size, int64_t blocksize, 
     const int64_t blocks = blocks_of(size, blocksize);
     Buffer<uint8_t> codes(size, offset), expected_codes(size, offset);
     Buffer<float> absmax(blocks), expected_absmax(blocks), info(code_info_size);
-    QuantizeJob job{values.data(), codes.data(), absmax.data(), map.values.data(), map.middle.data(),
+    const Buffer<float> code = buffer_of(map.values.data(), code_size);
+    QuantizeJob job{values.data(), codes.data(), absmax.data(), code.data(), map.middle.data(),
                     size,          blocksize,    storage_of<T>, map.kind};
     QuantizeJob on_cpu = job;
     on_cpu.codes = expected_codes.data();
@@ -58,8 +59,7 @@ void compare_blocks(const Map& map, Kind kind, int64_t size, int64_t blocksize, 
 
     Buffer<T> out(size, offset), expected_out(size, offset);
     fill_codes(codes);
-    DequantizeJob back{codes.data(), absmax.data(), map.values.data(), out.data(),
-                       size,         blocksize,     storage_of<T>,     map.kind};
+    DequantizeJob back{codes.data(), absmax.data(), code.data(), out.data(), size, blocksize, storage_of<T>, map.kind};
     cuda_dequantize(back, nullptr);
     back.out = expected_out.data();
     scalar::dequantize_blocks(back, 0, blocks);
@@ -85,7 +85,8 @@ void compare_quotients() {
         const int64_t blocks = blocks_of(values.size(), 256);
         Buffer<uint8_t> codes(values.size()), expected(values.size());
         Buffer<float> absmax(blocks), info(code_info_size);
-        QuantizeJob job{values.data(), codes.data(), absmax.data(),    map.values.data(), map.middle.data(),
+        const Buffer<float> code = buffer_of(map.values.data(), code_size);
+        QuantizeJob job{values.data(), codes.data(), absmax.data(),    code.data(), map.middle.data(),
                         values.size(), 256,          Storage::Float32, map.kind};
         cuda_quantize(job, info.data(), nullptr);
         job.codes = expected.data();
@@ -135,12 +136,12 @@ void compare_gemv(int64_t rows, int64_t columns, int64_t blocksize, int64_t offs
         for (int64_t turn = 0; turn < 8; ++turn)
             for (int64_t l = 0; l < 16; ++l) wide[at + 16 * turn + l] = to_float(vector[at + gemv_order(turn, l)]);
     Buffer<T> out(rows, offset), expected(rows, offset);
-    const float* table = FourbitOf<Fourbit::NF4>::all.value;
-    cuda_gemv_4bit({vector.data(), packed.data(), absmax.data(), table, out.data(), rows, columns, blocksize,
+    const Buffer<float> table = buffer_of(FourbitOf<Fourbit::NF4>::all.value, 16);
+    cuda_gemv_4bit({vector.data(), packed.data(), absmax.data(), table.data(), out.data(), rows, columns, blocksize,
                     storage_of<V>, storage_of<T>},
                    nullptr);
-    scalar::gemv_4bit({wide.data(), packed.data(), absmax.data(), table, expected.data(), rows, columns, blocksize,
-                       storage_of<T>, whole},
+    scalar::gemv_4bit({wide.data(), packed.data(), absmax.data(), table.data(), expected.data(), rows, columns,
+                       blocksize, storage_of<T>, whole},
                       0, rows);
     expect_same(describe("gemv", name_of<V>(), rows, blocksize, offset) + " columns " + std::to_string(columns), out,
                 expected);

@@ -1,0 +1,78 @@
+"""Links the objects that nvcc made of csrc/cuda with the runtime and the interpreter of this folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "cuda" / "cuda_on_cpu"), str(ROOT / "experiments")]
+from shared import sass  # noqa: E402
+
+import build as on_cpu  # noqa: E402
+
+FOLDER = ROOT / "build" / "cuda_on_cpu" / "plain"  # whose objects are taken
+FLAGS = ["-std=c++20", "-O2", "-march=native", *on_cpu.PIC]
+
+
+def objects() -> list[Path]:
+    """What setup.py linked into optim8._cuda; empty where `make cuda-check` did not name its folder."""
+    folder = os.environ.get("OPTIM8_CUDA_OBJECTS")
+    if not folder:
+        return []
+    plan = (Path(folder) / "build.ninja").read_text()
+    (inputs,) = re.findall(r"^build \S*_cuda\S*\.so: link (.*)$", plan, re.MULTILINE)
+    return [Path(path) for path in inputs.split()]
+
+
+def is_kernel(path: Path) -> bool:
+    return path.name.endswith(".cu.o")
+
+
+def ptx() -> Path:
+    """The folder of the PTX in the objects, taken out of them."""
+    tools = sass.tool_folder()
+    if tools is None:
+        raise RuntimeError("needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    folder = ROOT / "build" / "ptx"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in filter(is_kernel, objects()):
+        command = [str(tools / "cuobjdump"), "-xptx", "all", str(path)]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    return folder
+
+
+def _headers() -> Path:
+    """The folder of CUDA's headers, which nvcc knows."""
+    command = ["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    (top,) = re.findall(r"^#\$ TOP=(.*)$", run.stderr, re.MULTILINE)
+    found = [*Path(top).glob("include/cuda_runtime_api.h"), *Path(top).glob("targets/*/include/cuda_runtime_api.h")]
+    return found[0].parent.resolve()
+
+
+def _runtime(*left_out: str) -> list[on_cpu.Object]:
+    include = _headers()
+    sources = [source for source in sorted(HERE.glob("*.cpp")) if source.name not in left_out]
+    loops = {"arithmetic": ["-O3"]}  # over lanes
+    return [
+        (source, FOLDER / f"{source.stem}.ptx.o", [*FLAGS, *loops.get(source.stem, []), f"-isystem {include}"])
+        for source in sources
+    ]
+
+
+def program() -> Path:
+    """The comparison of cuda_on_cpu, with nvcc's kernels in the place of those over the shim."""
+    compared = [path for path in on_cpu.objects("compare", "plain") if not path[1].name.endswith(".cuda.o")]
+    return on_cpu.link(FOLDER / "compare_ptx", [*compared, *_runtime()], [], filter(is_kernel, objects()))
+
+
+def module() -> Path:
+    """The path of optim8._cuda of the same objects as the one for GPUs, with this runtime in the place of CUDA's."""
+    return on_cpu.link(FOLDER / "ptx_cuda.so", _runtime("memory.cpp"), ["-shared"], objects())

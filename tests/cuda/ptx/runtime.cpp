@@ -1,0 +1,148 @@
+// The part of the CUDA runtime that the objects of csrc/cuda and csrc/bind/cuda call, without a GPU: kernels run at
+// once, from their PTX, in the folder that OPTIM8_PTX names. The functions of `fake_cuda` are for tests.
+#include "ptx.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+
+namespace {
+
+struct Launch {
+    std::string kernel;
+    unsigned blocks, threads, parameter_bytes;
+    const void* stream;
+    int device;
+};
+
+std::map<const void*, std::string>& names() {
+    static std::map<const void*, std::string> of_stubs;
+    return of_stubs;
+}
+std::vector<Launch> launches;
+int current_device = 0, launches_until_error = -1;
+cudaError_t chosen_error = cudaSuccess, last_error = cudaSuccess;
+std::string fault;
+
+// What the driver allows a kernel, from CUDA 12.1 on.
+constexpr unsigned most_parameter_bytes = 32764;
+
+ptx::Kernel& kernel_of(const void* stub) {
+    static const bool loaded = [] {
+        const char* folder = std::getenv("OPTIM8_PTX");
+        if (folder == nullptr) throw ptx::Fault("OPTIM8_PTX must name the folder of the PTX");
+        const std::map<std::string, ptx::Approximation> approximations = {{"low", ptx::Approximation::Low},
+                                                                          {"high", ptx::Approximation::High},
+                                                                          {"mixed", ptx::Approximation::Mixed},
+                                                                          {"nearest", ptx::Approximation::Nearest}};
+        if (const char* name = std::getenv("OPTIM8_PTX_APPROXIMATION")) ptx::approximation = approximations.at(name);
+        ptx::load(folder);
+        return true;
+    }();
+    (void)loaded;
+    const auto name = names().find(stub);
+    if (name == names().end()) throw ptx::Fault("no such kernel was registered");
+    return ptx::kernel(name->second);
+}
+
+cudaError_t fail(cudaError_t error) { return last_error = error; }
+
+cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, cudaStream_t stream) {
+    if (launches_until_error >= 0 && launches_until_error-- == 0) return fail(chosen_error);
+    try {
+        ptx::Kernel& kernel = kernel_of(stub);
+        if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 ||
+            block.x == 0 || block.x > kernel.most_threads || kernel.parameter_bytes > most_parameter_bytes)
+            return fail(cudaErrorInvalidConfiguration);
+        launches.push_back({kernel.name, grid.x, block.x, kernel.parameter_bytes, stream, current_device});
+        ptx::run(kernel, grid.x, block.x, arguments);
+    } catch (const ptx::Fault& problem) {
+        fault = problem.what();
+        return fail(cudaErrorIllegalAddress);
+    }
+    return cudaSuccess;
+}
+
+}  // namespace
+
+extern "C" {
+
+void** __cudaRegisterFatBinary(void*) {
+    static void* handle = nullptr;
+    return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+    names()[stub] = name;
+}
+// Nobody launches with <<<>>>.
+unsigned __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { std::abort(); }
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { std::abort(); }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { std::abort(); }
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
+    if (config->dynamicSmemBytes != 0 || config->numAttrs != 0) return fail(cudaErrorNotSupported);
+    return launch(stub, config->gridDim, config->blockDim, arguments, config->stream);
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
+    if (launches_until_error >= 0 && launches_until_error-- == 0) return fail(chosen_error);
+    try {
+        const ptx::Kernel& kernel = kernel_of(stub);
+        *attributes = {};
+        attributes->binaryVersion = attributes->ptxVersion = kernel.architecture;
+        attributes->maxThreadsPerBlock = static_cast<int>(kernel.most_threads);
+    } catch (const ptx::Fault& problem) {
+        fault = problem.what();
+        return fail(cudaErrorInvalidDeviceFunction);
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+    try {
+        for (size_t i = 0; i < bytes; ++i)
+            *ptx::memory(reinterpret_cast<uint64_t>(at) + i, 1, true, ptx::Instruction()) = static_cast<uint8_t>(value);
+    } catch (const ptx::Fault& problem) {
+        fault = problem.what();
+        return fail(cudaErrorInvalidValue);
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaGetLastError() {
+    const cudaError_t error = last_error;
+    last_error = cudaSuccess;
+    return error;
+}
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheTest"; }
+const char* cudaGetErrorString(cudaError_t error) {
+    static std::string text;
+    text = fault.empty() ? "error " + std::to_string(static_cast<int>(error)) : fault;
+    return text.c_str();
+}
+
+#define FOR_TESTS __attribute__((visibility("default")))
+FOR_TESTS void fake_cuda_set_device(int device) { current_device = device; }
+// The launch after `launches` others gives an error instead.
+FOR_TESTS void fake_cuda_fail(int launches, int error) {
+    launches_until_error = launches;
+    chosen_error = static_cast<cudaError_t>(error);
+}
+FOR_TESTS int fake_cuda_launches() { return static_cast<int>(launches.size()); }
+FOR_TESTS const char* fake_cuda_launch(int i) {
+    static std::string text;
+    const Launch& launch = launches.at(static_cast<size_t>(i));
+    char numbers[100];
+    std::snprintf(numbers, sizeof numbers, " %u %u %u %p %d", launch.blocks, launch.threads, launch.parameter_bytes,
+                  launch.stream, launch.device);
+    text = launch.kernel + numbers;
+    return text.c_str();
+}
+
+}  // extern "C"

@@ -1,0 +1,90 @@
+"""The PTX in the objects that become optim8._cuda, run by the interpreter of ptx, gives what csrc/cpu gives, bit for
+bit. `make cuda-check` runs this once they are compiled, and names their folder in OPTIM8_CUDA_OBJECTS."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import EVERY
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+from ptx import build  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("OPTIM8_CUDA_OBJECTS"), reason="needs the objects of `make cuda-check`, which runs it"
+)
+
+
+@pytest.fixture(scope="module")
+def ptx() -> Path:
+    return build.ptx()
+
+
+def compare(ptx: Path, kernels: str, approximation: str = "nearest") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OPTIM8_PTX": str(ptx), "OPTIM8_PTX_APPROXIMATION": approximation}
+    command = [str(build.program()), kernels, "forward"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+
+# Nothing may depend on how the hardware rounds its approximations: steps have them as low as PTX allows, and as high.
+@pytest.mark.parametrize(
+    "kernels, approximation",
+    [("step", "low"), ("step", "high"), ("blockwise", "mixed"), ("fourbit", "mixed"), ("int8", "mixed")],
+)
+def test_kernels_equal_those_of_the_cpu(ptx: Path, kernels: str, approximation: str) -> None:
+    result = compare(ptx, kernels, approximation)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    compared = re.fullmatch(r"(\d+) values compared, 0 differ\n", result.stdout)
+    assert compared is not None
+    assert int(compared[1]) > 1_000_000
+
+
+def test_the_module_on_tensors_that_seem_to_be_on_gpus(ptx: Path) -> None:
+    """Its host code too: launches, devices, streams, errors. See ptx_worker."""
+    environment = {
+        **os.environ,
+        "OPTIM8_PTX": str(ptx),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    command = [sys.executable, str(ROOT / "tests/cuda/ptx_worker.py"), str(build.module())]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    checks = json.loads(run.stdout.splitlines()[-1])
+    assert len(checks) > len(EVERY)
+    assert [f"{name}: {problem}" for name, problem in checks.items() if problem] == []
+
+
+# What is replaced in the PTX of which source, with what, and what is said about it.
+PLANTED = {
+    "rounding": ("blockwise", r"add\.rm\.f32", "add.rn.f32", r"\d+ differ"),
+    "table": ("blockwise", r"(signed_tablesE\[\d+\] = \{)51", r"\g<1>52", r"\d+ differ"),
+    "shuffle": ("fourbit", r"shfl\.sync\.bfly", "shfl.sync.down", r"\d+ differ"),
+    "mask": ("fourbit", r"(mov\.u32 %r\d+), -1;", r"\1, 65535;", "a lane is not in its own mask"),
+    "sum": ("int8", r"dp4a\.s32\.s32 (%r\d+), (%r\d+), (%r\d+),", r"dp4a.s32.s32 \1, \2, \2,", r"\d+ differ"),
+    "unknown": ("blockwise", r"add\.rm\.f32", "add.rp.f32", r"no instruction add\.rp\.f32 is known"),
+    "register": ("int8", r"cvt\.rn\.bf16\.f32 %rs\d+", "cvt.rn.bf16.f32 %r1", "registers of this cvt.rn.bf16.f32"),
+    "alignment": ("blockwise", r"(st\.global\.u16 \[%rd\d+\+)14\]", r"\g<1>15]", "is not a multiple of 2"),
+    "overrun": ("blockwise", r"(st\.global\.u16 \[%rd\d+\+)14\]", r"\g<1>8206]", "writes memory that is not there"),
+    "parameters": ("int8", r"(ld\.param\.u64 %rd\d+, \[\w+_param_0\+)8\]", r"\g<1>800]", "reads beyond the parameters"),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_mistake_is_noticed(ptx: Path, planted: str, tmp_path: Path) -> None:
+    kernels, pattern, replacement, message = PLANTED[planted]
+    shutil.copytree(ptx, tmp_path / "ptx")
+    (path,) = (tmp_path / "ptx").glob(f"{kernels}.*.ptx")
+    wrong, count = re.subn(pattern, replacement, path.read_text())
+    assert count > 0
+    path.write_text(wrong)
+    result = compare(tmp_path / "ptx", kernels)
+    assert result.returncode != 0
+    assert re.search(message, result.stdout + result.stderr), result.stdout[-4000:] + result.stderr[-4000:]
