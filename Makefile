@@ -120,7 +120,7 @@ docs: $(call with,docs) ## build the site of the documents and of the API into b
 cuda-check: $(call with,test) ## compile the CUDA module (needs nvcc, no GPU), import it, run its PTX on the CPU
 	OPTIM8_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda-check
 	$(BIN)/python -c 'import sys; sys.path.insert(0, "build/cuda-check/optim8"); import _cuda; print("imported", _cuda.__file__)'
-	OPTIM8_CUDA_OBJECTS=build/native/_cuda $(BIN)/pytest --quiet tests/cuda/test_cuda_ptx.py $(ARGS)
+	OPTIM8_CUDA_OBJECTS=build/native/_cuda $(BIN)/pytest --quiet --numprocesses 2 tests/cuda/test_cuda_ptx.py $(ARGS)
 
 # Runs on the Python it is given: no network and no environment of its own there.
 .PHONY: gpu-report

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import EVERY, Case
-from support.cuda_stub import OnCuda, Torch, install, plain
+from support.cuda_stub import CUDA, OnCuda, Torch, install, plain
 from support.harness import DTYPES, hostile, snapshot
 
 import optim8
@@ -71,6 +71,21 @@ class Runtime:
         self.library.fake_cuda_set_device(index)
         yield
         self.library.fake_cuda_set_device(0)
+
+
+class Posing(Torch):
+    """Takes "cuda" as code that is written for GPUs says it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.cuda, torch.Tensor.cpu):
+            copied = plain(args[0].detach()).clone()
+            return copied.as_subclass(OnCuda) if func is torch.Tensor.cuda else copied
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        named = {"cuda": CUDA, "cpu": torch.device("cpu")}
+        args = tuple(named.get(value, value) if isinstance(value, str) else value for value in args)
+        kwargs = {k: named.get(v, v) if isinstance(v, str) else v for k, v in (kwargs or {}).items()}
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def on(device: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -127,6 +142,16 @@ def check_functional(dtype: torch.dtype) -> None:
     expected = functional_results(x)
     for i, (mine, theirs) in enumerate(zip(functional_results(on("cuda", x)), expected, strict=True)):
         assert torch.equal(plain(mine).flatten(), theirs.flatten()), i
+
+
+def check_report(name: str) -> None:
+    """What `make gpu-report` compares on a GPU, in small."""
+    from gpu import check  # which looks at tensors, so that the stub must be there
+
+    compare = check.Comparison()
+    check.COMPARISONS[name](compare, True)
+    assert compare.count > 0
+    assert compare.differing == []
 
 
 def check_probe(module: Any) -> None:
@@ -201,6 +226,7 @@ def check_kernel_at_fault(module: Any) -> None:
         module.quantize_blockwise(storage.as_subclass(OnCuda), *arguments[1:])
 
 
+REPORTED = ("steps", "large", "huge", "functions", "matrices", "roots", "quotients")
 FORMS: dict[str, dict[str, Any]] = {
     "8 bits": {"optim_bits": 8},
     "16 bits": {"optim_bits": 16},
@@ -217,6 +243,8 @@ def checks(module: Any, runtime: Runtime) -> dict[str, Callable[[], None]]:
     }
     for name, dtype in DTYPES.items():
         listed[f"functional, {name}"] = lambda dtype=dtype: check_functional(dtype)
+    for name in REPORTED:
+        listed[f"report, {name}"] = lambda name=name: check_report(name)
     return {
         **listed,
         "probe": lambda: check_probe(module),
@@ -234,12 +262,13 @@ def main() -> None:
     # As it is: it takes tensors on GPUs, and launches are done when it returns.
     module, cpu = gpu.module, _native.cpu()
     _native.module_for = lambda device, who: module if device.type == "cuda" else cpu  # type: ignore[assignment, return-value]
+    torch.cuda.set_sync_debug_mode = lambda mode: None
     torch.cuda.device = runtime.device  # type: ignore[assignment, misc]
     torch.cuda.current_stream = lambda device=0: type("Stream", (), {"cuda_stream": STREAMS[device or 0]})()
-    for name, check in checks(module, runtime).items():
+    for name, work in checks(module, runtime).items():
         try:
-            with Torch(gpu):
-                check()
+            with Posing(gpu):
+                work()
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()

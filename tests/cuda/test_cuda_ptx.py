@@ -15,6 +15,7 @@ import pytest
 from cases import EVERY
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = (ROOT, ROOT / "tests", ROOT / "experiments")
 sys.path.insert(0, str(ROOT / "tests" / "cuda"))
 from ptx import build  # noqa: E402
 
@@ -24,8 +25,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def ptx() -> Path:
-    return build.ptx()
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ptx")
+    build.ptx(folder)
+    return folder
 
 
 def compare(ptx: Path, kernels: str, approximation: str = "nearest") -> subprocess.CompletedProcess[str]:
@@ -62,6 +65,9 @@ def test_the_module_on_tensors_that_seem_to_be_on_gpus(ptx: Path) -> None:
     assert [f"{name}: {problem}" for name, problem in checks.items() if problem] == []
 
 
+FIRST_THREADS = r"(mov\.u32 (%r\d+), %tid\.x;\n)"
+LEAVES = r"\g<1>setp.lt.u32 %p1, \g<2>, 5;\n@%p1 "  # what the first five of them do next
+VOTE = "vote.sync.any.pred %p1, %p1, -1;\n"
 # What is replaced in the PTX of which source, with what, and what is said about it.
 PLANTED = {
     "rounding": ("blockwise", r"add\.rm\.f32", "add.rn.f32", r"\d+ differ"),
@@ -69,6 +75,12 @@ PLANTED = {
     "shuffle": ("fourbit", r"shfl\.sync\.bfly", "shfl.sync.down", r"\d+ differ"),
     "mask": ("fourbit", r"(mov\.u32 %r\d+), -1;", r"\1, 65535;", "a lane is not in its own mask"),
     "sum": ("int8", r"dp4a\.s32\.s32 (%r\d+), (%r\d+), (%r\d+),", r"dp4a.s32.s32 \1, \2, \2,", r"\d+ differ"),
+    "exit": ("blockwise", FIRST_THREADS, LEAVES + "ret;\n", "a mask names lanes that have ended"),
+    "wait": (
+        *("blockwise", FIRST_THREADS, LEAVES + f"bra $here;\n{VOTE}bra $there;\n$here:\n{VOTE}$there:\n"),
+        "lanes wait for others that never come",
+    ),
+    "loop": ("int8", FIRST_THREADS, r"\g<1>$here:\nbra $here;\n", "a warp does not end"),
     "unknown": ("blockwise", r"add\.rm\.f32", "add.rp.f32", r"no instruction add\.rp\.f32 is known"),
     "register": ("int8", r"cvt\.rn\.bf16\.f32 %rs\d+", "cvt.rn.bf16.f32 %r1", "registers of this cvt.rn.bf16.f32"),
     "alignment": ("blockwise", r"(st\.global\.u16 \[%rd\d+\+)14\]", r"\g<1>15]", "is not a multiple of 2"),

@@ -169,6 +169,8 @@ void add_arithmetic(Table& t) {
     t["mul.wide.u32"] = form<u64, u32, u32>([](u32 x, u32 y) { return u64{x} * y; });
     t["mul.wide.s32"] = form<s64, s32, s32>([](s32 x, s32 y) { return s64{x} * y; });
     t["dp4a.s32.s32"] = form<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return dot(a, b, c); });
+    t["dp2a.lo.s32.s32"] = form<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return dot_halves(a, b, c); });
+    t["bfe.u32"] = form<u32, u32, u32, u32>([](u32 x, u32 first, u32 count) { return extract(x, first, count); });
     t["prmt.b32"] = form<u32, u32, u32, u32>([](u32 a, u32 b, u32 s) { return permute(a, b, s); });
     t["shf.l.wrap.b32"] = form<u32, u32, u32, u32>(
         [](u32 low, u32 high, u32 by) { return static_cast<u32>(((u64{high} << 32 | low) << (by & 31)) >> 32); });

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,18 +33,16 @@ def is_kernel(path: Path) -> bool:
     return path.name.endswith(".cu.o")
 
 
-def ptx() -> Path:
-    """The folder of the PTX in the objects, taken out of them."""
+def ptx(folder: Path) -> None:
+    """Puts the PTX in the objects into files in this folder."""
     tools = sass.tool_folder()
     if tools is None:
         raise RuntimeError("needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    folder = ROOT / "build" / "ptx"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     for path in filter(is_kernel, objects()):
         command = [str(tools / "cuobjdump"), "-xptx", "all", str(path)]
         subprocess.run(command, cwd=folder, capture_output=True, check=True)
-    return folder
+    if not any(folder.iterdir()):
+        raise RuntimeError("the objects have no PTX: an architecture of OPTIM8_CUDA_ARCHS must end in +PTX")
 
 
 def _headers() -> Path:

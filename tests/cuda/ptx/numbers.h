@@ -100,6 +100,16 @@ inline uint32_t dot(uint32_t a, uint32_t b, uint32_t sum) {
         sum += static_cast<uint32_t>(static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i));
     return sum;
 }
+// Two halves of a with the lower two bytes of b.
+inline uint32_t dot_halves(uint32_t a, uint32_t b, uint32_t sum) {
+    for (int i = 0; i < 2; ++i)
+        sum += static_cast<uint32_t>(static_cast<int16_t>(a >> (16 * i)) * static_cast<int8_t>(b >> (8 * i)));
+    return sum;
+}
+inline uint32_t extract(uint32_t x, uint32_t first, uint32_t count) {
+    const uint64_t kept = (uint64_t{1} << ((count & 255) < 32 ? count & 255 : 32)) - 1;
+    return (first & 255) < 32 ? static_cast<uint32_t>(x >> (first & 255) & kept) : 0;
+}
 
 template <class F>
 F larger(F a, F b) {

@@ -26,7 +26,10 @@ struct Entry {
 std::deque<Source> sources;
 std::unordered_map<std::string, Entry> entries;
 
-bool begins(const std::string& text, const char* with) { return text.rfind(with, 0) == 0; }
+bool begins(const std::string& text, const std::string& with) { return text.rfind(with, 0) == 0; }
+
+// How nvcc writes that it needs the upper half of a word only.
+const std::string unused_half = "{ .reg .b16 tmp; mov.b32 {tmp";
 
 // The lines of a text, without spaces around them.
 class Lines {
@@ -128,6 +131,9 @@ class Parser {
             kernel_.most_threads = static_cast<uint32_t>(std::stoul(line.substr(9)));
         } else if (line.find(".entry ") != std::string::npos || begins(line, ".minnctapersm ") ||
                    begins(line, ".pragma ")) {
+        } else if (begins(line, unused_half) && line.back() == '}') {
+            const size_t begin = unused_half.size();
+            add_statement("mov.b32 {_" + line.substr(begin, line.rfind(';') - begin));
         } else if (line[0] == '.' || line.back() != ';') {
             throw Fault("this is not known.");
         } else {
@@ -135,14 +141,15 @@ class Parser {
         }
     }
 
-    // ".param .u64 NAME," or ".param .align 8 .b8 NAME[16]".
+    // ".param .u64 NAME,", ".param .u64 .ptr .align 1 NAME," or ".param .align 8 .b8 NAME[16]".
     void add_parameter(const std::string& line) {
         std::istringstream words(line.substr(7));
-        std::string type, name;
+        std::string type, name, of_target;
         uint32_t alignment = 0, count = 1;
         words >> type;
         if (type == ".align") words >> alignment >> type;
         words >> name;
+        if (name == ".ptr") words >> of_target >> of_target >> name;
         if (name.back() == ',') name.pop_back();
         const uint32_t size = static_cast<uint32_t>(std::stoul(type.substr(2))) / 8;
         if (const size_t open = name.find('['); open != std::string::npos) {
@@ -163,8 +170,11 @@ class Parser {
         if (percent == std::string::npos || open == std::string::npos) throw Fault("this is not known.");
         const int bytes = type == ".pred" ? 0 : std::stoi(type.substr(2)) / 8;
         const auto count = static_cast<uint32_t>(std::stoul(line.substr(open + 1)));
-        registers_[line.substr(percent, open - percent)] = {bytes, room(bytes == 0 ? 4 * count : bytes * lanes * count),
-                                                            count};
+        const size_t size = bytes == 0 ? 4 * count : bytes * lanes * count;
+        const uint32_t place = room(size);
+        registers_[line.substr(percent, open - percent)] = {bytes, place, count};
+        // What is read before it is written must not happen to be 0.
+        std::memset(kernel_.frame.data() + place, 0xa5, size);
     }
     uint32_t room(size_t bytes) {
         const size_t begin = kernel_.frame.size();

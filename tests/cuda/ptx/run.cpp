@@ -11,7 +11,11 @@ struct Area {
     uint64_t end;
     bool writable;
 };
-std::map<uint64_t, Area> areas;
+// Never destroyed: arrays are made before anything is initialized here, and go after it.
+std::map<uint64_t, Area>& areas() {
+    static auto& all = *new std::map<uint64_t, Area>();
+    return all;
+}
 size_t named_areas = 0;  // those that can be written
 
 // Lanes at one place of the code.
@@ -21,7 +25,7 @@ struct Group {
 };
 
 // No warp of a kernel of optim8 needs nearly as many.
-constexpr uint64_t most_instructions = 1ull << 28;
+constexpr uint64_t most_instructions = 1ull << 26;
 
 class Scheduler {
   public:
@@ -116,23 +120,23 @@ class Scheduler {
 
 void add_memory(void* begin, size_t bytes, bool writable) {
     const auto at = reinterpret_cast<uint64_t>(begin);
-    areas[at] = {at + bytes, writable};
+    areas()[at] = {at + bytes, writable};
     named_areas += writable;
     last_read = last_written = Range();
 }
 
 void remove_memory(const void* begin) {
-    const auto found = areas.find(reinterpret_cast<uint64_t>(begin));
-    if (found == areas.end()) return;
+    const auto found = areas().find(reinterpret_cast<uint64_t>(begin));
+    if (found == areas().end()) return;
     named_areas -= found->second.writable;
-    areas.erase(found);
+    areas().erase(found);
     last_read = last_written = Range();
 }
 
 Range range_of(uint64_t address, size_t bytes, bool written, const Instruction& by) {
     if (named_areas == 0) return {1, ~0ull};
-    auto after = areas.upper_bound(address);
-    if (after != areas.begin()) {
+    auto after = areas().upper_bound(address);
+    if (after != areas().begin()) {
         const auto& [begin, area] = *--after;
         if (address + bytes <= area.end && (area.writable || !written)) return {begin, area.end};
     }
