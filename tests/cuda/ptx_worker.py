@@ -1,6 +1,6 @@
 """Optimizers and the functional API on tensors that seem to be on GPUs: python ptx_worker.py MODULE.
 
-MODULE is optim8._cuda as ptx/build.py links it: the objects for GPUs, whose kernels run on the CPU from their PTX.
+MODULE is optim8._cuda as ptx/link.py links it: the objects for GPUs, whose kernels run on the CPU from their PTX.
 Prints a JSON object: for each check "", or what went wrong.
 """
 

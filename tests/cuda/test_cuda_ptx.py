@@ -17,7 +17,7 @@ from cases import EVERY
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (ROOT, ROOT / "tests", ROOT / "experiments")
 sys.path.insert(0, str(ROOT / "tests" / "cuda"))
-from ptx import build  # noqa: E402
+from ptx import link  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("OPTIM8_CUDA_OBJECTS"), reason="needs the objects of `make cuda-check`, which runs it"
@@ -27,20 +27,20 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ptx")
-    build.ptx(folder)
+    link.ptx(folder)
     return folder
 
 
 def compare(ptx: Path, kernels: str, approximation: str = "nearest") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OPTIM8_PTX": str(ptx), "OPTIM8_PTX_APPROXIMATION": approximation}
-    command = [str(build.program()), kernels, "forward"]
+    command = [str(link.program()), kernels, "forward"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
 # Nothing may depend on how the hardware rounds its approximations: steps have them as low as PTX allows, and as high.
 @pytest.mark.parametrize(
     "kernels, approximation",
-    [("step", "low"), ("step", "high"), ("blockwise", "mixed"), ("fourbit", "mixed"), ("int8", "mixed")],
+    [("step", "low"), ("int8", "mixed"), ("step", "high"), ("blockwise", "mixed"), ("fourbit", "mixed")],
 )
 def test_kernels_equal_those_of_the_cpu(ptx: Path, kernels: str, approximation: str) -> None:
     result = compare(ptx, kernels, approximation)
@@ -55,9 +55,9 @@ def test_the_module_on_tensors_that_seem_to_be_on_gpus(ptx: Path) -> None:
     environment = {
         **os.environ,
         "OPTIM8_PTX": str(ptx),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)),
     }
-    command = [sys.executable, str(ROOT / "tests/cuda/ptx_worker.py"), str(build.module())]
+    command = [sys.executable, str(ROOT / "tests/cuda/ptx_worker.py"), str(link.module())]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     checks = json.loads(run.stdout.splitlines()[-1])

@@ -104,11 +104,12 @@ void accesses(Table& t, const std::string& type) {
     for (const char* cached : {"", ".cs"})
         t["st.global" + (cached + name)] = {store_values<M, R, count>, Kind::Plain, stored};
 }
-template <class M, class R>
+// Of values of type M, in registers of each type R.
+template <class M, class... R>
 void accesses_of(Table& t, const std::string& type) {
-    accesses<M, R, 1>(t, type);
-    if constexpr (sizeof(M) <= 8) accesses<M, R, 2>(t, type);
-    if constexpr (sizeof(M) <= 4) accesses<M, R, 4>(t, type);
+    (accesses<M, R, 1>(t, type), ...);
+    (accesses<M, R, 2>(t, type), ...);
+    if constexpr (sizeof(M) <= 4) (accesses<M, R, 4>(t, type), ...);
 }
 
 Table all_instructions() {
@@ -128,21 +129,14 @@ Table all_instructions() {
     t["redux.sync.max.u32"] = {largest, Kind::Together, {4, 4, 4}};
     t["atom.global.max.u32"] = {atomic_largest, Kind::Plain, {4, 8, 4}};
 
-    for (const char* type : {"u8", "b8"}) {
-        accesses_of<uint8_t, u16>(t, type);
-        accesses_of<uint8_t, u32>(t, type);
-    }
-    accesses_of<int8_t, s16>(t, "s8");
-    accesses_of<int8_t, s32>(t, "s8");
-    for (const char* type : {"u16", "b16"}) {
-        accesses_of<u16, u16>(t, type);
-        accesses_of<u16, u32>(t, type);
-    }
-    accesses_of<s16, s16>(t, "s16");
-    accesses_of<s16, s32>(t, "s16");
-    for (const char* type : {"u32", "s32", "b32", "f32"}) accesses_of<u32, u32>(t, type);
-    accesses_of<s32, s64>(t, "s32");
+    for (const char* type : {"u8", "b8"}) accesses_of<uint8_t, u16, u32, u64>(t, type);
+    for (const char* type : {"u16", "b16"}) accesses_of<u16, u16, u32, u64>(t, type);
+    for (const char* type : {"u32", "b32"}) accesses_of<u32, u32, u64>(t, type);
+    accesses_of<u32, u32>(t, "f32");
     for (const char* type : {"u64", "s64", "b64", "f64"}) accesses_of<u64, u64>(t, type);
+    accesses_of<int8_t, s16, s32, s64>(t, "s8");
+    accesses_of<s16, s16, s32, s64>(t, "s16");
+    accesses_of<s32, s32, s64>(t, "s32");
     return t;
 }
 

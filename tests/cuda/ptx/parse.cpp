@@ -28,8 +28,8 @@ std::unordered_map<std::string, Entry> entries;
 
 bool begins(const std::string& text, const std::string& with) { return text.rfind(with, 0) == 0; }
 
-// How nvcc writes that it needs the upper half of a word only.
-const std::string unused_half = "{ .reg .b16 tmp; mov.b32 {tmp";
+// nvcc's way to take one half of a register: "{ .reg .b16 tmp; mov.b32 {tmp, %rs1}, %r1; }".
+const std::string unused_half = " tmp; mov.b";
 
 // The lines of a text, without spaces around them.
 class Lines {
@@ -131,9 +131,9 @@ class Parser {
             kernel_.most_threads = static_cast<uint32_t>(std::stoul(line.substr(9)));
         } else if (line.find(".entry ") != std::string::npos || begins(line, ".minnctapersm ") ||
                    begins(line, ".pragma ")) {
-        } else if (begins(line, unused_half) && line.back() == '}') {
-            const size_t begin = unused_half.size();
-            add_statement("mov.b32 {_" + line.substr(begin, line.rfind(';') - begin));
+        } else if (const size_t half = line.find(unused_half); half != std::string::npos && line.back() == '}') {
+            std::string statement = line.substr(half + unused_half.size(), line.rfind(';') - half - unused_half.size());
+            add_statement("mov.b" + statement.replace(statement.find("tmp"), 3, "_"));
         } else if (line[0] == '.' || line.back() != ';') {
             throw Fault("this is not known.");
         } else {
