@@ -95,9 +95,7 @@ class Build:
 
 
 @contextlib.contextmanager
-def builds(
-    roots: dict[str, Path], isas: dict[str, str | None], options: list[str]
-) -> Iterator[dict[str, Build]]:
+def builds(roots: dict[str, Path], isas: dict[str, str | None], options: list[str]) -> Iterator[dict[str, Build]]:
     running = {name: Build(root, isas[name], options) for name, root in roots.items()}
     try:
         yield running

@@ -80,9 +80,9 @@ OPTIM8_DEVICE Bounded reciprocal(Bounded a) { return Bounded(reciprocal(Quick(pl
 
 static_assert(Vocabulary<Bounded>::complete);
 
-// All values that a number may have, whatever the lane's values are. `sound` is false where Bounded might give other bits,
-// or its bounds might hold without reason. Rounding keeps the order of numbers, so that the results of ends are the ends
-// of results.
+// All values that a number may have, whatever the lane's values are. `sound` is false where Bounded might give other
+// bits, or its bounds might hold without reason. Rounding keeps the order of numbers, so that the results of ends are
+// the ends of results.
 struct Range {
     float least, most;
     bool sound, constant, scaled;  // `scaled`: as of Bounded

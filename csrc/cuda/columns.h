@@ -73,7 +73,8 @@ OPTIM8_DEVICE int share_end() { return static_cast<int>(load_shared(dynamic_addr
 // A word of a warp, while none of its registers is free for it.
 enum class WarpWord { Row, FirstMark };
 OPTIM8_DEVICE uint32_t address_of(WarpWord word) {
-    return dynamic_address() + static_cast<uint32_t>(sizeof(uint4) + threadIdx.x / warp_size * 8 + static_cast<uint32_t>(word) * 4);
+    return dynamic_address() +
+           static_cast<uint32_t>(sizeof(uint4) + threadIdx.x / warp_size * 8 + static_cast<uint32_t>(word) * 4);
 }
 OPTIM8_DEVICE void set_word(WarpWord word, uint32_t x) {
     __syncwarp();  // every lane has read what was there
@@ -97,8 +98,7 @@ struct LaneColumns {
 // The value of a lane's k-th code.
 template <Code code>
 OPTIM8_DEVICE float decode_column(const uint32_t (&codes)[per_lane / 4], int k, const LaneColumns& columns) {
-    return shared_float(__byte_perm(codes[k / 4], columns.at, 0x7604 | (k % 4) << 4) +
-                        column_of(code) * column_bytes);
+    return shared_float(__byte_perm(codes[k / 4], columns.at, 0x7604 | (k % 4) << 4) + column_of(code) * column_bytes);
 }
 
 // What stands for DitherTables: the fields of the line at an address, all of them by one access.

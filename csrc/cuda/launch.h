@@ -72,8 +72,8 @@ void launch(const char* who, void (*kernel)(Needed...), int64_t warps, cudaStrea
 // The current device's value of an attribute; 0 where it has none.
 inline int device_attribute(cudaDeviceAttr attribute) {
     int device = 0, value = 0;
-    const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                       cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+    const bool known =
+        cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
     if (!known) cudaGetLastError();  // as in check_cuda
     return known ? value : 0;
 }

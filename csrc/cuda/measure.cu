@@ -43,7 +43,8 @@ OPTIM8_DEVICE void load_states(const StepRow<Rule>& row, const Block<Rule, P, G>
         float values[per_lane] = {};
         for (int s = 0; s < state_count<Rule>; ++s) {
             if (s < kept_count<Rule>)
-                load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.states_well, 0.0f, values);
+                load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.states_well, 0.0f,
+                                values);
             for (int k = 0; k < per_lane; ++k) state[k][s] = values[k];
         }
         return;

@@ -1,5 +1,5 @@
-// Shared memory of a size that a launch chooses, by addresses of 32 bits. Where no nvcc compiles, whoever stands for CUDA
-// has all of this.
+// Shared memory of a size that a launch chooses, by addresses of 32 bits. Where no nvcc compiles, whoever stands for
+// CUDA has all of this.
 #pragma once
 
 #include "core/scalar.h"

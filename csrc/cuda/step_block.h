@@ -172,7 +172,7 @@ struct Block {
     uint32_t first_in_block;
     Weight weight;
     int count;
-    uint32_t number;  // in the whole parameter
+    uint32_t number;                          // in the whole parameter
     bool states_well, param_well, grad_well;  // whole, and at addresses fit for packets
 
     OPTIM8_DEVICE Block(const StepRow<Rule>& row, int64_t block) {
@@ -197,8 +197,8 @@ struct Block {
     }
 };
 
-// A whole block whose states are at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
-// range of Quick. The same in every lane.
+// A whole block whose states are at addresses fit for packets. False, with nothing changed, where a value is not finite
+// or leaves the range of Quick. The same in every lane.
 template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
                                 const LaneStates<Rule, Coding>& lane_states) {

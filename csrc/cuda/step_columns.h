@@ -1,5 +1,6 @@
-// The step of much work, with 8-bit state and dithered rounding: one block of threads stays on each multiprocessor, with
-// its tables in shared memory; a warp loads its next block of values before it encodes the one before. Names no rule.
+// The step of much work, with 8-bit state and dithered rounding: one block of threads stays on each multiprocessor,
+// with its tables in shared memory; a warp loads its next block of values before it encodes the one before. Names no
+// rule.
 //
 // The bits are those of step_rows. What a block of values has that is rare is seen from its largest numbers; such a
 // block is marked, and stepped as in step_rows when all others are done.
@@ -74,8 +75,8 @@ OPTIM8_DEVICE void load_block(const LanePlace<Rule, P, G>& at, LaneBlock<Rule, P
 // A largest magnitude from which on reciprocals are far from infinity. Blocks with less are scaled first.
 constexpr float small_block = 0x1p-100f;
 
-// Steps the block `by` blocks behind `at`, which is loaded, and where there are more loads the warp's next. `number`: as
-// in Block.
+// Steps the block `by` blocks behind `at`, which is loaded, and where there are more loads the warp's next. `number`:
+// as in Block.
 template <class Coding, bool scaled_grad, int by, class Rule, class P, class G>
 OPTIM8_DEVICE void step_loaded(const LanePlace<Rule, P, G>& at, LaneBlock<Rule, P, G>& loaded, bool more,
                                uint32_t number, const StepScalars<Rule>& scalars, const LaneColumns& columns) {
@@ -142,7 +143,7 @@ OPTIM8_DEVICE void step_loaded(const LanePlace<Rule, P, G>& at, LaneBlock<Rule, 
     for (int k = 0; k < per_lane; k += 2) {
         each_state<Rule>([&](auto s) {
             constexpr Code code = code_of<Rule, s.index>;
-            const float(&x)[per_lane] = now[s.index];
+            const float (&x)[per_lane] = now[s.index];
             float y[2];
             uint32_t u[2];
             for (int i = 0; i < 2; ++i) {
@@ -152,8 +153,7 @@ OPTIM8_DEVICE void step_loaded(const LanePlace<Rule, P, G>& at, LaneBlock<Rule, 
             encode_columns<code>(y, u, columns, codes[s.index] + k);
             if constexpr (!is_signed(code))
                 for (int i = k; i < k + 2; ++i)
-                    codes[s.index][i] =
-                        with_sign<code, Coding::template root<Rule, s.index>>(codes[s.index][i], x[i]);
+                    codes[s.index][i] = with_sign<code, Coding::template root<Rule, s.index>>(codes[s.index][i], x[i]);
         });
     }
     each_state<Rule>([&](auto s) {
@@ -213,26 +213,28 @@ OPTIM8_DEVICE int blocks_ahead(const StepRow<Rule>& row, const StepScalars<Rule>
 }
 
 template <class Rule, class Coding, class P, class G, bool scaled_grad>
-__global__ void __launch_bounds__(threads_of_columns, 1)
-    step_columns(const __grid_constant__ StepBatch<Rule> batch) {
+__global__ void __launch_bounds__(threads_of_columns, 1) step_columns(const __grid_constant__ StepBatch<Rule> batch) {
     if (batch.found_inf != nullptr && *batch.found_inf != 0.0f) return;
     const uint32_t blocks = static_cast<uint32_t>(batch.first[batch.rows]);
     fill_columns<threads_of_columns>(blocks / gridDim.x, blocks % gridDim.x);
     constexpr int turn = warps_of_columns;
-    each_part(batch, [&](const StepRow<Rule>& row, const StepScalars<Rule>& scalars, int block, int end, uint32_t mark) {
-        end = minimum(end, blocks_ahead(row, scalars));
-        const int count = (end - block + turn - 1) / turn;
-        if (count > 0) step_ahead<Coding, scaled_grad, P, G>(row, block, count, mark, scalars);
-    });
-    each_part(batch, [&](const StepRow<Rule>& row, const StepScalars<Rule>& scalars, int block, int end, uint32_t mark) {
-        const int ahead = blocks_ahead(row, scalars);
+    each_part(batch,
+              [&](const StepRow<Rule>& row, const StepScalars<Rule>& scalars, int block, int end, uint32_t mark) {
+                  end = minimum(end, blocks_ahead(row, scalars));
+                  const int count = (end - block + turn - 1) / turn;
+                  if (count > 0) step_ahead<Coding, scaled_grad, P, G>(row, block, count, mark, scalars);
+              });
+    each_part(batch,
+              [&](const StepRow<Rule>& row, const StepScalars<Rule>& scalars, int block, int end, uint32_t mark) {
+                  const int ahead = blocks_ahead(row, scalars);
 #pragma unroll 1
-        for (; block < end; block += turn, mark += turn) {
-            if (block < ahead && !is_marked(mark)) continue;
-            const Block<Rule, P, G> at(row, block);
-            if (!step_usual(row, at, scalars, LaneStates<Rule, Coding>{})) step_unusual<Coding>(row, at, block, scalars);
-        }
-    });
+                  for (; block < end; block += turn, mark += turn) {
+                      if (block < ahead && !is_marked(mark)) continue;
+                      const Block<Rule, P, G> at(row, block);
+                      if (!step_usual(row, at, scalars, LaneStates<Rule, Coding>{}))
+                          step_unusual<Coding>(row, at, block, scalars);
+                  }
+              });
 }
 
 // Blocks of values for each warp, from which on it is worth to fill the tables.

@@ -102,7 +102,11 @@ def step_kernels(arch: str, folder: Path, types: Sequence[tuple[str, str]] = TYP
 
     Of the kernels over columns those whose gradients are not scaled.
     """
-    lines = ['#include "cuda/step_columns.h"', "OPTIM8_BEGIN", "using Dithered = Coding<Rounding::Dithered, true, false>;"]
+    lines = [
+        '#include "cuda/step_columns.h"',
+        "OPTIM8_BEGIN",
+        "using Dithered = Coding<Rounding::Dithered, true, false>;",
+    ]
     of = "const __grid_constant__ StepBatch"
     for rule in (name for name, rule in rules_by_type().items() if rule.moments):
         columns = rule in IN_COLUMNS

@@ -84,8 +84,8 @@ struct RuleDefaults {
     // `update` leaves in the place of the parameter a direction, which Python orthogonalizes and takes the parameter
     // along.
     static constexpr bool gives_direction = false;
-    // Whether CUDA has a second kernel for much work (cuda/step_columns.h), which takes long to compile. It needs one or two
-    // states of 8 bits, and no norms.
+    // Whether CUDA has a second kernel for much work (cuda/step_columns.h), which takes long to compile. It needs one
+    // or two states of 8 bits, and no norms.
     static constexpr bool in_columns = false;
     static constexpr bool stateless = false;  // nothing is kept, and states[] holds one that is always 0
     // The key of a scalar that each parameter has beside its count of steps, and what it starts as.

@@ -263,8 +263,8 @@ void begin_anew(Tensor<P, G>& tensor) {
     }
 }
 
-// Enough blocks for the kernel over columns: rows that begin and end anywhere in the shares of its warps, and among them
-// some that it leaves to others.
+// Enough blocks for the kernel over columns: rows that begin and end anywhere in the shares of its warps, and among
+// them some that it leaves to others.
 template <class P, class G>
 void compare_columns(RuleId rule, Kind kind) {
     for (const auto& [scalar, every] : {std::pair{Scalar::Host, 1}, {Scalar::Host, 2}, {Scalar::Device, 2}}) {

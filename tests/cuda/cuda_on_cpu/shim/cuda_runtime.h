@@ -251,8 +251,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const auto call = [&](Needed... copied) {
         auto body = [&] { kernel(copied...); };
         cuda_on_cpu::run_grid(
-            config->gridDim, config->blockDim, config->dynamicSmemBytes, [](void* context) { (*static_cast<decltype(body)*>(context))(); },
-            &body);
+            config->gridDim, config->blockDim, config->dynamicSmemBytes,
+            [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
     };
     call(given...);
     return cudaSuccess;
