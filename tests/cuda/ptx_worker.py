@@ -18,10 +18,10 @@ import pytest
 import torch
 from cases import EVERY, Case
 from support.cuda_stub import CUDA, OnCuda, Torch, install, plain
+from support.functional_reference import every_result
 from support.harness import DTYPES, hostile, snapshot
 
 import optim8
-import optim8.functional as F
 from optim8 import _native
 
 SHAPES = (600, 257, 1, 2048)
@@ -123,24 +123,10 @@ def check_bits(case: Case, options: dict[str, Any]) -> None:
         assert found == expected, t
 
 
-def functional_results(x: torch.Tensor) -> list[torch.Tensor]:
-    codes, state = F.quantize_blockwise(x, blocksize=256)
-    packed, state4 = F.quantize_4bit(x, quant_type="nf4")
-    rows, columns, of_rows, of_columns, outliers = F.int8_double_quant(x, threshold=2.0)
-    assert outliers is not None
-    sums = F.int8_linear_matmul(rows, rows)
-    return [
-        *(codes, state.absmax, F.dequantize_blockwise(codes, state)),
-        *(packed, state4.absmax, F.dequantize_4bit(packed, state4), F.gemv_4bit(x[:1], packed.t(), state=state4)),
-        *(rows, columns, of_rows, of_columns, outliers),
-        *(F.int8_vectorwise_dequant(rows, of_rows), sums, F.int8_mm_dequant(sums, of_rows, of_rows, bias=of_rows)),
-    ]
-
-
 def check_functional(dtype: torch.dtype) -> None:
     x = torch.randn(24, 100, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = functional_results(x)
-    for i, (mine, theirs) in enumerate(zip(functional_results(on("cuda", x)), expected, strict=True)):
+    expected = every_result(x)
+    for i, (mine, theirs) in enumerate(zip(every_result(on("cuda", x)), expected, strict=True)):
         assert torch.equal(plain(mine).flatten(), theirs.flatten()), i
 
 
@@ -215,15 +201,9 @@ def check_failed_step(runtime: Runtime) -> None:
 
 def check_kernel_at_fault(module: Any) -> None:
     """Memory that is not aligned as its type is a fault of the kernel that reads it."""
-    arguments = arguments_on(OnCuda, 1000)
-    values = torch.empty(4004, dtype=torch.uint8)
-    storage = (
-        plain(arguments[0])
-        .new_empty(0)
-        .set_(torch.frombuffer(values.numpy(), dtype=torch.float32, offset=1, count=1000))
-    )
+    values = torch.frombuffer(bytearray(4001), dtype=torch.float32, offset=1, count=1000)
     with pytest.raises(RuntimeError, match=r"is not a multiple of 4: ld\.global"):
-        module.quantize_blockwise(storage.as_subclass(OnCuda), *arguments[1:])
+        module.quantize_blockwise(values.as_subclass(OnCuda), *arguments_on(OnCuda, 1000)[1:])
 
 
 REPORTED = ("steps", "large", "huge", "functions", "matrices", "roots", "quotients")

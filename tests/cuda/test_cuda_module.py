@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from support.functional_reference import every_result
 
-import optim8.functional as F
 from optim8 import __main__, _native
 from optim8.step import pending, run
 
@@ -58,28 +58,14 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return seen
 
 
-def results(x: torch.Tensor) -> list[torch.Tensor]:
-    codes, state = F.quantize_blockwise(x, blocksize=256)
-    packed, state4 = F.quantize_4bit(x, quant_type="nf4")
-    rows, columns, of_rows, of_columns, outliers = F.int8_double_quant(x, threshold=2.0)
-    assert outliers is not None
-    sums = F.int8_linear_matmul(rows, rows)
-    return [
-        *(codes, state.absmax, F.dequantize_blockwise(codes, state)),
-        *(packed, state4.absmax, F.dequantize_4bit(packed, state4), F.gemv_4bit(x[:1], packed.t(), state=state4)),
-        *(rows, columns, of_rows, of_columns, outliers),
-        *(F.int8_vectorwise_dequant(rows, of_rows), sums, F.int8_mm_dequant(sums, of_rows, of_rows, bias=of_rows)),
-    ]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_functional_api_gives_what_it_gives_on_the_cpu(
     module: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(24, 100).to(dtype)
-    expected = results(x)
+    expected = every_result(x)
     monkeypatch.setattr(_native, "module_for", lambda device, who: module)
-    for i, (mine, theirs) in enumerate(zip(results(x), expected, strict=True)):
+    for i, (mine, theirs) in enumerate(zip(every_result(x), expected, strict=True)):
         assert torch.equal(mine.flatten(), theirs.flatten()), i
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+import optim8.functional as F
 from support.harness import hostile
 from support.rounding import UNIT, Array
 
@@ -89,3 +90,18 @@ def awkward(shape: tuple[int, ...], dtype: torch.dtype, seed: int, bad: bool = F
     if bad and n > 9:
         x[3], x[n // 2], x[n - 1] = float("nan"), float("inf"), float("-inf")
     return x.view(shape)
+
+
+def every_result(x: torch.Tensor) -> list[torch.Tensor]:
+    """Of the functions of the API, of a matrix and of what they made of it."""
+    codes, state = F.quantize_blockwise(x, blocksize=256)
+    packed, state4 = F.quantize_4bit(x, quant_type="nf4")
+    rows, columns, of_rows, of_columns, outliers = F.int8_double_quant(x, threshold=2.0)
+    assert outliers is not None
+    sums = F.int8_linear_matmul(rows, rows)
+    return [
+        *(codes, state.absmax, F.dequantize_blockwise(codes, state)),
+        *(packed, state4.absmax, F.dequantize_4bit(packed, state4), F.gemv_4bit(x[:1], packed.t(), state=state4)),
+        *(rows, columns, of_rows, of_columns, outliers),
+        *(F.int8_vectorwise_dequant(rows, of_rows), sums, F.int8_mm_dequant(sums, of_rows, of_rows, bias=of_rows)),
+    ]
