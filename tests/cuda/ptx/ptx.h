@@ -39,7 +39,7 @@ struct Instruction {
     bool guarded = false, negated = false;
     // Where registers and constants begin in the frame, in bytes: 32 values, or the 32 bits of a predicate.
     uint32_t guard = 0, operand[most_operands] = {};
-    uint32_t target = 0;  // of a branch
+    uint32_t target = 0;  // of a branch; of Together, where the mask is
     int64_t offset = 0;   // of an address
     const char* text = nullptr;
 };

@@ -24,7 +24,7 @@ std::map<const void*, std::string>& names() {
 std::vector<Launch> launches;
 int current_device = 0, launches_until_error = -1;
 cudaError_t chosen_error = cudaSuccess, last_error = cudaSuccess;
-std::string fault;
+std::string fault;  // what the last error says
 
 // What the driver allows a kernel, from CUDA 12.1 on.
 constexpr unsigned most_parameter_bytes = 32764;
@@ -47,7 +47,10 @@ ptx::Kernel& kernel_of(const void* stub) {
     return ptx::kernel(name->second);
 }
 
-cudaError_t fail(cudaError_t error) { return last_error = error; }
+cudaError_t fail(cudaError_t error, const std::string& what = "as the test asked for") {
+    fault = what;
+    return last_error = error;
+}
 
 cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, cudaStream_t stream) {
     if (launches_until_error >= 0 && launches_until_error-- == 0) return fail(chosen_error);
@@ -55,12 +58,11 @@ cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, cu
         ptx::Kernel& kernel = kernel_of(stub);
         if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 ||
             block.x == 0 || block.x > kernel.most_threads || kernel.parameter_bytes > most_parameter_bytes)
-            return fail(cudaErrorInvalidConfiguration);
+            return fail(cudaErrorInvalidConfiguration, "more than the kernel allows");
         launches.push_back({kernel.name, grid.x, block.x, kernel.parameter_bytes, stream, current_device});
         ptx::run(kernel, grid.x, block.x, arguments);
     } catch (const ptx::Fault& problem) {
-        fault = problem.what();
-        return fail(cudaErrorIllegalAddress);
+        return fail(cudaErrorIllegalAddress, problem.what());
     }
     return cudaSuccess;
 }
@@ -86,7 +88,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { std::abort(); }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { std::abort(); }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
-    if (config->dynamicSmemBytes != 0 || config->numAttrs != 0) return fail(cudaErrorNotSupported);
+    if (config->dynamicSmemBytes != 0 || config->numAttrs != 0)
+        return fail(cudaErrorNotSupported, "shared memory and attributes are not known here");
     return launch(stub, config->gridDim, config->blockDim, arguments, config->stream);
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
@@ -97,8 +100,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* st
         attributes->binaryVersion = attributes->ptxVersion = kernel.architecture;
         attributes->maxThreadsPerBlock = static_cast<int>(kernel.most_threads);
     } catch (const ptx::Fault& problem) {
-        fault = problem.what();
-        return fail(cudaErrorInvalidDeviceFunction);
+        return fail(cudaErrorInvalidDeviceFunction, problem.what());
     }
     return cudaSuccess;
 }
@@ -107,8 +109,7 @@ cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
         for (size_t i = 0; i < bytes; ++i)
             *ptx::memory(reinterpret_cast<uint64_t>(at) + i, 1, true, ptx::Instruction()) = static_cast<uint8_t>(value);
     } catch (const ptx::Fault& problem) {
-        fault = problem.what();
-        return fail(cudaErrorInvalidValue);
+        return fail(cudaErrorInvalidValue, problem.what());
     }
     return cudaSuccess;
 }
@@ -121,11 +122,7 @@ cudaError_t cudaGetLastError() {
     return error;
 }
 const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheTest"; }
-const char* cudaGetErrorString(cudaError_t error) {
-    static std::string text;
-    text = fault.empty() ? "error " + std::to_string(static_cast<int>(error)) : fault;
-    return text.c_str();
-}
+const char* cudaGetErrorString(cudaError_t) { return fault.c_str(); }
 
 #define FOR_TESTS __attribute__((visibility("default")))
 FOR_TESTS void fake_cuda_set_device(int device) { current_device = device; }
