@@ -43,8 +43,8 @@ OPTIM8_DEVICE void load_states(const StepRow<Rule>& row, const Block<Rule, P, G>
         float values[per_lane] = {};
         for (int s = 0; s < state_count<Rule>; ++s) {
             if (s < kept_count<Rule>)
-                load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.states_well, 0.0f,
-                                values);
+                load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.well(packed_states),
+                                0.0f, values);
             for (int k = 0; k < per_lane; ++k) state[k][s] = values[k];
         }
         return;
@@ -53,8 +53,9 @@ OPTIM8_DEVICE void load_states(const StepRow<Rule>& row, const Block<Rule, P, G>
         constexpr Code code = code_of<Rule, s.index>;
         constexpr bool low_bytes = Coding::template low<Rule, s.index>;
         uint8_t codes[per_lane], low[per_lane] = {};
-        load_tile<span>(block.codes[s.index], block.count, block.states_well, zero_code_of(code), codes);
-        if constexpr (low_bytes) load_tile<span>(block.low[s.index], block.count, block.states_well, middle_low, low);
+        load_tile<span>(block.codes[s.index], block.count, block.well(packed_states), zero_code_of(code), codes);
+        if constexpr (low_bytes)
+            load_tile<span>(block.low[s.index], block.count, block.well(packed_states), middle_low, low);
         const float absmax = *block.absmax[s.index];
 #pragma unroll
         for (int k = 0; k < per_lane; ++k)
@@ -71,7 +72,7 @@ OPTIM8_DEVICE void measure_block(const StepRow<Rule>& row, int64_t number, const
     G grad[per_lane];
     float state[per_lane][state_count<Rule>], numbers[norms][per_lane];
     load_weights<span>(block, param);
-    load_tile<span>(block.grad, block.count, block.grad_well, G{}, grad);
+    load_tile<span>(block.grad, block.count, block.well(packed_grad), G{}, grad);
     load_states<Coding>(row, block, number * step_block, state);
     bool good = true;
 #pragma unroll

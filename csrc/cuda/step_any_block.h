@@ -39,7 +39,7 @@ OPTIM8_DEVICE float value_at(const float (&values)[per_lane], int k) {
 template <int span, class Rule, class P, class G>
 OPTIM8_DEVICE void load_weights(const Block<Rule, P, G>& block, float (&param)[per_lane]) {
     P narrow[per_lane];
-    load_tile<span>(block.param, block.count, block.param_well, P{}, narrow);
+    load_tile<span>(block.param, block.count, block.well(packed_param), P{}, narrow);
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) param[k] = to_float(narrow[k]);
     if constexpr (sizeof(P) == 2) {
@@ -78,7 +78,7 @@ OPTIM8_DEVICE void store_weights(const Block<Rule, P, G>& block, uint32_t time, 
     P narrow[per_lane];
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) narrow[k] = from_float<P>(param[k]);
-    store_tile<span>(block.param, block.count, block.param_well, narrow);
+    store_tile<span>(block.param, block.count, block.well(packed_param), narrow);
 }
 
 // What the lane's elements in `bad` would add to the block's maxima, had their gradients been 0. One element at a time
@@ -116,13 +116,13 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
     uint8_t codes[state_count<Rule>][per_lane], low[state_count<Rule>][per_lane] = {};
     float absmax[state_count<Rule>];
     load_weights<span>(block, param);
-    load_tile<span>(block.grad, block.count, block.grad_well, G{}, grad);
+    load_tile<span>(block.grad, block.count, block.well(packed_grad), G{}, grad);
     each_state<Rule>([&](auto s) {
         // Values that are not there decode to 0, so they take part in nothing.
-        load_tile<span>(block.codes[s.index], block.count, block.states_well, zero_code_of(code_of<Rule, s.index>),
-                        codes[s.index]);
+        load_tile<span>(block.codes[s.index], block.count, block.well(packed_states),
+                        zero_code_of(code_of<Rule, s.index>), codes[s.index]);
         if constexpr (Coding::template low<Rule, s.index>)
-            load_tile<span>(block.low[s.index], block.count, block.states_well, middle_low, low[s.index]);
+            load_tile<span>(block.low[s.index], block.count, block.well(packed_states), middle_low, low[s.index]);
         absmax[s.index] = *block.absmax[s.index];
     });
 
@@ -179,8 +179,8 @@ OPTIM8_DEVICE void step_carefully(const Block<Rule, P, G>& block, const StepScal
             encoded[k] = low_bytes ? code_of16(word) : static_cast<uint8_t>(word);
             rest[k] = low_of16(word);
         }
-        if constexpr (low_bytes) store_tile<span>(block.low[s.index], block.count, block.states_well, rest);
-        store_tile<span>(block.codes[s.index], block.count, block.states_well, encoded);
+        if constexpr (low_bytes) store_tile<span>(block.low[s.index], block.count, block.well(packed_states), rest);
+        store_tile<span>(block.codes[s.index], block.count, block.well(packed_states), encoded);
         if (lane() == 0) *block.absmax[s.index] = by.absmax;
     });
 }
@@ -193,9 +193,10 @@ OPTIM8_DEVICE void step_32bit(const StepRow<Rule>& row, const Block<Rule, P, G>&
     G grad[per_lane];
     float state[state_count<Rule>][per_lane] = {};
     load_weights<span>(block, param);
-    load_tile<span>(block.grad, block.count, block.grad_well, G{}, grad);
+    load_tile<span>(block.grad, block.count, block.well(packed_grad), G{}, grad);
     for (int s = 0; s < kept_count<Rule>; ++s)
-        load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.states_well, 0.0f, state[s]);
+        load_tile<span>(static_cast<const float*>(row.state[s]) + at, block.count, block.well(packed_states), 0.0f,
+                        state[s]);
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
         float now[state_count<Rule>];
@@ -205,7 +206,7 @@ OPTIM8_DEVICE void step_32bit(const StepRow<Rule>& row, const Block<Rule, P, G>&
     }
     store_weights<span>(block, scalars.dither_time, param);
     for (int s = 0; s < kept_count<Rule>; ++s)
-        store_tile<span>(static_cast<float*>(row.state[s]) + at, block.count, block.states_well, state[s]);
+        store_tile<span>(static_cast<float*>(row.state[s]) + at, block.count, block.well(packed_states), state[s]);
 }
 
 OPTIM8_END

@@ -172,8 +172,11 @@ struct Block {
     uint32_t first_in_block;
     Weight weight;
     int count;
-    uint32_t number;                          // in the whole parameter
-    bool states_well, param_well, grad_well;  // whole, and at addresses fit for packets
+    uint32_t number;  // in the whole parameter
+    int packed;       // of a whole block StepRow::packed, else 0
+
+    OPTIM8_DEVICE bool well() const { return packed == all_packed; }
+    OPTIM8_DEVICE bool well(Packed of) const { return (packed & of) != 0; }
 
     OPTIM8_DEVICE Block(const StepRow<Rule>& row, int64_t block) {
         const int64_t at = block * step_block;
@@ -190,15 +193,12 @@ struct Block {
         weight = sizeof(P) == 2 ? row.weight : Weight::Plain;
         count = values_in_tile(row.size, at);
         number = row.first_block + static_cast<uint32_t>(block);
-        const int packed = count == step_block ? row.packed : 0;
-        states_well = (packed & packed_states) != 0;
-        param_well = (packed & packed_param) != 0;
-        grad_well = (packed & packed_grad) != 0;
+        packed = count == step_block ? row.packed : 0;
     }
 };
 
-// A whole block whose states are at addresses fit for packets. False, with nothing changed, where a value is not finite
-// or leaves the range of Quick. The same in every lane.
+// A whole block at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
+// range of Quick. The same in every lane.
 template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
                                 const LaneStates<Rule, Coding>& lane_states) {
@@ -207,8 +207,8 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     G grad[per_lane];
     uint32_t codes[state_count<Rule>][per_lane / 4], pairs[state_count<Rule>][per_lane / 2];
     float absmax[state_count<Rule>];
-    load_tile<span>(block.param, tile, block.param_well, P{}, param);
-    load_tile<span>(block.grad, tile, block.grad_well, G{}, grad);
+    load_tile<span>(block.param, tile, true, P{}, param);
+    load_tile<span>(block.grad, tile, true, G{}, grad);
     each_state<Rule>([&](auto s) {
         load_bytes<span>(block.codes[s.index], codes[s.index]);
         if constexpr (Coding::template low<Rule, s.index>) {
@@ -254,7 +254,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     }
     if (!good) return false;
 
-    store_tile<span>(block.param, tile, block.param_well, param);
+    store_tile<span>(block.param, tile, true, param);
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
     each_state<Rule>([&](auto s) {
         constexpr bool root = Coding::template root<Rule, s.index>;

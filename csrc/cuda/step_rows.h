@@ -18,7 +18,7 @@ constexpr int blocks_at_least = state_count<Rule> == 3 ? 3 : 4;
 template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_usual(const StepRow<Rule>& row, const Block<Rule, P, G>& at, const StepScalars<Rule>& scalars,
                               const LaneStates<Rule, Coding>& lane_states) {
-    return row.precision != Precision::Bits32 && at.weight == Weight::Plain && at.states_well &&
+    return row.precision != Precision::Bits32 && at.weight == Weight::Plain && at.well() &&
            step_quickly<Coding>(at, scalars, lane_states);
 }
 // Any other.
