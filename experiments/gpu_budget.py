@@ -41,8 +41,8 @@ def main_path(kernel: sass.Kernel, states: int) -> list[str]:
 
 
 def turn_path(kernel: sass.Kernel, states: int) -> list[str]:
-    """The opcodes of a turn of the kernel over columns, two whole blocks: from the reduction of one block's maxima, over
-    the stores of its absmax and all that the second block takes, back to it.
+    """The opcodes of a turn of the kernel over columns, two whole blocks: from the reduction of one block's maxima over
+    the store of its last absmax, and the same of the second block, back to it.
     """
     opcodes = kernel.opcodes()
 

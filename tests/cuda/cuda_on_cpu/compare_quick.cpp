@@ -2,8 +2,8 @@
 // the range, and every operation of csrc/core/number.h on hostile numbers, there beside the CPU's kernel too. What
 // depends on the hardware's own approximations is compared on a GPU, by experiments/gpu/check.py.
 #include "compare.h"
-#include "core/number.h"
-#include "cuda/quick.h"
+#include "core/rules/all.h"
+#include "cuda/bounded.h"
 
 #include <iterator>
 
@@ -22,6 +22,9 @@ void expect(const char* what, float x, Quick actual, float expected, bool in_ran
 void check_root(uint32_t bits, bool in_range) {
     const float x = float_of(bits);
     expect("square_root", x, square_root(Quick(x)), square_root(x), in_range);
+    Bounds bounds;
+    const Bounded root = square_root(Bounded(x, &bounds));
+    expect("bounded square_root", x, Quick(plain(root), bounds.hold()), square_root(x), in_range && x < 0x1p62f);
 }
 void check_reciprocal(uint32_t bits, bool in_range) {
     const float x = float_of(bits);
@@ -69,14 +72,36 @@ void check_operations() {
             expect(number_operation_names[o], a[i], Quick(exact), kernel[i], true);
             const Quick quick = apply(operation, Quick(a[i]), Quick(b[i]), Quick(c[i]));
             expect(number_operation_names[o], a[i], quick, exact, quick.in_range || !may_leave_range(operation));
+            // A constant of Bounded's maximum that Range must have looked at, and divisors.
+            if (operation == NumberOperation::reciprocal && !(a[i] >= smallest_normal && a[i] < 0x1p126f)) continue;
+            Bounds bounds;
+            const Bounded bounded =
+                apply(operation, Bounded(a[i], &bounds), Bounded(b[i], &bounds), Bounded(c[i], &bounds));
+            if (bounds.hold()) expect(number_operation_names[o], a[i], Quick(plain(bounded)), exact, true);
         }
     }
+}
+
+// Scalars that Bounded serves, and such that the denominator may be 0 or too large, or a constant too small to scale.
+void check_bounds() {
+    const auto check = [](float correction, float eps, bool serve) {
+        AdamW::Scalars scalars{0.9f, 0.1f, 0.999f, 0.001f, eps, 0.01f, 0.999f, -1e-3f, correction};
+        expect("bounds_serve", eps, Quick(0.0f, bounds_serve<AdamW>(scalars)), 0.0f, serve);
+    };
+    for (float eps : {smallest_normal, 1e-8f, 1.0f, 0x1p125f}) check(1.5f, eps, true);
+    for (float eps : {0.0f, 0x1p-127f, -1.0f, 0x1p126f, float_of(inf_bits), float_of(inf_bits + 1)})
+        check(1.5f, eps, false);
+    for (float correction : {0x1p-91f, 0x1p96f, float_of(inf_bits), float_of(inf_bits + 1)})
+        check(correction, 1e-8f, false);
+    ++compared;
+    if (!bounds_serve<Lion>(Lion::Scalars{})) ++differing;
 }
 
 }  // namespace
 
 void compare_quick() {
     check_operations();
+    check_bounds();
     constexpr uint32_t one = 0x3f800000u, binade = 1u << 23, sign_bit = 0x80000000u;
     for (uint32_t i = 0; i < 2 * binade; ++i) check_root(one + i, true);  // an even and an odd exponent
     for (uint32_t i = 0; i < binade; ++i) check_reciprocal(one + i, true);
