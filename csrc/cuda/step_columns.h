@@ -12,6 +12,14 @@
 
 OPTIM8_BEGIN
 
+// Elsewhere there is less shared memory, or ptxas runs out of registers; the kernel then leaves all blocks over.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr bool steps_ahead = false;
+#else
+constexpr bool steps_ahead = true;
+#endif
+constexpr int least_major = 9, major_beyond = 12;  // of the compute capability
+
 constexpr int warps_of_columns = 16;
 constexpr int threads_of_columns = warps_of_columns * warp_size;
 
@@ -209,7 +217,9 @@ OPTIM8_DEVICE void each_part(const StepBatch<Rule>& batch, const Visit& visit) {
 // Those of the row's blocks that step_ahead may take: the first of them.
 template <class Rule>
 OPTIM8_DEVICE int blocks_ahead(const StepRow<Rule>& row, const StepScalars<Rule>& scalars) {
-    return row.fits_columns() && bounds_serve<Rule>(scalars.of_rule) ? static_cast<int>(row.size / step_block) : 0;
+    return steps_ahead && row.fits_columns() && bounds_serve<Rule>(scalars.of_rule)
+               ? static_cast<int>(row.size / step_block)
+               : 0;
 }
 
 template <class Rule, class Coding, class P, class G, bool scaled_grad>
@@ -222,7 +232,8 @@ __global__ void __launch_bounds__(threads_of_columns, 1) step_columns(const __gr
               [&](const StepRow<Rule>& row, const StepScalars<Rule>& scalars, int block, int end, uint32_t mark) {
                   end = minimum(end, blocks_ahead(row, scalars));
                   const int count = (end - block + turn - 1) / turn;
-                  if (count > 0) step_ahead<Coding, scaled_grad, P, G>(row, block, count, mark, scalars);
+                  if constexpr (steps_ahead)
+                      if (count > 0) step_ahead<Coding, scaled_grad, P, G>(row, block, count, mark, scalars);
               });
     each_part(batch,
               [&](const StepRow<Rule>& row, const StepScalars<Rule>& scalars, int block, int end, uint32_t mark) {
@@ -256,6 +267,8 @@ template <class Rule>
 bool launch_columns(const StepBatch<Rule>& batch, const Row& row, cudaStream_t stream) {
     const int64_t blocks = batch.first[batch.rows];
     if (row.precision == Precision::Bits16 || row.rounding != Rounding::Dithered || row.direct) return false;
+    const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+    if (major < least_major || major >= major_beyond) return false;
     const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
     if (blocks == 0 || blocks > multiprocessors * most_marks || blocks > INT32_MAX) return false;
     // Where the device derives the scalars, the host does not know the factor.
