@@ -85,11 +85,10 @@ def cycles_of(path: list[str]) -> dict[str, float]:
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The 8-bit step, with dithered rounding, of parameters whose gradients have their dtype."""
-    heads = ["rule", "kernel", "dtype", "bytes/parameter", "instructions/parameter", "registers", "issue slots taken"]
+    heads = ["rule", "dtype", "bytes/parameter", "instructions/parameter", "registers", "issue slots taken"]
     cells = [
         [
             row["rule"],
-            row["kernel"],
             "float32" if row["param"] == "float" else row["param"],
             f"{row['bytes_per_parameter']:.2f}",
             f"{row['instructions_per_parameter']:.1f}",
@@ -131,8 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit = max(taken, key=lambda name: taken[name])
         rows.append(
             {
-                "rule": rule.name,
-                "kernel": kind,
+                "rule": rule.name if kind == "rows" else f"{rule.name}, columns",
                 "param": param,
                 "grad": grad,
                 "registers": kernel.registers,
