@@ -166,7 +166,7 @@ def rows(quick: bool) -> Iterator[Row]:
 
 
 def int8_rows(B: Any, name: str, matrix: torch.Tensor) -> Iterator[Row]:
-    """LLM.int8()'s ways out of int8, and rows and columns at once."""
+    """LLM.int8()'s ways out of int8. Of int8_double_quant bitsandbytes has no CPU kernel."""
     half = matrix.half()
     codes, stats, _ = F.int8_vectorwise_quant(half)
     yield Row(
@@ -183,13 +183,6 @@ def int8_rows(B: Any, name: str, matrix: torch.Tensor) -> Iterator[Row]:
         name,
         partial(B.int8_mm_dequant, sums, stats, columns),
         moves=bytes_of(sums, half),
-    )
-    yield Row(
-        "int8_double_quant float16",
-        partial(F.int8_double_quant, half),
-        name,
-        partial(B.int8_double_quant, half),
-        moves=bytes_of(half) + 2 * half.numel(),
     )
 
 
