@@ -177,10 +177,20 @@ def _product(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | None, shape: 
 
 def _torch_serves(device: str, rows: int, inner: int, columns: int) -> bool:
     """Whether torch's int8 product is to be used: with a GPU's tensor cores for the shapes that it takes there, on a
-    CPU where it is right."""
+    CPU where it is right and has instructions for it."""
     if device == "cuda":
         return hasattr(torch, "_int_mm") and rows > 16 and inner > 0 and inner % 8 == columns % 8 == 0 < columns
-    return _torch_is_exact(rows == 1, inner == 1, columns == 1)
+    return _has_int8_instructions() and _torch_is_exact(rows == 1, inner == 1, columns == 1)
+
+
+@cache
+def _has_int8_instructions() -> bool:
+    """Whether this processor multiplies and adds bytes in one instruction. Where an x86 does not, as before Ice Lake
+    and Zen 4, the product of torch 2.13 takes many times as long as ours."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return known.get("architecture") != "x86_64" or any(
+        known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")
+    )
 
 
 @cache

@@ -10,7 +10,7 @@ from support.harness import DTYPES, bits, torch_threads
 from support.rounding import half_ulp
 
 from optim8 import functional as F
-from optim8.functional.int8_matmul import _torch_serves
+from optim8.functional.int8_matmul import _has_int8_instructions, _torch_serves
 
 SHAPES = [(0, 5), (5, 0), (1, 1), (3, 7), (4, 63), (4, 64), (5, 65), (2, 3, 130), (9,), (300, 257)]
 
@@ -192,6 +192,29 @@ def test_the_native_product_is_the_same(device: torch.device, monkeypatch: pytes
 def test_on_a_gpu_torchs_product_has_the_shapes_that_it_takes(extents: tuple[int, int, int], serves: bool) -> None:
     """More than 16 rows, and multiples of 8; other shapes are those of the module's own kernel."""
     assert _torch_serves("cuda", *extents) == serves
+
+
+@pytest.mark.parametrize(
+    "known, has",
+    [
+        ({"architecture": "x86_64", "avx512_vnni": False, "avx_vnni": False, "amx_int8": False}, False),
+        ({"architecture": "x86_64", "avx512_vnni": False, "avx_vnni": True, "amx_int8": False}, True),
+        ({"architecture": "aarch64"}, True),
+        ({}, True),
+    ],
+    ids=["Skylake", "Alder Lake", "Arm", "unknown"],
+)
+def test_without_instructions_for_bytes_torchs_product_is_left(
+    known: dict[str, object], has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It then takes many times as long as our own."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr("optim8.functional.int8_matmul._torch_is_exact", lambda *_: True)
+    _has_int8_instructions.cache_clear()
+    try:
+        assert _torch_serves("cpu", 4096, 4096, 1024) == has
+    finally:
+        _has_int8_instructions.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [None, "float32", "bfloat16", "float16"])
