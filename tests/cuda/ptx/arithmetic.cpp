@@ -142,6 +142,7 @@ void floats(Table& t, const std::string& f) {
     t["setp.leu." + f] = comparison<F>([](F a, F b) { return !(a > b); });
     t["setp.gtu." + f] = comparison<F>([](F a, F b) { return !(a <= b); });
     t["setp.geu." + f] = comparison<F>([](F a, F b) { return !(a < b); });
+    t["setp.num." + f] = comparison<F>([](F a, F b) { return a == a && b == b; });
 }
 
 template <class To, class From>
@@ -180,7 +181,8 @@ void add_arithmetic(Table& t) {
     t["mov.b32:high"] = form<u16, u32>([](u32 x) { return static_cast<u16>(x >> 16); });
     t["mov.b64:low"] = form<u32, u64>([](u64 x) { return static_cast<u32>(x); });
     t["mov.b64:high"] = form<u32, u64>([](u64 x) { return static_cast<u32>(x >> 32); });
-    t["cvta.global.u64"] = t["cvta.to.global.u64"] = form<u64, u64>([](u64 x) { return x; });
+    for (const char* of : {"global", "to.global", "shared", "to.shared"})
+        t[std::string("cvta.") + of + ".u64"] = form<u64, u64>([](u64 x) { return x; });
 
     t["mov.pred"] = predicate<1>([](u32 x) { return x; });
     t["not.pred"] = predicate<1>([](u32 x) { return ~x; });
@@ -212,6 +214,8 @@ void add_arithmetic(Table& t) {
     t["cvt.rzi.u64.f64"] = form<u64, double>([](double x) { return truncate<u64>(x); });
     t["cvt.f32.f16"] = form<float, u16>([](u16 x) { return half_value(x); });
     t["cvt.rn.f16.f32"] = form<u16, float>([](float x) { return half_of(x); });
+    t["cvt.rz.f16x2.f32"] = form<u32, float, float>(
+        [](float high, float low) { return u32{half_toward_zero(high)} << 16 | half_toward_zero(low); });
     t["cvt.rn.bf16.f32"] = form<u16, float>([](float x) { return bfloat16_of(x); });
 }
 

@@ -59,19 +59,38 @@ void atomic_largest(Warp& w, const Instruction& n) {
     }
 }
 
-// `count` values of type M in memory, each in a register of type R. Operands: those, then the address.
-template <class M, class R, int count, bool of_parameters>
-void load_values(Warp& w, const Instruction& n) {
-    const uint64_t* address = w.at<uint64_t>(n.operand[count]);
-    M values[lanes][count];
+void shared_or(Warp& w, const Instruction& n) {
+    const uint32_t *address = w.at<uint32_t>(n.operand[0]), *from = w.at<uint32_t>(n.operand[1]);
     for (int l = 0; l < lanes; ++l) {
         if (!(w.mask >> l & 1)) continue;
-        const uint64_t at = address[l] + n.offset;
-        std::memcpy(
-            values[l],
-            of_parameters ? parameters(*w.kernel, at, sizeof values[l], n) : memory(at, sizeof values[l], false, n),
-            sizeof values[l]);
+        uint32_t x;
+        uint8_t* at = shared_memory(*w.shared, address[l] + static_cast<uint32_t>(n.offset), 4, false, n);
+        std::memcpy(&x, at, 4);
+        x |= from[l];
+        std::memcpy(at, &x, 4);
     }
+}
+void nothing(Warp&, const Instruction&) {}
+
+enum class Space { Global, Parameters, Shared };
+template <Space space>
+using Address = std::conditional_t<space == Space::Shared, uint32_t, uint64_t>;
+template <Space space>
+uint8_t* memory_of(Warp& w, Address<space> address, size_t bytes, bool written, const Instruction& n) {
+    const auto at = static_cast<Address<space>>(address + static_cast<uint64_t>(n.offset));
+    if constexpr (space == Space::Shared) return shared_memory(*w.shared, at, bytes, written, n);
+    if constexpr (space == Space::Parameters) return parameters(*w.kernel, at, bytes, n);
+    return memory(at, bytes, written, n);
+}
+
+// `count` values of type M in memory, each in a register of type R. Operands: those, then the address.
+template <class M, class R, int count, Space space>
+void load_values(Warp& w, const Instruction& n) {
+    const Address<space>* address = w.at<Address<space>>(n.operand[count]);
+    M values[lanes][count];
+    for (int l = 0; l < lanes; ++l)
+        if (w.mask >> l & 1)
+            std::memcpy(values[l], memory_of<space>(w, address[l], sizeof values[l], false, n), sizeof values[l]);
     for (int i = 0; i < count; ++i) {
         R* to = w.at<R>(n.operand[i]);
         for (int l = 0; l < lanes; ++l)
@@ -79,14 +98,14 @@ void load_values(Warp& w, const Instruction& n) {
     }
 }
 // Operands: the address, then the values.
-template <class M, class R, int count>
+template <class M, class R, int count, Space space>
 void store_values(Warp& w, const Instruction& n) {
-    const uint64_t* address = w.at<uint64_t>(n.operand[0]);
+    const Address<space>* address = w.at<Address<space>>(n.operand[0]);
     for (int l = 0; l < lanes; ++l) {
         if (!(w.mask >> l & 1)) continue;
         M values[count];
         for (int i = 0; i < count; ++i) values[i] = static_cast<M>(w.at<R>(n.operand[i + 1])[l]);
-        std::memcpy(memory(address[l] + n.offset, sizeof values, true, n), values, sizeof values);
+        std::memcpy(memory_of<space>(w, address[l], sizeof values, true, n), values, sizeof values);
     }
 }
 
@@ -99,10 +118,13 @@ void accesses(Table& t, const std::string& type) {
     loaded.push_back(8);
     stored.insert(stored.begin(), 8);
     for (const char* cached : {"", ".nc", ".cs"})
-        t["ld.global" + (cached + name)] = {load_values<M, R, count, false>, Kind::Plain, loaded};
-    t["ld.param" + name] = {load_values<M, R, count, true>, Kind::Plain, loaded};
+        t["ld.global" + (cached + name)] = {load_values<M, R, count, Space::Global>, Kind::Plain, loaded};
+    t["ld.param" + name] = {load_values<M, R, count, Space::Parameters>, Kind::Plain, loaded};
     for (const char* cached : {"", ".cs"})
-        t["st.global" + (cached + name)] = {store_values<M, R, count>, Kind::Plain, stored};
+        t["st.global" + (cached + name)] = {store_values<M, R, count, Space::Global>, Kind::Plain, stored};
+    loaded.back() = stored.front() = 4;  // the address
+    t["ld.shared" + name] = {load_values<M, R, count, Space::Shared>, Kind::Plain, loaded};
+    t["st.shared" + name] = {store_values<M, R, count, Space::Shared>, Kind::Plain, stored};
 }
 // Of values of type M, in registers of each type R.
 template <class M, class... R>
@@ -128,6 +150,9 @@ Table all_instructions() {
     t["vote.sync.all.pred"] = {vote<true>, Kind::Together, {0, 0, 4}};
     t["redux.sync.max.u32"] = {largest, Kind::Together, {4, 4, 4}};
     t["atom.global.max.u32"] = {atomic_largest, Kind::Plain, {4, 8, 4}};
+    t["red.shared.or.b32"] = {shared_or, Kind::Plain, {4, 4}};
+    t["bar.warp.sync"] = {nothing, Kind::Together, {4}};
+    t["bar.sync"] = {nothing, Kind::Barrier, {4}};
 
     for (const char* type : {"u8", "b8"}) accesses_of<uint8_t, u16, u32, u64>(t, type);
     for (const char* type : {"u16", "b16"}) accesses_of<u16, u16, u32, u64>(t, type);

@@ -85,6 +85,10 @@ inline uint16_t bfloat16_of(float x) {
 }
 inline float half_value(uint16_t h) { return quiet(static_cast<float>(bits<_Float16>(h))); }
 inline uint16_t half_of(float x) { return x == x ? bits<uint16_t>(static_cast<_Float16>(x)) : 0x7fff; }
+inline uint16_t half_toward_zero(float x) {
+    const uint16_t nearest = half_of(x);
+    return std::fabs(half_value(nearest)) > std::fabs(x) ? nearest - 1 : nearest;
+}
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t both = static_cast<uint64_t>(b) << 32 | a;

@@ -15,7 +15,7 @@ namespace {
 struct Source {
     std::string path, text;
     int architecture = 0;
-    std::unordered_map<std::string, uint64_t> globals;  // their addresses
+    std::unordered_map<std::string, uint64_t> globals;  // addresses, also of shared memory
     std::deque<std::vector<uint8_t>> memory;
 };
 struct Entry {
@@ -51,8 +51,13 @@ class Lines {
     size_t at_, end_;
 };
 
-// ".global .align 4 .b8 NAME[16] = {1, 2, ...};", without the values too.
+// ".global .align 4 .b8 NAME[16] = {1, 2, ...};", without the values too; ".extern .shared .align 16 .b8 NAME[];"
 void add_global(Source& source, const std::string& line) {
+    if (begins(line, ".extern .shared ")) {
+        const size_t name = line.rfind(' ') + 1;
+        source.globals[line.substr(name, line.find('[', name) - name)] = shared_begin;
+        return;
+    }
     const size_t type = line.find(".b8 "), open = line.find('['), values = line.find('{');
     if (type == std::string::npos || open == std::string::npos || !begins(line, ".global"))
         throw Fault("what is this? " + line.substr(0, 100));
@@ -186,10 +191,12 @@ class Parser {
     bool find_register(const std::string& text, uint32_t& place, int& bytes) {
         if (text[0] != '%') return false;
         bytes = 4;
-        if (text == "%tid.x" || text == "%ctaid.x") {
-            uint32_t& index = text == "%tid.x" ? kernel_.thread_index : kernel_.block_index;
-            if (index == 0) index = room(4 * lanes);
-            place = index;
+        for (const auto& [name, index] : {std::pair{"%tid.x", &kernel_.thread_index},
+                                          {"%ctaid.x", &kernel_.block_index},
+                                          {"%nctaid.x", &kernel_.block_count}}) {
+            if (text != name) continue;
+            if (*index == 0) *index = room(4 * lanes);
+            place = *index;
             return true;
         }
         const size_t digit = text.find_first_of("0123456789");
@@ -290,6 +297,10 @@ class Parser {
             if (n.guarded) throw Fault("lanes are left out of what they do together.");
             n.target = n.operand[operands.size() - 1];  // the mask
         }
+        if (n.kind == Kind::Barrier) {
+            if (n.guarded || operands[0] != "0") throw Fault("only barrier 0, of all threads, is known.");
+            kernel_.has_barrier = true;
+        }
         kernel_.code.push_back(n);
     }
 
@@ -318,6 +329,12 @@ void load(const std::string& folder) {
         source.text = text.str();
         read_source(source);
     }
+}
+
+int architecture() {
+    int highest = 0;
+    for (const Source& source : sources) highest = std::max(highest, source.architecture);
+    return highest;
 }
 
 Kernel& kernel(const std::string& name) {

@@ -1,7 +1,8 @@
 // Runs the PTX that nvcc made of csrc/cuda on the CPU, so that the code which only nvcc compiles is run too: its inline
-// PTX, its intrinsics, what its optimizer did. A warp at a time, its 32 lanes in step. Lanes that part at a branch go
-// on at the lowest line first, and together again where they meet. What PTX leaves undefined is a Fault, and so is an
-// instruction that no kernel had yet: arithmetic.cpp and lanes.cpp list those that are known.
+// PTX, its intrinsics, what its optimizer did. A warp at a time, until it ends or waits at a barrier, its 32 lanes in
+// step. Lanes that part at a branch go on at the lowest line first, and together again where they meet. What PTX leaves
+// undefined is a Fault, and so is an instruction that no kernel had yet: arithmetic.cpp and lanes.cpp list those that
+// are known.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,9 @@ struct Warp;
 struct Instruction;
 using Work = void (*)(Warp&, const Instruction&);
 
-enum class Kind { Plain, Branch, Return, Together };  // Together: done by all lanes that a mask names, its last operand
+// Together: done by all lanes that a mask names, its last operand. Barrier: where all threads of a block wait for each
+// other.
+enum class Kind { Plain, Branch, Return, Together, Barrier };
 
 constexpr int most_operands = 6;
 struct Instruction {
@@ -53,14 +56,25 @@ struct Kernel {
     uint32_t parameter_bytes = 0, most_threads = 1024;
     std::vector<Instruction> code;
     std::vector<uint8_t> frame = std::vector<uint8_t>(64);  // registers and constants; nothing is at 0
+    std::vector<std::vector<uint8_t>> frames;               // of warps
     std::vector<uint8_t> parameter_memory;
-    uint32_t thread_index = 0, block_index = 0;  // where the frame has them; 0: nowhere
-    std::deque<std::string> lines;               // what Instruction::text points into
+    uint32_t thread_index = 0, block_index = 0, block_count = 0;  // where the frame has them; 0: nowhere
+    std::deque<std::string> lines;                                // what Instruction::text points into
     int architecture = 0;
+    bool has_barrier = false;
+    uint32_t most_shared_bytes = 48 * 1024;  // that a launch may ask for; cudaFuncSetAttribute allows more
+};
+
+// The dynamic shared memory of a block. Nobody may read a byte before it was written; where a barrier is missing, what
+// a warp reads is not there yet. A device keeps the first addresses to itself.
+constexpr uint32_t shared_begin = 1024;
+struct Shared {
+    std::vector<uint8_t> bytes, written;
 };
 
 struct Warp {
     Kernel* kernel;
+    Shared* shared;
     uint8_t* frame;
     uint32_t mask;  // the lanes that run the instruction
 
@@ -99,6 +113,9 @@ inline uint8_t* parameters(const Kernel& kernel, uint64_t address, size_t bytes,
     return reinterpret_cast<uint8_t*>(address);
 }
 
+// Likewise of shared memory.
+uint8_t* shared_memory(Shared& shared, uint32_t address, size_t bytes, bool written, const Instruction& by);
+
 // What an instruction's name and the bytes of its registers mean.
 struct Form {
     Work work = nullptr;
@@ -115,6 +132,8 @@ Form form_of(const std::string& name, const std::vector<int>& bytes);
 void load(const std::string& folder);
 // The kernel of a mangled name; it is parsed the first time.
 Kernel& kernel(const std::string& name);
-void run(Kernel& kernel, uint32_t blocks, uint32_t threads, void** arguments);
+// The compute capability of a device for all of them: 10 times the major number, plus the minor.
+int architecture();
+void run(Kernel& kernel, uint32_t blocks, uint32_t threads, uint32_t shared_bytes, void** arguments);
 
 }  // namespace ptx

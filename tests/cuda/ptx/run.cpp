@@ -1,4 +1,4 @@
-// Runs a kernel, one warp after the other.
+// Runs a kernel, one block and one warp after the other.
 #include "ptx.h"
 
 #include <algorithm>
@@ -29,10 +29,12 @@ constexpr uint64_t most_instructions = 1ull << 26;
 
 class Scheduler {
   public:
-    explicit Scheduler(Warp& warp) : warp_(warp), code_(warp.kernel->code.data()), groups_{{0, warp.mask}} {}
+    explicit Scheduler(const Warp& warp) : warp_(warp), code_(warp.kernel->code.data()), groups_{{0, warp.mask}} {}
 
+    // Until the warp has ended, or its threads wait at a barrier.
     void run() {
-        while (!groups_.empty()) {
+        barrier_ = nullptr;
+        while (!groups_.empty() && barrier_ == nullptr) {
             join();
             size_t next = groups_.size();
             for (size_t g = 0; g < groups_.size(); ++g)
@@ -44,6 +46,8 @@ class Scheduler {
             advance(group);
         }
     }
+    // The barrier that all threads wait at; null where they have ended.
+    const Instruction* barrier() const { return barrier_; }
 
   private:
     // Lanes that have come to one place go on together.
@@ -80,6 +84,14 @@ class Scheduler {
                     warp_.mask = mask;
                     n.work(warp_, n);
                     break;
+                case Kind::Barrier:
+                    if (ended_ != ~there_) throw Fault(std::string("lanes ended before a barrier: ") + n.text);
+                    group.waits = group.lanes != there_;
+                    if (!group.waits) {
+                        barrier_ = &n;
+                        ++group.at;
+                    }
+                    return groups_.push_back(group);
                 case Kind::Branch:
                     if (mask == 0) break;
                     if (mask != group.lanes) groups_.push_back({group.at + 1, group.lanes & ~mask});
@@ -109,10 +121,11 @@ class Scheduler {
         return (named & ~group.lanes) == 0;
     }
 
-    Warp& warp_;
+    Warp warp_;
     const Instruction* code_;
     std::vector<Group> groups_;
-    uint32_t ended_ = ~warp_.mask;
+    uint32_t there_ = warp_.mask, ended_ = ~there_;
+    const Instruction* barrier_ = nullptr;
     uint64_t done_ = 0;  // instructions
 };
 
@@ -148,27 +161,68 @@ void misaligned(uint64_t address, size_t alignment, const Instruction& by) {
                 by.text);
 }
 
-void run(Kernel& kernel, uint32_t blocks, uint32_t threads, void** arguments) {
-    for (size_t i = 0; i < kernel.parameters.size(); ++i) {
-        const Parameter& parameter = kernel.parameters[i];
-        if (kernel.parameter_memory.empty()) kernel.parameter_memory.resize(kernel.parameter_bytes + 1);
-        std::memcpy(kernel.parameter_memory.data() + parameter.offset, arguments[i], parameter.size);
-    }
-    for (uint32_t block = 0; block < blocks; ++block) {
-        for (uint32_t first = 0; first < threads; first += lanes) {
-            const uint32_t there = threads - first < lanes ? (1u << (threads - first)) - 1 : everyone;
-            Warp warp{&kernel, kernel.frame.data(), there};
-            for (uint32_t l = 0; l < lanes; ++l) {
-                if (kernel.thread_index != 0) warp.at<uint32_t>(kernel.thread_index)[l] = first + l;
-                if (kernel.block_index != 0) warp.at<uint32_t>(kernel.block_index)[l] = block;
-            }
+uint8_t* shared_memory(Shared& shared, uint32_t address, size_t bytes, bool written, const Instruction& by) {
+    if (address % bytes != 0) misaligned(address, bytes, by);
+    const size_t at = size_t{address} - shared_begin;
+    if (address < shared_begin || at + bytes > shared.bytes.size())
+        throw Fault(std::string(written ? "writes" : "reads") + " beyond the shared memory: " + by.text);
+    uint8_t* marks = shared.written.data() + at;
+    if (written) std::memset(marks, 1, bytes);
+    if (std::memchr(marks, 0, bytes) != nullptr)
+        throw Fault(std::string("reads shared memory that nobody wrote: ") + by.text);
+    return shared.bytes.data() + at;
+}
+
+namespace {
+
+// The warps of a block, in their order from one barrier to the next.
+void run_block(Kernel& kernel, uint32_t block, uint32_t blocks, uint32_t threads, Shared& shared,
+               std::vector<std::vector<uint8_t>>& frames) {
+    std::vector<Scheduler> warps;
+    const uint32_t count = (threads + lanes - 1) / lanes;
+    for (bool goes_on = true; goes_on;) {
+        const Instruction* waits = nullptr;
+        for (uint32_t w = 0; w < count; ++w) {
+            const uint32_t first = w * lanes;
             try {
-                Scheduler(warp).run();
+                if (warps.size() == w) {
+                    const uint32_t there = threads - first < lanes ? (1u << (threads - first)) - 1 : everyone;
+                    Warp warp{&kernel, &shared, frames[w % frames.size()].data(), there};
+                    for (uint32_t l = 0; l < lanes; ++l) {
+                        if (kernel.thread_index != 0) warp.at<uint32_t>(kernel.thread_index)[l] = first + l;
+                        if (kernel.block_index != 0) warp.at<uint32_t>(kernel.block_index)[l] = block;
+                        if (kernel.block_count != 0) warp.at<uint32_t>(kernel.block_count)[l] = blocks;
+                    }
+                    warps.emplace_back(warp);
+                }
+                warps[w].run();
+                if (w > 0 && warps[w].barrier() != waits)
+                    throw Fault(std::string("not all warps come to the same barrier: ") +
+                                (waits == nullptr ? warps[w].barrier() : waits)->text);
+                waits = warps[w].barrier();
             } catch (const Fault& fault) {
                 throw Fault(kernel.name + ", block " + std::to_string(block) + ", threads from " +
                             std::to_string(first) + ": " + fault.what());
             }
         }
+        goes_on = waits != nullptr;
+    }
+}
+
+}  // namespace
+
+void run(Kernel& kernel, uint32_t blocks, uint32_t threads, uint32_t shared_bytes, void** arguments) {
+    for (size_t i = 0; i < kernel.parameters.size(); ++i) {
+        const Parameter& parameter = kernel.parameters[i];
+        if (kernel.parameter_memory.empty()) kernel.parameter_memory.resize(kernel.parameter_bytes + 1);
+        std::memcpy(kernel.parameter_memory.data() + parameter.offset, arguments[i], parameter.size);
+    }
+    // Only warps that wait for others need registers of their own.
+    const size_t frames = kernel.has_barrier ? (threads + lanes - 1) / lanes : 1;
+    if (kernel.frames.size() < frames) kernel.frames.resize(frames, kernel.frame);
+    for (uint32_t block = 0; block < blocks; ++block) {
+        Shared shared{std::vector<uint8_t>(shared_bytes, 0xa5), std::vector<uint8_t>(shared_bytes)};
+        run_block(kernel, block, blocks, threads, shared, kernel.frames);
     }
 }
 

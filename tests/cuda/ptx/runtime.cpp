@@ -6,13 +6,19 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <map>
+
+// That of the shim, which only the comparison of cuda_on_cpu has.
+namespace cuda_on_cpu {
+extern __attribute__((weak)) long launches_with_memory;
+}
 
 namespace {
 
 struct Launch {
     std::string kernel;
-    unsigned blocks, threads, parameter_bytes;
+    unsigned blocks, threads, parameter_bytes, shared_bytes;
     const void* stream;
     int device;
 };
@@ -28,8 +34,10 @@ std::string fault;  // what the last error says
 
 // What the driver allows a kernel, from CUDA 12.1 on.
 constexpr unsigned most_parameter_bytes = 32764;
+// So small a device has much work soon.
+constexpr int multiprocessors = 2, most_shared_bytes = 227 * 1024;
 
-ptx::Kernel& kernel_of(const void* stub) {
+void load() {
     static const bool loaded = [] {
         const char* folder = std::getenv("OPTIM8_PTX");
         if (folder == nullptr) throw ptx::Fault("OPTIM8_PTX must name the folder of the PTX");
@@ -42,6 +50,10 @@ ptx::Kernel& kernel_of(const void* stub) {
         return true;
     }();
     (void)loaded;
+}
+
+ptx::Kernel& kernel_of(const void* stub) {
+    load();
     const auto name = names().find(stub);
     if (name == names().end()) throw ptx::Fault("no such kernel was registered");
     return ptx::kernel(name->second);
@@ -52,15 +64,27 @@ cudaError_t fail(cudaError_t error, const std::string& what = "as the test asked
     return last_error = error;
 }
 
-cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, cudaStream_t stream) {
+// OPTIM8_PTX_LAUNCHES names a file that gets the name of each kernel that is launched.
+void note(const std::string& kernel) {
+    static const char* path = std::getenv("OPTIM8_PTX_LAUNCHES");
+    static std::ofstream file(path == nullptr ? "" : path);
+    if (path != nullptr) file << kernel << '\n';
+}
+
+cudaError_t launch(const void* stub, dim3 grid, dim3 block, size_t shared, void** arguments, cudaStream_t stream) {
     if (launches_until_error >= 0 && launches_until_error-- == 0) return fail(chosen_error);
     try {
         ptx::Kernel& kernel = kernel_of(stub);
         if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 ||
-            block.x == 0 || block.x > kernel.most_threads || kernel.parameter_bytes > most_parameter_bytes)
+            block.x == 0 || block.x > kernel.most_threads || kernel.parameter_bytes > most_parameter_bytes ||
+            shared > kernel.most_shared_bytes)
             return fail(cudaErrorInvalidConfiguration, "more than the kernel allows");
-        launches.push_back({kernel.name, grid.x, block.x, kernel.parameter_bytes, stream, current_device});
-        ptx::run(kernel, grid.x, block.x, arguments);
+        const auto shared_bytes = static_cast<unsigned>(shared);
+        note(kernel.name);
+        launches.push_back(
+            {kernel.name, grid.x, block.x, kernel.parameter_bytes, shared_bytes, stream, current_device});
+        if (shared > 0 && &cuda_on_cpu::launches_with_memory != nullptr) ++cuda_on_cpu::launches_with_memory;
+        ptx::run(kernel, grid.x, block.x, shared_bytes, arguments);
     } catch (const ptx::Fault& problem) {
         return fail(cudaErrorIllegalAddress, problem.what());
     }
@@ -88,9 +112,35 @@ cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { std::abort(); }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { std::abort(); }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
-    if (config->dynamicSmemBytes != 0 || config->numAttrs != 0)
-        return fail(cudaErrorNotSupported, "shared memory and attributes are not known here");
-    return launch(stub, config->gridDim, config->blockDim, arguments, config->stream);
+    if (config->numAttrs != 0) return fail(cudaErrorNotSupported, "attributes are not known here");
+    return launch(stub, config->gridDim, config->blockDim, config->dynamicSmemBytes, arguments, config->stream);
+}
+cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > most_shared_bytes)
+        return fail(cudaErrorInvalidValue, "no such attribute is known here");
+    try {
+        kernel_of(stub).most_shared_bytes = static_cast<uint32_t>(value);
+    } catch (const ptx::Fault& problem) {
+        return fail(cudaErrorInvalidDeviceFunction, problem.what());
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount:
+            return *value = multiprocessors, cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            return *value = most_shared_bytes, cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor:
+            try {
+                load();
+            } catch (const ptx::Fault& problem) {
+                return fail(cudaErrorInvalidDevice, problem.what());
+            }
+            return *value = ptx::architecture() / 10, cudaSuccess;
+        default:
+            return fail(cudaErrorInvalidValue, "no such attribute is known here");
+    }
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
     if (launches_until_error >= 0 && launches_until_error-- == 0) return fail(chosen_error);
@@ -136,8 +186,8 @@ FOR_TESTS const char* fake_cuda_launch(int i) {
     static std::string text;
     const Launch& launch = launches.at(static_cast<size_t>(i));
     char numbers[100];
-    std::snprintf(numbers, sizeof numbers, " %u %u %u %p %d", launch.blocks, launch.threads, launch.parameter_bytes,
-                  launch.stream, launch.device);
+    std::snprintf(numbers, sizeof numbers, " %u %u %u %u %p %d", launch.blocks, launch.threads, launch.parameter_bytes,
+                  launch.shared_bytes, launch.stream, launch.device);
     text = launch.kernel + numbers;
     return text.c_str();
 }
