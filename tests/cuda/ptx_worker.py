@@ -42,8 +42,13 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     parameter_bytes: int
+    shared_bytes: int
     stream: int
     device: int
+
+
+def is_columns(launch: Launch) -> bool:
+    return "12step_columns" in launch.kernel
 
 
 class Runtime:
@@ -123,6 +128,22 @@ def check_bits(case: Case, options: dict[str, Any]) -> None:
         assert found == expected, t
 
 
+def check_columns(runtime: Runtime, gives_columns: bool, name: str, dtype: torch.dtype) -> None:
+    """Tensors large enough for the kernel over columns, of a GPU of two multiprocessors; one of them has a rest."""
+    made = [
+        ([on(device, hostile(n, dtype, seed=n, small=-2, large=0)) for n in (50_000, 1, 30_208)], device)
+        for device in ("cpu", "cuda")
+    ]
+    optimizers = [getattr(optim8, name)([p.requires_grad_() for p in params]) for params, _ in made]
+    first = len(runtime.launches)
+    for t in range(3):
+        for (params, device), optimizer in zip(made, optimizers, strict=True):
+            step(params, optimizer, t, device)
+        assert snapshot(optimizers[0]) == snapshot(optimizers[1]), t
+    if gives_columns:
+        assert sum(is_columns(launch) for launch in runtime.launches[first:]) == 3
+
+
 def check_functional(dtype: torch.dtype) -> None:
     x = torch.randn(24, 100, generator=torch.Generator().manual_seed(3)).to(dtype)
     expected = every_result(x)
@@ -150,7 +171,8 @@ def check_launches(runtime: Runtime) -> None:
     """Of all checks before: a launch has what its kernel is compiled for, on torch's stream of the device."""
     assert len(runtime.launches) >= 3 * len(EVERY) * len(FORMS)
     for launch in runtime.launches:
-        assert launch.threads == 128
+        assert launch.threads == (512 if is_columns(launch) else 128)
+        assert (launch.shared_bytes > 0) == is_columns(launch)
         assert launch.parameter_bytes <= 32764
         assert launch.stream == STREAMS[launch.device]
     assert max(launch.parameter_bytes for launch in runtime.launches) > 4096
@@ -223,6 +245,12 @@ def checks(module: Any, runtime: Runtime) -> dict[str, Callable[[], None]]:
     }
     for name, dtype in DTYPES.items():
         listed[f"functional, {name}"] = lambda dtype=dtype: check_functional(dtype)
+    gives_columns = 90 <= module.probe(0)["ptx"] < 120  # csrc/cuda/step_columns.h
+    for name in ("AdamW8bit", "Adam8bit", "Lion8bit"):
+        for dtype in (torch.float32, torch.bfloat16):
+            listed[f"columns of {name}, {dtype}"] = lambda name=name, dtype=dtype: check_columns(
+                runtime, gives_columns, name, dtype
+            )
     for name in REPORTED:
         listed[f"report, {name}"] = lambda name=name: check_report(name)
     return {

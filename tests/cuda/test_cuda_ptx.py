@@ -32,7 +32,11 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(ptx: Path, kernels: str, approximation: str = "nearest") -> subprocess.CompletedProcess[str]:
+    # As csrc/cuda/step_columns.h has it.
+    if kernels == "step-columns" and not any(re.search(r"\.sm_(9|10|11)\d\.", path.name) for path in ptx.iterdir()):
+        pytest.skip("needs PTX of compute capability 9 or 10, as of OPTIM8_CUDA_ARCHS=90+PTX")
     environment = {**os.environ, "OPTIM8_PTX": str(ptx), "OPTIM8_PTX_APPROXIMATION": approximation}
+    environment["OPTIM8_PTX_LAUNCHES"] = str(ptx / "launches")
     command = [str(link.program()), kernels, "forward"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
@@ -40,7 +44,10 @@ def compare(ptx: Path, kernels: str, approximation: str = "nearest") -> subproce
 # Nothing may depend on how the hardware rounds its approximations: steps have them as low as PTX allows, and as high.
 @pytest.mark.parametrize(
     "kernels, approximation",
-    [("step", "low"), ("int8", "mixed"), ("step", "high"), ("blockwise", "mixed"), ("fourbit", "mixed")],
+    [
+        *(("step", "low"), ("step", "high"), ("step-columns", "low"), ("step-columns", "high")),
+        *(("int8", "mixed"), ("blockwise", "mixed"), ("fourbit", "mixed")),
+    ],
 )
 def test_kernels_equal_those_of_the_cpu(ptx: Path, kernels: str, approximation: str) -> None:
     result = compare(ptx, kernels, approximation)
@@ -48,6 +55,8 @@ def test_kernels_equal_those_of_the_cpu(ptx: Path, kernels: str, approximation: 
     compared = re.fullmatch(r"(\d+) values compared, 0 differ\n", result.stdout)
     assert compared is not None
     assert int(compared[1]) > 1_000_000
+    launched = (ptx / "launches").read_text()
+    assert "12step_columns" in launched or kernels != "step-columns"
 
 
 def test_the_module_on_tensors_that_seem_to_be_on_gpus(ptx: Path) -> None:
@@ -67,6 +76,7 @@ def test_the_module_on_tensors_that_seem_to_be_on_gpus(ptx: Path) -> None:
 
 FIRST_THREADS = r"(mov\.u32 (%r\d+), %tid\.x;\n)"
 LEAVES = r"\g<1>setp.lt.u32 %p1, \g<2>, 5;\n@%p1 "  # what the first five of them do next
+OF_THREADS = "setp.lt.u32 %p1, %tid.x, {};\n@%p1 "
 VOTE = "vote.sync.any.pred %p1, %p1, -1;\n"
 # What is replaced in the PTX of which source, with what, and what is said about it.
 PLANTED = {
@@ -85,6 +95,29 @@ PLANTED = {
     "register": ("int8", r"cvt\.rn\.bf16\.f32 %rs\d+", "cvt.rn.bf16.f32 %r1", "registers of this cvt.rn.bf16.f32"),
     "alignment": ("blockwise", r"(st\.global\.u16 \[%rd\d+\+)14\]", r"\g<1>15]", "is not a multiple of 2"),
     "overrun": ("blockwise", r"(st\.global\.u16 \[%rd\d+\+)14\]", r"\g<1>8206]", "writes memory that is not there"),
+    "mark": ("step-columns", r"red\.shared\.or\.b32 [^;]*;\n", "", r"\d+ differ"),
+    "column": ("step-columns", r"(ld\.shared\.f32 %f\d+, \[%r\d+)\]", r"\g<1>+128]", r"\d+ differ"),
+    "no barrier": ("step-columns", r"bar\.sync 0;\n", "", "reads shared memory that nobody wrote: ld.shared"),
+    "lanes without": (
+        *("step-columns", r"bar\.sync 0;\n", OF_THREADS.format(5) + "bra $here;\nbar.sync 0;\n$here:\n"),
+        "lanes wait for others that never come",
+    ),
+    "lanes ended": (
+        *("step-columns", r"bar\.sync 0;\n", OF_THREADS.format(5) + "ret;\nbar.sync 0;\n"),
+        "step_columns.*lanes ended before a barrier",
+    ),
+    "warp without": (
+        *("step-columns", r"bar\.sync 0;\n", OF_THREADS.format(32) + "ret;\nbar.sync 0;\n"),
+        "step_columns.*not all warps come to the same barrier",
+    ),
+    "shared overrun": (
+        *("step-columns", r"(st\.shared\.v4\.u32 \[%r\d+)\]", r"\g<1>+229376]"),
+        "writes beyond the shared memory",
+    ),
+    "shared alignment": (
+        *("step-columns", r"(ld\.shared\.v4\.u32 {[^}]*}, \[%r\d+)\]", r"\g<1>+4]"),
+        "is not a multiple of 16: ld.shared",
+    ),
     "parameters": ("int8", r"(ld\.param\.u64 %rd\d+, \[\w+_param_0\+)8\]", r"\g<1>800]", "reads beyond the parameters"),
 }
 
@@ -93,7 +126,8 @@ PLANTED = {
 def test_a_planted_mistake_is_noticed(ptx: Path, planted: str, tmp_path: Path) -> None:
     kernels, pattern, replacement, message = PLANTED[planted]
     shutil.copytree(ptx, tmp_path / "ptx")
-    (path,) = (tmp_path / "ptx").glob(f"{kernels}.*.ptx")
+    sources = "step_rules.0" if kernels == "step-columns" else kernels  # that of the first rule
+    (path,) = (tmp_path / "ptx").glob(f"{sources}.*.ptx")
     wrong, count = re.subn(pattern, replacement, path.read_text())
     assert count > 0
     path.write_text(wrong)
