@@ -96,7 +96,7 @@ PLANTED = {
     "alignment": ("blockwise", r"(st\.global\.u16 \[%rd\d+\+)14\]", r"\g<1>15]", "is not a multiple of 2"),
     "overrun": ("blockwise", r"(st\.global\.u16 \[%rd\d+\+)14\]", r"\g<1>8206]", "writes memory that is not there"),
     "mark": ("step-columns", r"red\.shared\.or\.b32 [^;]*;\n", "", r"\d+ differ"),
-    "column": ("step-columns", r"(ld\.shared\.f32 %f\d+, \[%r\d+)\]", r"\g<1>+128]", r"\d+ differ"),
+    "column": ("step-columns", r"(ld\.shared\.f32 %f\d+, \[%r\d+)\]", r"\g<1>+-128]", r"\d+ differ"),
     "no barrier": ("step-columns", r"bar\.sync 0;\n", "", "reads shared memory that nobody wrote: ld.shared"),
     "lanes without": (
         *("step-columns", r"bar\.sync 0;\n", OF_THREADS.format(5) + "bra $here;\nbar.sync 0;\n$here:\n"),
