@@ -93,14 +93,9 @@ def test_a_right_kernel_is_not_blamed(sanitizer: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.slow
-def test_columns_have_no_races() -> None:
-    """The one kernel with a barrier and shared memory, under the sanitizer that watches these."""
-    result = run(build.program("compare", "threads"), "step-columns", "random")
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-
-
-def test_no_other_kernel_needs_the_thread_sanitizer() -> None:
+def test_only_the_kernel_over_columns_could_have_races() -> None:
+    """It alone has a barrier and shared memory. The shim runs its threads in several orders, and the interpreter of PTX
+    (test_cuda_ptx.py) notices what is read before it is written; ThreadSanitizer takes no more than 8128 of them."""
     for path in (ROOT / "csrc/cuda").iterdir():
         found = re.findall(r"__shared__|__syncthreads|__syncwarp", path.read_text())
         assert not found or path.name in ("shared.h", "columns.h"), path.name
