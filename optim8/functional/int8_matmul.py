@@ -186,8 +186,8 @@ def _torch_serves(device: str, rows: int, inner: int, columns: int) -> bool:
 
 @cache
 def _has_int8_instructions() -> bool:
-    """Whether this processor multiplies and adds bytes in one instruction. Where an x86 does not, as before Ice Lake
-    and Zen 4, the product of torch 2.13 takes many times as long as ours."""
+    """Whether this processor multiplies and adds bytes in one instruction. An x86 before Ice Lake and Zen 4 does not, and
+    torch's product, whose speed rests on that, is then left for ours."""
     known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     return known.get("architecture") != "x86_64" or any(
         known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")

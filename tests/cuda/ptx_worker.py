@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import EVERY, Case
+from ptx import link
 from support.cuda_stub import CUDA, OnCuda, Torch, install, plain
 from support.functional_reference import every_result
 from support.harness import DTYPES, hostile, snapshot
@@ -245,7 +246,7 @@ def checks(module: Any, runtime: Runtime) -> dict[str, Callable[[], None]]:
     }
     for name, dtype in DTYPES.items():
         listed[f"functional, {name}"] = lambda dtype=dtype: check_functional(dtype)
-    gives_columns = 90 <= module.probe(0)["ptx"] < 120  # csrc/cuda/step_columns.h
+    gives_columns = module.probe(0)["ptx"] in link.COLUMNS
     for name in ("AdamW8bit", "Adam8bit", "Lion8bit"):
         for dtype in (torch.float32, torch.bfloat16):
             listed[f"columns of {name}, {dtype}"] = lambda name=name, dtype=dtype: check_columns(

@@ -32,8 +32,8 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(ptx: Path, kernels: str, approximation: str = "nearest") -> subprocess.CompletedProcess[str]:
-    # As csrc/cuda/step_columns.h has it.
-    if kernels == "step-columns" and not any(re.search(r"\.sm_(9|10|11)\d\.", path.name) for path in ptx.iterdir()):
+    architectures = re.findall(r"\.sm_(\d+)", " ".join(path.name for path in ptx.iterdir()))
+    if kernels == "step-columns" and not any(int(number) in link.COLUMNS for number in architectures):
         pytest.skip("needs PTX of compute capability 9 or 10, as of OPTIM8_CUDA_ARCHS=90+PTX")
     environment = {**os.environ, "OPTIM8_PTX": str(ptx), "OPTIM8_PTX_APPROXIMATION": approximation}
     environment["OPTIM8_PTX_LAUNCHES"] = str(ptx / "launches")

@@ -16,6 +16,8 @@ from shared import sass  # noqa: E402
 import build as on_cpu  # noqa: E402
 
 FOLDER = ROOT / "build" / "cuda_on_cpu" / "plain"  # whose objects are taken
+# Compute capabilities for which csrc/cuda/step_columns.h has its kernel.
+COLUMNS = range(90, 120)
 FLAGS = ["-std=c++20", "-O2", "-march=native", *on_cpu.PIC]
 
 
