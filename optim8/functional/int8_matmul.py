@@ -186,7 +186,7 @@ def _torch_serves(device: str, rows: int, inner: int, columns: int) -> bool:
 
 @cache
 def _has_int8_instructions() -> bool:
-    """Whether this processor multiplies and adds bytes in one instruction. An x86 before Ice Lake and Zen 4 does not, and
+    """Whether this processor multiplies and adds bytes in one instruction. An x86 before Ice Lake and Zen 4 does not;
     torch's product, whose speed rests on that, is then left for ours."""
     known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     return known.get("architecture") != "x86_64" or any(
