@@ -84,7 +84,9 @@ def test_planned_activations_are_measured_ones(make: Callable[[], GPT], loss: An
     """To the byte, but for what a checkpoint keeps of the generator: so every storage and its end is seen."""
     model = make()
     planned = optim8.memory.plan(model, loss=loss)
-    measured = measure(model, loss)
+    # Where the processor has no bfloat16 instructions oneDNN asks for scratch memory, which is no activation.
+    with torch.backends.mkldnn.flags(enabled=False):
+        measured = measure(model, loss)
     assert planned.bytes["activations"] > 0
     aligned = planned.total - planned.bytes["buffers"]  # gaps between tensors of state are no tensors
     assert 0 <= measured - aligned <= kept
