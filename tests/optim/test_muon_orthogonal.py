@@ -13,7 +13,8 @@ from support.rounding import Rounded
 from optim8.step import orthogonal
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
-SHAPES = [(1, 1), (1, 9), (9, 1), (6, 4), (33, 17), (64, 64), (96, 32), (32, 96), (513, 300)]
+# Of larger matrices torch's products depend on how it splits them: not the same alone, in a stack and transposed.
+SHAPES = [(1, 1), (1, 9), (9, 1), (6, 4), (33, 17), (64, 64), (96, 32), (32, 96)]
 
 
 def stack_of(shape: tuple[int, int], count: int = 5) -> torch.Tensor:
@@ -51,14 +52,14 @@ def test_a_stack_gives_the_bits_of_each_matrix_and_of_torch(shape: tuple[int, in
     assert not together[3].any(), "zeros stay zeros"
 
 
-@pytest.mark.parametrize("shape", [(96, 32), (9, 1), (513, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 32), (9, 1)], ids=str)
 def test_transposing_a_rectangle_transposes_the_result(shape: tuple[int, int]) -> None:
     stack = stack_of(shape)
     result = orthogonal.orthogonalize(stack, COEFFICIENTS, 5, 1e-7)
     assert torch.equal(result, orthogonal.orthogonalize(stack.mT.contiguous(), COEFFICIENTS, 5, 1e-7).mT)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (6, 4), (5, 5), (20, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (6, 4), (5, 5), (20, 33), (300, 513), (513, 300)], ids=str)
 @pytest.mark.parametrize("coefficients", [COEFFICIENTS, (2.0, -1.5, 0.5)], ids=str)
 def test_against_float64(shape: tuple[int, int], coefficients: tuple[float, float, float]) -> None:
     """Each iteration by itself, from what the one before has left: over several the bound on every rounding grows some
@@ -67,8 +68,9 @@ def test_against_float64(shape: tuple[int, int], coefficients: tuple[float, floa
         given = Rounded.exact(matrix.double().numpy())
         expected = reference.newton_schulz(given, coefficients, 0, 1e-7)
         for steps in range(6):
-            got = orthogonal.orthogonalize(matrix[None], coefficients, steps, 1e-7)[0].double().numpy()
-            assert (np.abs(got - expected.value) <= expected.error).all()
+            both = orthogonal.orthogonalize(torch.stack([matrix, matrix]), coefficients, steps, 1e-7).double().numpy()
+            assert (np.abs(both - expected.value) <= expected.error).all()
+            got = both[0]
             assert expected.error.max() < 0.15, "a bound that allows anything tests nothing"
             expected = reference.newton_schulz_iteration(Rounded.exact(got), coefficients)
 
