@@ -25,19 +25,22 @@ BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
 
 
 def main_path(kernel: sass.Kernel, states: int) -> list[str]:
-    """The opcodes that a warp executes for one whole block with 8-bit state: once round the loop that comes first.
+    """The opcodes that a warp executes for one whole block with 8-bit state: the shortest way round.
 
-    It goes from the first wide load over the reduction of the maxima to the store of the last state's absmax, which is
-    the only plain one, and back.
+    It goes from a wide load over the reduction of the maxima to the store of the last state's absmax, which is the only
+    plain one, and back.
     """
-    opcodes = kernel.opcodes()
-    load = next(i for i, opcode in enumerate(opcodes) if re.match(r"LDG.*\.128", opcode))
-    reduction = next(i for i, opcode in enumerate(opcodes) if opcode.startswith("REDUX"))
-    onward = kernel.ways_from(reduction)
-    plain = sorted((len(way), i) for i, way in onward.items() if opcodes[i] == "STG.E")
-    store = plain[states - 1][1]
-    way = [*kernel.ways_from(load)[reduction], *onward[store], *kernel.ways_from(store)[load]]
-    return [opcodes[i] for i in way]
+    opcodes, found = kernel.opcodes(), []
+    for load in (i for i, opcode in enumerate(opcodes) if re.match(r"LDG.*\.128", opcode)):
+        there = kernel.ways_from(load)
+        reduction = min((len(way), i) for i, way in there.items() if opcodes[i].startswith("REDUX"))[1]
+        onward = kernel.ways_from(reduction)
+        plain = sorted((len(way), i) for i, way in onward.items() if opcodes[i] == "STG.E")
+        store = plain[states - 1][1]
+        back = kernel.ways_from(store)
+        if load in back:
+            found.append([*there[reduction], *onward[store], *back[load]])
+    return [opcodes[i] for i in min(found, key=len)]
 
 
 def turn_path(kernel: sass.Kernel, states: int) -> list[str]:

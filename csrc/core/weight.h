@@ -25,6 +25,7 @@ constexpr int64_t bytes_of(Weight weight) { return weight == Weight::Bits32 ? 2 
 
 OPTIM8_BEGIN
 
+constexpr uint32_t half_of_param = 0x8000u;         // half a unit in the parameter's last place
 constexpr uint32_t half_bias = (127u - 15u) << 23;  // between the exponents of float32 and float16
 constexpr float half_least_normal = 0x1p-14f;
 
@@ -73,14 +74,15 @@ OPTIM8_HD int32_t low_of(uint8_t byte) { return static_cast<int32_t>(static_cast
 OPTIM8_HD int32_t low_of(int16_t bytes) { return bytes; }
 
 // What is kept of a weight; `u`: of the element, in units of 2^-32. What is 0 stays so, and what is infinite. Of one
-// that has no low bits only the parameter counts, whose rounding to nearest then ends in a truncation.
+// that has no low bits only the parameter counts, whose rounding to nearest then ends in a truncation. Bits below those
+// that are kept say nothing.
 OPTIM8_HD uint32_t keep_weight(Weight kind, uint32_t weight, uint32_t u) {
     if (kind == Weight::Bits32) return weight;
-    return kind == Weight::Bits24 ? (weight + (u >> 24)) & ~0xffu : weight + (u >> 16) - 0x8000u;
+    return kind == Weight::Bits24 ? weight + (u >> 24) : weight + (u >> 16) - half_of_param;
 }
 
 // The parameter, and the low bits.
-OPTIM8_HD uint16_t param_of_weight(uint32_t weight) { return static_cast<uint16_t>((weight + 0x8000u) >> 16); }
+OPTIM8_HD uint16_t param_of_weight(uint32_t weight) { return static_cast<uint16_t>((weight + half_of_param) >> 16); }
 OPTIM8_HD int16_t low_of_weight(uint32_t weight) { return static_cast<int16_t>(weight); }
 OPTIM8_HD uint8_t low_of_weight24(uint32_t weight) { return static_cast<uint8_t>(weight >> 8); }
 

@@ -119,6 +119,17 @@ OPTIM8_DEVICE void load_words(const T* from, uint32_t (&to)[per_lane * sizeof(T)
     }
 }
 template <int span, class T>
+OPTIM8_DEVICE void store_words(T* to, const uint32_t (&from)[per_lane * sizeof(T) / 4]) {
+    using P = Packet<T, span>;
+    constexpr int of_packet = sizeof(P) / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < per_lane; k += of_packet) {
+        P packet;
+        std::memcpy(&packet, from + k * sizeof(T) / 4, sizeof packet);
+        __stcs(reinterpret_cast<P*>(to + step_to<span>(k)), packet);
+    }
+}
+template <int span, class T>
 OPTIM8_DEVICE void store_packets(T* to, const T (&from)[per_lane]) {
     using P = Packet<T, span>;
     constexpr int of_packet = sizeof(P) / sizeof(T);
@@ -212,6 +223,13 @@ OPTIM8_DEVICE void pack_bytes(const uint32_t (&bytes)[per_lane], uint32_t (&word
     for (int i = 0; i < 2; ++i)
         words[i] = __byte_perm(__byte_perm(bytes[4 * i], bytes[4 * i + 1], pair),
                                __byte_perm(bytes[4 * i + 2], bytes[4 * i + 3], pair), 0x5410);
+}
+
+// Half `which` of eight words.
+template <int which>
+OPTIM8_DEVICE void pack_halves(const uint32_t (&halves)[per_lane], uint32_t (&words)[per_lane / 2]) {
+    for (int i = 0; i < per_lane / 2; ++i)
+        words[i] = __byte_perm(halves[2 * i], halves[2 * i + 1], which == 0 ? 0x5410 : 0x7632);
 }
 
 // For the signs of two floats, as bits, two bytes 0xff or 0.

@@ -83,7 +83,8 @@ inline uint8_t packed_of(const Row& row) {
     bool states = true;
     for (const void* state : row.state) states = states && fits(state);
     for (const uint8_t* low : row.low) states = states && fits(low);
-    return static_cast<uint8_t>((states ? packed_states : 0) | (fits(row.param) ? packed_param : 0) |
+    const bool param = fits(row.param) && fits(row.param_low);
+    return static_cast<uint8_t>((states ? packed_states : 0) | (param ? packed_param : 0) |
                                 (fits(row.grad) ? packed_grad : 0));
 }
 

@@ -3,6 +3,7 @@
 
 #include "cuda/quick.h"
 #include "cuda/tables.h"
+#include "cuda/weights.h"
 
 #include <utility>
 
@@ -15,7 +16,8 @@ struct RowNorms<true> {
     double* of_blocks;  // as in Row
 };
 
-// Bits of StepRow::packed. One gradient that begins anywhere does not make the others slow.
+// Bits of StepRow::packed. One gradient that begins anywhere does not make the others slow. A parameter goes with its
+// low bits.
 enum Packed : uint8_t { packed_states = 1, packed_param = 2, packed_grad = 4 };
 constexpr uint8_t all_packed = packed_states | packed_param | packed_grad;
 
@@ -198,8 +200,8 @@ struct Block {
 };
 
 // A whole block at addresses fit for packets. False, with nothing changed, where a value is not finite or leaves the
-// range of Quick. The same in every lane.
-template <class Coding, class Rule, class P, class G>
+// range of Quick. The same in every lane. `wide`: its weights are, or dithered.
+template <bool wide, class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
                                 const LaneStates<Rule, Coding>& lane_states) {
     constexpr int span = packet_span<P>;
@@ -207,7 +209,9 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     G grad[per_lane];
     uint32_t codes[state_count<Rule>][per_lane / 4], pairs[state_count<Rule>][per_lane / 2];
     float absmax[state_count<Rule>];
+    LaneWeights<P, wide> weights;
     load_tile<span>(block.param, tile, true, P{}, param);
+    weights.load_low(block.weight, block.param_low, block.begin);
     load_tile<span>(block.grad, tile, true, G{}, grad);
     each_state<Rule>([&](auto s) {
         load_bytes<span>(block.codes[s.index], codes[s.index]);
@@ -219,12 +223,14 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
         absmax[s.index] = *block.absmax[s.index];
     });
 
-    float now[state_count<Rule>][per_lane];
+    float now[state_count<Rule>][per_lane], weight[per_lane];
     uint32_t largest[state_count<Rule>] = {};
-    bool in_range = true;
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) weight[k] = to_float(param[k]);
+    bool in_range = weights.join(block.weight, weight);
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
-        Quick p(to_float(param[k])), state[state_count<Rule>];
+        Quick p(weight[k]), state[state_count<Rule>];
         each_state<Rule>([&](auto s) {
             constexpr Code code = code_of<Rule, s.index>;
             float quotient;
@@ -238,7 +244,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
         });
         Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars.of_rule);
         each_state<Rule>([&](auto s) { state[s.index] = keep<Coding::template root<Rule, s.index>>(state[s.index]); });
-        param[k] = from_float<P>(p.x);
+        weight[k] = p.x;
         in_range = in_range && p.in_range;
         for (int s = 0; s < state_count<Rule>; ++s) {
             in_range = in_range && state[s].in_range;
@@ -246,6 +252,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
             largest[s] = larger_magnitude(largest[s], now[s][k]);
         }
     }
+    in_range = in_range && weights.are_numbers(weight);
     largest[0] = in_range ? largest[0] : inf_bits;
     bool good = true;
     for (int s = 0; s < state_count<Rule>; ++s) {
@@ -254,8 +261,8 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
     }
     if (!good) return false;
 
-    store_tile<span>(block.param, tile, true, param);
     const uint32_t start = lane_dither_start<span>(block.number, scalars.dither_time);
+    weights.store(block.weight, weight, start, block.param, block.param_low, block.begin);
     each_state<Rule>([&](auto s) {
         constexpr bool root = Coding::template root<Rule, s.index>;
         constexpr Rounding scaling = Coding::template scaling<Rule, s.index>;

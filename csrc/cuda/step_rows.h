@@ -14,12 +14,25 @@ OPTIM8_BEGIN
 template <class Rule>
 constexpr int blocks_at_least = state_count<Rule> == 3 ? 3 : 4;
 
+// Whether whole blocks with such weights are stepped quickly. Beside two states in 16 bits they would not fit the
+// registers.
+template <class Rule, class Coding, class P>
+OPTIM8_HD constexpr bool has_lane_weights() {
+    if constexpr (state_count<Rule> == 2)
+        if (Coding::template low<Rule, 0> && Coding::template low<Rule, 1>) return false;
+    return LaneWeights<P, true>::completes;
+}
+
 // A block as nearly all are; false, with nothing changed, where it is none.
 template <class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_usual(const StepRow<Rule>& row, const Block<Rule, P, G>& at, const StepScalars<Rule>& scalars,
                               const LaneStates<Rule, Coding>& lane_states) {
-    return row.precision != Precision::Bits32 && at.weight == Weight::Plain && at.well() &&
-           step_quickly<Coding>(at, scalars, lane_states);
+    if (row.precision == Precision::Bits32 || !at.well()) return false;
+    if (at.weight == Weight::Plain) return step_quickly<false, Coding>(at, scalars, lane_states);
+    // The dither goes by the blocks of the whole parameter.
+    if constexpr (has_lane_weights<Rule, Coding, P>())
+        if (at.first_in_block == 0) return step_quickly<true, Coding>(at, scalars, lane_states);
+    return false;
 }
 // Any other.
 template <class Coding, class Rule, class P, class G>

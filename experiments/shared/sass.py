@@ -121,6 +121,46 @@ def step_kernels(arch: str, folder: Path, types: Sequence[tuple[str, str]] = TYP
     return kernels_of(source, arch, folder)
 
 
+def weight_kernels(arch: str, folder: Path, rules: Sequence[str]) -> dict[tuple[str, str], Kernel]:
+    """Of each of these rules and each kind of weight (core/weight.h) a kernel that steps whole blocks of bfloat16
+    weights of this kind, whose state is dithered in 8 bits, and no others.
+    """
+    kinds = ("Plain", "Dithered", "Bits24", "Bits32")
+    of = "const __grid_constant__ StepBatch"
+    source = folder / "weight_kernels.cu"
+    source.write_text(
+        f"""#include "cuda/step_rows.h"
+OPTIM8_BEGIN
+template <class Rule, Weight kind>
+__global__ void __launch_bounds__(threads_per_block, blocks_at_least<Rule>) step_weights({of}<Rule> batch) {{
+    using Dithered = Coding<Rounding::Dithered, true, false>;
+    const LaneStates<Rule, Dithered> lane_states;
+    bool all = true;
+    each_block(batch, [&](const StepRow<Rule>& row, int64_t block, const StepScalars<Rule>& scalars, int) {{
+        Block<Rule, bfloat16, bfloat16> at(row, block);
+        at.weight = kind;
+        all = step_quickly<kind != Weight::Plain, Dithered>(at, scalars, lane_states) && all;
+    }});
+    if (!all) atomicOr(static_cast<uint32_t*>(batch.row[0].param), 1u);
+}}
+"""
+        + "\n".join(
+            f"template __global__ void step_weights<{rule}, Weight::{kind}>({of}<{rule}>);"
+            for rule in rules
+            for kind in kinds
+        )
+        + """
+OPTIM8_END
+"""
+    )
+    found = {}
+    for name, kernel in kernels_of(source, arch, folder).items():
+        of_name = re.search(r"step_weights<(?:\w+::)*(\w+), .*?(\d)>", name)
+        if of_name is not None:
+            found[of_name[1], kinds[int(of_name[2])]] = kernel
+    return found
+
+
 def kernels_of(source: Path, arch: str, folder: Path) -> dict[str, Kernel]:
     """The kernels of a source for an architecture such as "sm_90", by demangled name."""
     tools = tool_folder()

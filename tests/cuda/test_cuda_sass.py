@@ -32,6 +32,8 @@ MOST_INSTRUCTIONS = {1: 50, 2: 82, 3: 117}
 OF_ROOT, OF_LOW_BYTE = 9, 7
 # Of the kernel over columns, in float32 and in 16 bits.
 MOST_IN_COLUMNS = {"Adam": (60, 63), "AdamW": (58, 63), "Lion": (32, 36)}
+# What weights that are wider than their bfloat16 parameters, or dithered, add.
+MOST_OF_WEIGHTS = {"Adam": 8, "AdamW": 8, "Lion": 10}
 # The square roots of a formula that are not those of its states as they are kept.
 MORE_ROOTS = {"Adadelta": 2, "RMSpropCentered": 1, "RMSpropCenteredMomentum": 1}
 
@@ -82,6 +84,18 @@ def test_the_main_path_stays_short(kernels: dict[str, sass.Kernel], rule: str, t
     path = gpu_budget.main_path(step_kernel(kernels, rule, types), states)
     assert len(path) / 8 <= most_instructions(rule, RULES[rule])
     assert not any(opcode.startswith("CALL") for opcode in path)
+
+
+def test_wide_weights_take_little_more_than_their_parameters(tmp_path: Path) -> None:
+    kernels = sass.weight_kernels("sm_90", tmp_path, list(MOST_OF_WEIGHTS))
+    for rule, more in MOST_OF_WEIGHTS.items():
+        lengths = {
+            kind: len(gpu_budget.main_path(kernel, len(RULES[rule].moments))) / 8
+            for (of_rule, kind), kernel in kernels.items()
+            if of_rule == rule
+        }
+        assert len(lengths) == 4
+        assert all(length <= lengths["Plain"] + more for length in lengths.values()), (rule, lengths)
 
 
 @pytest.mark.parametrize("types", TYPES)

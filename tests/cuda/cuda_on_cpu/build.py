@@ -16,12 +16,13 @@ ROOT = HERE.parents[2]
 SANITIZERS = {"plain": [], "memory": ["address,undefined"], "threads": ["thread"]}
 PIC = ["-fPIC", "-fvisibility=hidden"]
 # The last rule of the list is there too.
-FORMS = ("adamw", "lion", "sgd", "sgd_plain", "rmsprop_centered_momentum", "nadam", "lamb")
+FORMS = ("adamw", "sgd_plain", "rmsprop_centered_momentum", "nadam", "lamb")
+PARTS = 4  # of the sources that have code for every rule (core/rule_parts.h); they compile side by side
 FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-fno-strict-aliasing"),
+    *("-std=c++17", "-Og", "-g1", "-fno-strict-aliasing"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),  # unroll is nvcc's
-    "-DOPTIM8_PART=0",  # the only one
+    f"-DOPTIM8_PARTS={PARTS}",
 ]
 
 
@@ -38,6 +39,18 @@ def _ninja() -> str:
 
 
 Object = tuple[Path, Path, list[str]]  # source, object, flags
+
+
+def _in_parts(sources: Iterable[Path], folder: Path, kind: str, flags: list[str]) -> list[Object]:
+    """Those that take longest come first."""
+    listed: list[Object] = []
+    for source in sorted(sources, key=lambda source: (not source.stem.endswith("_rules"), source)):
+        if source.stem.endswith("_rules"):
+            for part in range(PARTS):
+                listed.append((source, folder / f"{source.stem}.{part}.{kind}.o", [*flags, f"-DOPTIM8_PART={part}"]))
+        else:
+            listed.append((source, folder / f"{source.stem}.{kind}.o", flags))
+    return listed
 
 
 def link(result: Path, objects: Sequence[Object], flags: Sequence[str], given: Iterable[Path] = ()) -> Path:
@@ -91,11 +104,10 @@ def module() -> Path:
     bindings = [sysconfig.get_path("include"), pybind11.get_include()]
     bound = [*PIC, *(f"-isystem {path}" for path in bindings)]
     bound += ["-DOPTIM8_DEVICE_TYPE=dlpack::cpu", "-DOPTIM8_VERSION='\"shim\"'", "-DOPTIM8_CUDA_ARCHS='\"90\"'"]
-    objects = [(HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC)]
+    objects = _in_parts((ROOT / "csrc/cuda").glob("*.cu"), folder, "cuda", [*PIC, "-x", "c++"])
+    objects.append((HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC))
     for source in (*sorted((ROOT / "csrc/bind/cuda").glob("*.cpp")), *sorted((ROOT / "csrc/tensors").glob("*.cpp"))):
         objects.append((source, folder / f"{source.stem}.module.o", bound))
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        objects.append((source, folder / f"{source.stem}.cuda.o", [*PIC, "-x", "c++"]))
     return link(folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", objects, ["-shared"])
 
 
@@ -107,17 +119,15 @@ def objects(name: str, sanitizer: str) -> list[Object]:
     if SANITIZERS[sanitizer]:
         few = f"-iquote {_few_rules(folder)}"
         checked = [*sanitize_flags(sanitizer), "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", few]
-    listed: list[Object] = [
-        # The scheduler tells sanitizers of its fibers; it must not itself be watched.
-        (HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC),
-    ]
+    listed: list[Object] = []
+    if name == "compare":
+        listed += _in_parts((ROOT / "csrc/cuda").glob("*.cu"), folder, "cuda", [*checked, "-x", "c++"])
+        scalar = [*checked, "-DOPTIM8_ISA=scalar"]
+        listed += _in_parts((ROOT / "csrc/cpu/kernels").glob("*.cpp"), folder, "cpu", scalar)
+    # The scheduler tells sanitizers of its fibers; it must not itself be watched.
+    listed.append((HERE / "shim/scheduler.cpp", folder / "scheduler.o", PIC))
     for source in sorted(HERE.glob(f"{name}*.cpp")):
         listed.append((source, folder / f"{source.stem}.o", checked))
-    if name == "compare":
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            listed.append((source, folder / f"{source.stem}.cuda.o", [*checked, "-x", "c++"]))
-        for source in sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")):
-            listed.append((source, folder / f"{source.stem}.cpu.o", [*checked, "-DOPTIM8_ISA=scalar"]))
     return listed
 
 

@@ -56,7 +56,8 @@ struct Tensor {
                    low32_of(size, offset, form)} {
         const bool coded = form.precision != Precision::Bits32;
         fill(grad, kind);
-        fill(actual.param, Kind::Plain);
+        // Weights that are wider than their parameters have bits of their own for NaN and 0.
+        fill(actual.param, form.weight == Weight::Plain ? Kind::Plain : kind);
         for (int s = 0; s < info_of(rule).states; ++s) {
             const bool is_wide = coded && info_of(rule).state[s].wide;  // no such rule keeps states directly
             const bool has_low = form.precision == Precision::Bits16 || is_wide;

@@ -204,6 +204,7 @@ void add_arithmetic(Table& t) {
     t["cvt.u64.u16"] = conversion<u64, u16>();
     t["cvt.u64.u32"] = conversion<u64, u32>();
     t["cvt.s64.s32"] = conversion<s64, s32>();
+    t["cvt.s32.s16"] = form<s32, u32>([](u32 x) { return s32{static_cast<s16>(x)}; });  // of a wider register
     t["cvt.rn.f32.s32"] = conversion<float, s32>();
     t["cvt.rn.f64.s32"] = conversion<double, s32>();
     t["cvt.rn.f64.s16"] = conversion<double, s16>();

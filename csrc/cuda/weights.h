@@ -1,0 +1,98 @@
+// The weights of a whole block whose parameters are bfloat16 and whose rounding is completed or dithered
+// (core/weight.h), eight to a lane, on the way that nearly all blocks take.
+#pragma once
+
+#include "core/weight.h"
+#include "cuda/lanes.h"
+
+OPTIM8_BEGIN
+
+// How the lane's weights are kept. Here there is nothing beside the parameters: they are plain, or float16, whose
+// weights have an exponent of their own.
+template <class P, bool wide>
+struct LaneWeights {
+    static constexpr bool completes = false;
+    OPTIM8_DEVICE void load_low(Weight, const void*, int64_t) {}
+    OPTIM8_DEVICE bool join(Weight, float (&)[per_lane]) const { return true; }
+    OPTIM8_DEVICE static bool are_numbers(const float (&)[per_lane]) { return true; }
+    OPTIM8_DEVICE static void store(Weight, const float (&param)[per_lane], uint32_t, P* to, void*, int64_t) {
+        P narrow[per_lane];
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) narrow[k] = from_float<P>(param[k]);
+        store_tile<packet_span<P>>(to, tile, true, narrow);
+    }
+};
+template <>
+struct LaneWeights<bfloat16, true> {
+    static constexpr bool completes = true;
+    static constexpr int span = packet_span<bfloat16>;
+    static_assert(span == per_lane, "a lane's weights are neighbours");
+    uint32_t low[per_lane / 2];  // as they are stored
+
+    // `low_of_row`: where those of the tensor begin; `begin`: of the block there.
+    OPTIM8_DEVICE void load_low(Weight weight, const void* low_of_row, int64_t begin) {
+        if (weight == Weight::Bits32) {
+            load_words<span>(static_cast<const int16_t*>(low_of_row) + begin + place<span>(0), low);
+        } else if (weight == Weight::Bits24) {
+            uint32_t bytes[per_lane / 4];
+            load_bytes<span>(static_cast<const uint8_t*>(low_of_row) + begin, bytes);
+            for (int i = 0; i < per_lane / 4; ++i) low[i] = bytes[i];
+        }
+    }
+    // Adds them to the parameters. False where one would change a sign: it is not of this parameter.
+    OPTIM8_DEVICE bool join(Weight weight, float (&param)[per_lane]) const {
+        uint32_t changed = 0;
+        const auto add = [&](int k, int32_t low_bits) {
+            const uint32_t joined = bits_of(param[k]) + static_cast<uint32_t>(low_bits);
+            changed |= bits_of(param[k]) ^ joined;
+            param[k] = float_of(joined);
+        };
+        if (weight == Weight::Bits32) {
+#pragma unroll
+            for (int k = 0; k < per_lane; ++k) add(k, low_of(static_cast<int16_t>(low[k / 2] >> k % 2 * 16)));
+        } else if (weight == Weight::Bits24) {
+#pragma unroll
+            for (int k = 0; k < per_lane; ++k) add(k, low_of(static_cast<uint8_t>(low[k / 4] >> k % 4 * 8)));
+        }
+        return (changed & ~abs_mask) == 0;
+    }
+    // The bits of a NaN are not those of a weight.
+    OPTIM8_DEVICE static bool are_numbers(const float (&param)[per_lane]) {
+        bool all = true;
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) all = all && param[k] == param[k];
+        return all;
+    }
+    // Stores the weights of a block. `start`: the dither of the lane's first.
+    OPTIM8_DEVICE static void store(Weight weight, const float (&param)[per_lane], uint32_t start, bfloat16* to,
+                                    void* low_of_row, int64_t begin) {
+        uint32_t kept[per_lane];
+        if (weight == Weight::Bits32) {
+            keep<Weight::Bits32>(param, start, kept);
+            uint32_t low[per_lane / 2];
+            pack_halves<0>(kept, low);
+            store_words<span>(static_cast<int16_t*>(low_of_row) + begin + place<span>(0), low);
+        } else if (weight == Weight::Bits24) {
+            keep<Weight::Bits24>(param, start, kept);
+            uint32_t low[per_lane / 4];
+            pack_bytes<1>(kept, low);
+            store_bytes<span>(static_cast<uint8_t*>(low_of_row) + begin, low);
+        } else {
+            keep<Weight::Dithered>(param, start, kept);
+        }
+        uint32_t words[per_lane / 2];
+        for (uint32_t& each : kept) each += half_of_param;
+        pack_halves<1>(kept, words);
+        store_words<span>(to + place<span>(0), words);
+    }
+
+  private:
+    template <Weight kind>
+    OPTIM8_DEVICE static void keep(const float (&param)[per_lane], uint32_t start, uint32_t (&kept)[per_lane]) {
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k)
+            kept[k] = keep_weight(kind, bits_of(param[k]), dither<dither_of_param>(start, static_cast<uint32_t>(k)));
+    }
+};
+
+OPTIM8_END
