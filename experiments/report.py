@@ -26,6 +26,7 @@ import gpu_budget
 import memory_choices
 import memory_models
 import memory_profile
+import muon_share
 import paged
 import published
 import quantization_error
@@ -149,6 +150,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "memory_choices": memory_choices.render,
     "memory_models": memory_models.render,
     "memory_profile": memory_profile.render,
+    "muon_share": muon_share.render,
     "paged": paged.render,
     "parity": parity_report.render,
     "published": published.render,

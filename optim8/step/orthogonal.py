@@ -65,9 +65,9 @@ def orthogonalize(matrices: torch.Tensor, coefficients: Coefficients, steps: int
 
     A matrix X is divided by its Frobenius norm, and each iteration makes it a X + b (X X^T) X + c (X X^T)^2 X, all in
     bfloat16. Five iterations with torch.optim's coefficients bring a singular value of at least 1 % of the norm to
-    between 0.68 and 1.14, within the rounding of bfloat16; what is far below that is nothing but this rounding. The
-    result of one matrix does not depend on the others: CPU kernels give the bits of the matrix alone. Those of other
-    devices may sum in another order where there are other numbers of matrices.
+    between 0.68 and 1.14, within the rounding of bfloat16; what is far below that is nothing but this rounding. What
+    comes of one matrix does not depend on the values of the others; torch may sum its products in another order where
+    there are other numbers of them.
 
     Args:
         matrices: (count, rows, columns), bfloat16. Left as it is.

@@ -171,6 +171,18 @@ def test_benchmark_counts_bytes_and_ratios(benchmark: Path) -> None:
     assert {row["parameters"] for row in rows} == {2**18, 2**16}
 
 
+def test_the_products_of_muon_are_told_from_its_step(tmp_path: Path) -> None:
+    done = run("muon_share.py", "--quick", "--repeats", 3, "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "result.json")["shares"]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    for row in rows:
+        assert row["in_matrices"] < row["parameters"] == 2**18
+        assert 0 < row["share_outside"] < 1
+        assert row["products"]["upper_quartile_ms"] < row["step"]["upper_quartile_ms"]
+        assert f"| {row['case']}, {row['dtype']} " in done.stdout
+
+
 def test_builds_are_compared_in_one_run(tmp_path: Path) -> None:
     """A build with itself: every step is timed for both, and a first step too."""
     itself = Path(optim8.__file__).parents[1]
