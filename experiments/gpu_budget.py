@@ -27,19 +27,16 @@ BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
 def main_path(kernel: sass.Kernel, states: int) -> list[str]:
     """The opcodes that a warp executes for one whole block with 8-bit state: the shortest way round.
 
-    It goes from a wide load over the reduction of the maxima to the store of the last state's absmax, which is the only
-    plain one, and back.
+    It goes from the reduction of the maxima to the store of the last state's absmax, which is the only plain one, and
+    over the loads of the next block back.
     """
     opcodes, found = kernel.opcodes(), []
-    for load in (i for i, opcode in enumerate(opcodes) if re.match(r"LDG.*\.128", opcode)):
-        there = kernel.ways_from(load)
-        reduction = min((len(way), i) for i, way in there.items() if opcodes[i].startswith("REDUX"))[1]
+    for reduction in (i for i, opcode in enumerate(opcodes) if opcode.startswith("REDUX")):
         onward = kernel.ways_from(reduction)
-        plain = sorted((len(way), i) for i, way in onward.items() if opcodes[i] == "STG.E")
-        store = plain[states - 1][1]
-        back = kernel.ways_from(store)
-        if load in back:
-            found.append([*there[reduction], *onward[store], *back[load]])
+        for store in [i for i in onward if opcodes[i] == "STG.E"][states - 1 : states]:
+            back = kernel.ways_from(store)
+            if reduction in back:
+                found.append([*onward[store], *back[reduction]])
     return [opcodes[i] for i in min(found, key=len)]
 
 
@@ -50,8 +47,8 @@ def turn_path(kernel: sass.Kernel, states: int) -> list[str]:
     opcodes = kernel.opcodes()
 
     def nearest(start: int, wanted: str, which: int = 1) -> list[int]:
-        found = [way for i, way in kernel.ways_from(start).items() if re.fullmatch(wanted, opcodes[i])]
-        return sorted(found, key=len)[which - 1]
+        ways = kernel.ways_from(start)
+        return ways[[i for i in ways if re.fullmatch(wanted, opcodes[i])][which - 1]]
 
     reduction = next(i for i, opcode in enumerate(opcodes) if opcode.startswith("REDUX"))
     way = nearest(reduction, r"STG\.E", states)

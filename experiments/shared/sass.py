@@ -7,8 +7,9 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from optim8 import rules
@@ -56,6 +57,13 @@ class Kernel:
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes())
 
+    @cached_property
+    def _following(self) -> list[list[int]]:
+        """Of each instruction those that may come after it."""
+        places = {address: i for i, (address, _) in enumerate(self.instructions)}
+        last = len(self.instructions) - 1
+        return [[to for to in self._next(i, places) if to <= last] for i in range(len(self.instructions))]
+
     def _next(self, i: int, places: dict[int, int]) -> list[int]:
         text = self.instructions[i][1]
         predicated = text.startswith("@")
@@ -71,26 +79,39 @@ class Kernel:
         conditional = predicated or re.search(r"\bU?!?P\d", text) is not None
         return [jump, i + 1] if conditional else [jump]
 
-    def ways_from(self, start: int) -> dict[int, list[int]]:
-        """For each instruction that can be reached, the shortest way there: rare paths are detours, so the main one.
-
-        A way begins after `start` and ends with the instruction it leads to, which may be `start` itself.
-        """
-        places = {address: i for i, (address, _) in enumerate(self.instructions)}
+    def ways_from(self, start: int) -> Ways:
+        """The shortest ways: rare paths are detours, so the main one."""
         before: dict[int, int] = {}
         reached = [start]
         for i in reached:
-            for following in self._next(i, places):
-                if following < len(self.instructions) and following not in before:
+            for following in self._following[i]:
+                if following not in before:
                     before[following] = i
                     reached.append(following)
-        ways = {}
-        for goal in before:
-            way = [goal]
-            while before[way[-1]] != start:
-                way.append(before[way[-1]])
-            ways[goal] = way[::-1]
-        return ways
+        return Ways(start, before)
+
+
+@dataclass(frozen=True)
+class Ways(Mapping[int, list[int]]):
+    """For each instruction that can be reached, nearest first, the shortest way there.
+
+    A way begins after `start` and ends with the instruction it leads to, which may be `start` itself.
+    """
+
+    start: int
+    before: dict[int, int]
+
+    def __getitem__(self, goal: int) -> list[int]:
+        way = [goal]
+        while self.before[way[-1]] != self.start:
+            way.append(self.before[way[-1]])
+        return way[::-1]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.before)
+
+    def __len__(self) -> int:
+        return len(self.before)
 
 
 # Of parameters and gradients, as C++ has them.
