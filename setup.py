@@ -14,6 +14,8 @@ Environment:
                      default: those of 80;90;100;120 that nvcc knows, the last of them as PTX too, for newer GPUs.
   CUDA_HOME          where nvcc is looked for if it is not on the PATH; after it /usr/local/cuda and the packages
                      nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl of pip.
+  OPTIM8_ISAS        instruction sets that the CPU module gets beside scalar code, such as "avx2,avx512"; default: all of
+                     the architecture. Most of the time of a build is theirs.
   OPTIM8_SANITIZE    sanitizers for the CPU module, such as "address,undefined"; objects get a folder of their own.
   OPTIM8_WERROR      1 makes warnings of the compilers errors, registers that a kernel spills among them; the targets
                      of the Makefile set it.
@@ -116,7 +118,11 @@ def sanitizer_flags(isa: str = "scalar") -> list[str]:
 def isa_flags() -> dict[str, list[str]]:
     """By instruction set. Sanitized modules, which take long to compile, have scalar code and the fastest set."""
     *_, fastest = ISA_FLAGS
-    return {isa: ISA_FLAGS[isa] for isa in (["scalar", fastest] if sanitizer_flags() else ISA_FLAGS)}
+    asked = [isa.strip() for isa in os.environ.get("OPTIM8_ISAS", "").split(",") if isa.strip()]
+    if unknown := [isa for isa in asked if isa not in ISA_FLAGS]:
+        fail(f"OPTIM8_ISAS must be names of {', '.join(ISA_FLAGS)} with commas between, got {', '.join(unknown)}.")
+    chosen = asked or ([fastest] if sanitizer_flags() else list(ISA_FLAGS))
+    return {isa: flags for isa, flags in ISA_FLAGS.items() if isa == "scalar" or isa in chosen}
 
 
 def binding_flags() -> list[str]:

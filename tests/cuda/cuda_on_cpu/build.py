@@ -16,7 +16,7 @@ ROOT = HERE.parents[2]
 SANITIZERS = {"plain": [], "memory": ["address,undefined"], "threads": ["thread"]}
 PIC = ["-fPIC", "-fvisibility=hidden"]
 # The last rule of the list is there too.
-FORMS = ("adamw", "lion", "sgd_plain", "rmsprop_centered_momentum", "nadam", "lamb")
+FORMS = ("adamw", "lion", "sgd_plain", "lamb")
 PARTS = 4  # of the sources that have code for every rule (core/rule_parts.h); they compile side by side
 FLAGS = [
     *("-std=c++17", "-Og", "-g1", "-fno-strict-aliasing"),
