@@ -1,7 +1,7 @@
 """How much of a step of Muon8bit are its matrix products? `python experiments/muon_share.py`.
 
 A transformer's matrices take the Newton-Schulz iteration, its other parameters AdamW. torch's profiler tells the time
-of the products from the time of the step.
+of the products, with that of copying what they are added to, from the time of the step.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def seconds_of_products(optimizer: torch.optim.Optimizer) -> tuple[float, float]
         start = time.perf_counter()
         optimizer.step()
         whole = time.perf_counter() - start
-    products = sum(event.self_cpu_time_total for event in profiled.key_averages() if event.key in PRODUCTS)
+    products = sum(event.cpu_time_total for event in profiled.key_averages() if event.key in PRODUCTS)
     return whole, products / 1e6
 
 
