@@ -14,8 +14,8 @@ Environment:
                      default: those of 80;90;100;120 that nvcc knows, the last of them as PTX too, for newer GPUs.
   CUDA_HOME          where nvcc is looked for if it is not on the PATH; after it /usr/local/cuda and the packages
                      nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl of pip.
-  OPTIM8_ISAS        instruction sets that the CPU module gets beside scalar code, such as "avx2,avx512"; default: all of
-                     the architecture. Most of the time of a build is theirs.
+  OPTIM8_ISAS        instruction sets that the CPU module gets beside scalar code, such as "avx2,avx512"; default: all
+                     of the architecture. Most of the time of a build is theirs.
   OPTIM8_SANITIZE    sanitizers for the CPU module, such as "address,undefined"; objects get a folder of their own.
   OPTIM8_WERROR      1 makes warnings of the compilers errors, registers that a kernel spills among them; the targets
                      of the Makefile set it.
