@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SANITIZERS = {"plain": [], "memory": ["address,undefined"], "threads": ["thread"]}
 PIC = ["-fPIC", "-fvisibility=hidden"]
-# The last rule of the list is there too.
+# The last rule of the list is there too. compare_step.cpp names some of them.
 FORMS = ("adamw", "lion", "sgd_plain", "lamb")
 PARTS = 4  # of the sources that have code for every rule (core/rule_parts.h); they compile side by side
 FLAGS = [
@@ -81,8 +81,8 @@ def link(result: Path, objects: Sequence[Object], flags: Sequence[str], given: I
 
 
 def _few_rules(folder: Path) -> Path:
-    """A folder whose core/rules/all.h lists one rule of each form that kernels have: with sanitizers each takes long to
-    compile."""
+    """A folder whose core/rules/all.h lists few rules: with two states, with one, without, with norms. With sanitizers
+    each takes long to compile; the others are the interpreter's of PTX."""
     listed = (ROOT / "csrc/core/rules/all.h").read_text()
     kept = re.sub(r"    X\((\w+), \w+\) \\\n", lambda line: line[0] if line[1] in FORMS else "", listed)
     path = folder / "few/core/rules/all.h"
