@@ -128,6 +128,12 @@ class Case:
         """The name of the first state."""
         return next(iter(self.states))
 
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What the state of a parameter is made of, whatever it is called."""
+        states = ((signed, name in self.roots, name in self.wide) for name, signed in self.states.items())
+        return *states, len(self.running)
+
     def codes(self, state: str) -> str:
         """The key of a state's codes."""
         return f"{state}_root_codes" if state in self.roots else f"{state}_codes"
@@ -350,6 +356,8 @@ CASES = {
 # another Python, would not find more with them.
 FORMS = ("AdamW8bit", "SGD8bit", "RMSprop8bit", "NAdam8bit", "LAMB8bit")
 EVERY = [case for case in CASES.values() if case.name in FORMS or not os.environ.get("OPTIM8_TEST_FORMS")]
+# The first with each layout of state. What saves, splits, copies and loads state asks a rule for no more.
+LAYOUTS = list({case.layout: case for case in reversed(EVERY)}.values())[::-1]
 
 
 def exported_names() -> set[str]:

@@ -10,7 +10,7 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import CASES, EVERY, Case
+from cases import CASES, LAYOUTS, Case
 from distributed_common import (
     BLOCK,
     ON_BLOCKS,
@@ -125,7 +125,7 @@ def check_block(was: Moment, now: Moment, *, signed: bool) -> None:
 
 def save_sharded(place: Place) -> None:
     """Two steps, then every kind of checkpoint; and the whole state, to compare with."""
-    for case in EVERY:
+    for case in LAYOUTS:
         net = sharded(place)
         optimizer = default_size(case, net)
         take_steps(net, optimizer, 1, 2)
@@ -147,7 +147,7 @@ def save_sharded(place: Place) -> None:
 
 def load_resharded(place: Place) -> None:
     """The checkpoints of every other number of processes, by every way to load them."""
-    for case in EVERY:
+    for case in LAYOUTS:
         for at in sorted(place.folder.glob(f"{case.name}-*")):
             saved = torch.load(at / "saved.pt", weights_only=False)
             for way in ("dcp", "flat", "plain"):
@@ -197,7 +197,7 @@ def go_on(place: Place, case: Case, net: Net, optimizer: Any) -> None:
 
 def whole_to_one_process(place: Place) -> None:
     """A full state dict of sharded training loads into a plain optimizer, by torch's function and by ours."""
-    for case in EVERY:
+    for case in LAYOUTS:
         for at in sorted(place.folder.glob(f"{case.name}-*")):
             saved, whole = torch.load(at / "saved.pt", weights_only=False), torch.load(at / "whole.pt")
             for by_torch in (False, True):
@@ -218,7 +218,7 @@ def whole_to_one_process(place: Place) -> None:
 
 def one_process_to_shards(place: Place) -> None:
     """A checkpoint of one process loads into shards."""
-    for case in EVERY:
+    for case in LAYOUTS:
         alone = Net(place.device)
         own = default_size(case, alone)
         take_steps(alone, own, 1, 2)
@@ -238,7 +238,7 @@ def one_process_to_shards(place: Place) -> None:
 
 def from_rank_0(place: Place) -> None:
     """broadcast_from_rank0: state that was gathered from shards loads, and that of one process."""
-    case = CASES["AdamW8bit"]
+    case = LAYOUTS[0]
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     at = place.folder / f"{case.name}-{place.world}"
     whole = torch.load(at / "whole.pt") if place.rank == 0 else {}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import CASES, EVERY, Case
+from cases import CASES, EVERY, LAYOUTS, Case
 from distributed_common import SHAPES, Net, default_size, local, sharded, snapshot_local, take_steps
 from distributed_worker import Place, Scenario
 from support.harness import bits
@@ -199,7 +199,7 @@ def strange_tiles(place: Place) -> None:
 
 def copies(place: Place) -> None:
     """Sharded state dicts are copied, pickled, saved and staged as torch.optim's are; a copy takes what it holds."""
-    for case in EVERY:
+    for case in LAYOUTS:
         for more in ({}, {"optim_bits": 32}):
             net = sharded(place)
             optimizer = case.make(net.parameters(), min_8bit_size=4096, **more)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -38,6 +40,18 @@ class Place:
 Scenario = Callable[[Place], None]
 
 
+def _report(folder: Path, name: str, rank: int) -> Path:
+    return folder / f"{name}.{rank}.json"
+
+
+def _wait_for(reports: Sequence[Path], seconds: float) -> None:
+    limit = time.monotonic() + seconds
+    while not all(report.exists() for report in reports):
+        if time.monotonic() > limit:
+            raise TimeoutError(f"no {' and no '.join(str(r) for r in reports if not r.exists())} within {seconds} s")
+        time.sleep(0.01)
+
+
 def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[str, int, str]]) -> None:
     sys.path.insert(0, str(HERE))  # the scenarios import the tests' own modules
     torch.set_num_threads(1)
@@ -45,7 +59,12 @@ def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[st
     for module in ("training", "matrices", "checkpoints", "loading", "counting"):
         scenarios |= importlib.import_module(f"distributed_{module}").SCENARIOS
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
+    before: list[Path] = []  # what the ranks of the stage before report at its end
     for name, world, scenario in stages:
+        # All ranks begin a stage together, so that none that fails or is slow takes the next one with it. Longer than
+        # the group's timeout, by which a rank whose peer has failed ends too.
+        _wait_for(before, 900)
+        before = [_report(Path(folder), name, other) for other in range(world)]
         if rank >= world:
             continue
         said = ""
@@ -55,7 +74,6 @@ def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[st
                 init_method=f"file://{folder}/{name}.store",
                 rank=rank,
                 world_size=world,
-                # A rank that has no part in the stage before waits here for those that have.
                 timeout=timedelta(seconds=300),
             )
             if device_type == "cuda":
@@ -65,9 +83,11 @@ def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[st
         except BaseException:
             said = traceback.format_exc()
         finally:
-            Path(folder, f"{name}.{rank}.json").write_text(json.dumps(said))
             if dist.is_initialized():
                 dist.destroy_process_group()
+            part = Path(folder, f"{name}.{rank}.part")
+            part.write_text(json.dumps(said))
+            os.replace(part, before[rank])
 
 
 def run(stages: Sequence[tuple[str, int, str]], device_type: str, folder: Path) -> dict[str, list[str]]:
@@ -75,6 +95,6 @@ def run(stages: Sequence[tuple[str, int, str]], device_type: str, folder: Path) 
     count = max(world for _, world, _ in stages)
     mp.start_processes(_process, (device_type, str(folder), list(stages)), nprocs=count, start_method="spawn")
     return {
-        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world)]
+        name: [json.loads(_report(folder, name, rank).read_text()) for rank in range(world)]
         for name, world, _ in stages
     }
