@@ -165,7 +165,7 @@ SETTINGS = (
         "bfloat16",
         {
             "AdamW": (16, {**_TORCH, "dtype": "float32"}),
-            "FlashAdamW": (7, None),
+            "FlashAdamW": (7, {"optimizer": "flashoptim-adamw"}),
             "FlashAdamW with gradient release": (5, None),
         },
         _OURS_IN_16_BITS,

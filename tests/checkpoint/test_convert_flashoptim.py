@@ -142,6 +142,25 @@ def test_moments_are_those_that_the_codes_stand_for(name: str, dtype: torch.dtyp
         assert both[0] == both[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["FlashAdamW", "FlashLion"])
+def test_planned_bytes_are_those_of_its_dicts(name: str, dtype: torch.dtype) -> None:
+    """By default a byte completes 16-bit weights."""
+    kind = KINDS.get(name, LION)
+    params, state = trained(kind, dtype)
+    saved = saved_by(kind, state, params, width=3)["state"]
+    if dtype != torch.float32:
+        for key, entry in saved.items():
+            entry["error_bits"] = shares(params[key].detach().float(), params[key].detach(), 3)
+    model = torch.nn.ParameterList(params)
+    planned = optim8.memory.plan(model, {"FlashAdamW": "flashoptim-adamw", "FlashLion": "flashoptim-lion"}[name])
+    assert planned.state_bytes == sum(value.nbytes for entry in saved.values() for value in entry.values())
+    low = sum(p.numel() for p in params) if dtype != torch.float32 else 0
+    assert planned.bytes.get("master", 0) == low
+    assert planned.bytes["codes"] == len(kind.moments) * sum(p.numel() for p in params)
+    assert planned.needed >= planned.total
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_training_goes_on_as_in_torch(name: str) -> None:
     kind = KINDS[name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import time
 import traceback
@@ -87,7 +86,7 @@ def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[st
                 dist.destroy_process_group()
             part = Path(folder, f"{name}.{rank}.part")
             part.write_text(json.dumps(said))
-            os.replace(part, before[rank])
+            part.replace(before[rank])
 
 
 def run(stages: Sequence[tuple[str, int, str]], device_type: str, folder: Path) -> dict[str, list[str]]:

@@ -67,7 +67,7 @@ def plan(
         optimizer: "adam8bit", "adamw8bit", "lion8bit", "pagedadam8bit", "pagedadamw8bit", "pagedlion8bit", or a class
             of optim8; an optimizer of optim8 that holds the module's parameters, whose groups and options then count;
             or another library's: "torch-adamw" (or "adamw"), "bitsandbytes-adamw8bit", "bitsandbytes-lion8bit",
-            "torchao-adamw8bit".
+            "torchao-adamw8bit", "flashoptim-adamw", "flashoptim-lion" (with 24 bits of 16-bit weights).
         dtype: of the parameters; None for the dtype that the model, config or file states, else float32.
         grad_dtype: of the gradients; None for the dtype of the parameters.
         master_copies: count a float32 copy of every narrower parameter; the optimizer then steps the copies.
@@ -88,9 +88,9 @@ def plan(
             as in `lambda model: model(inputs).mean()`. It is traced, with its backward, by the operators of the CPU,
             on tensors that take no memory: so inputs are on the CPU, or made in it. Gradients are None when it begins.
             Checkpointing counts as the module does it.
-        beside: plan the optimizers of torch, bitsandbytes and torchao as well, for the printed table; and, where
-            parameters are narrower than float32, torch's with float32 master copies: the 16 bytes a parameter of mixed
-            precision.
+        beside: plan the optimizers of torch, bitsandbytes, torchao and FlashOptim as well, for the printed table; and,
+            where parameters are narrower than float32, torch's with float32 master copies: the 16 bytes a parameter of
+            mixed precision.
 
     Returns:
         The plan of one device; of the fullest one where they differ.
