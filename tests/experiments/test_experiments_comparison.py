@@ -90,7 +90,7 @@ def test_published_figures_stand_beside_what_the_planner_counts(monkeypatch: pyt
                 assert planned[row["optimizer"]] < row["printed"]  # a peak has activations too
     shown = cells(published.render(recorded))
     assert shown["8bit BNB"][0] == "6"
-    assert shown["FlashAdamW"] == ["7", "7.13", "-0.13"]  # the source rounds: two float16 scales for each 32 values more
+    assert shown["FlashAdamW"] == ["7", "7.13", "-0.13"]  # two float16 scales for each 32 values more
 
 
 def test_peers_stand_beside_each_other_with_their_versions(comparison: ModuleType) -> None:
