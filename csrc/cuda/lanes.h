@@ -232,23 +232,18 @@ OPTIM8_DEVICE void pack_halves(const uint32_t (&halves)[per_lane], uint32_t (&wo
         words[i] = __byte_perm(halves[2 * i], halves[2 * i + 1], which == 0 ? 0x5410 : 0x7632);
 }
 
-// For the signs of two floats, as bits, two bytes 0xff or 0.
+// As __byte_perm, and a nibble of 8 more stands for the sign of its byte, 0xff or 0.
 #if defined(__CUDACC__)
-OPTIM8_DEVICE uint32_t sign_bytes(uint32_t a, uint32_t b) {
+OPTIM8_DEVICE uint32_t permute_signed(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t bytes;
-    asm("prmt.b32 %0, %1, %2, 0x00fb;" : "=r"(bytes) : "r"(a), "r"(b));
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
     return bytes;
 }
 #endif
-
-// For the signs of two floats, as bits, two halves of a word 0xffff or 0.
-#if defined(__CUDACC__)
-OPTIM8_DEVICE uint32_t sign_halves(uint32_t a, uint32_t b) {
-    uint32_t halves;
-    asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(halves) : "r"(a), "r"(b));
-    return halves;
-}
-#endif
+// For the signs of two floats, as bits, two bytes 0xff or 0.
+OPTIM8_DEVICE uint32_t sign_bytes(uint32_t a, uint32_t b) { return permute_signed(a, b, 0x00fb); }
+// The same of two halves of a word.
+OPTIM8_DEVICE uint32_t sign_halves(uint32_t a, uint32_t b) { return permute_signed(a, b, 0xffbb); }
 
 // Two numbers as float16, rounded towards 0, the first in the lower half.
 #if defined(__CUDACC__)

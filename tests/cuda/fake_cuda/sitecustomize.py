@@ -49,6 +49,8 @@ class _Event:
 
 
 class _Stream:
+    cuda_stream = 0
+
     def wait_stream(self, other: object) -> None:
         pass
 

@@ -109,6 +109,15 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
         result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
     return result;
 }
+// csrc/cuda/lanes.h
+inline unsigned permute_signed(unsigned low, unsigned high, unsigned selector) {
+    unsigned result = __byte_perm(low, high, selector);
+    for (int i = 0; i < 4; ++i) {
+        const unsigned byte = 0xffu << (8 * i);
+        if (selector >> (4 * i + 3) & 1) result = (result & byte) >> (8 * i + 7) ? result | byte : result & ~byte;
+    }
+    return result;
+}
 
 namespace cuda_on_cpu {
 
@@ -135,8 +144,6 @@ inline float __fmaf_rz(float a, float b, float c) {
 }
 // The approximations of csrc/cuda/quick.h; where the hardware's are another ulp, its own sequences allow for that.
 inline float reciprocal_approximately(float x) { return 1.0f / x; }
-inline unsigned sign_halves(unsigned a, unsigned b) { return (a >> 31 ? 0xffffu : 0u) | (b >> 31 ? 0xffff0000u : 0u); }
-inline unsigned sign_bytes(unsigned a, unsigned b) { return (a >> 31 ? 0xffu : 0u) | (b >> 31 ? 0xff00u : 0u); }
 inline float inverse_root_approximately(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 
 inline unsigned half_bits(float x) {  // of float16, rounded towards 0; of a normal one, or 0 for less
