@@ -125,7 +125,7 @@ cuda-check: $(call with,test) ## compile the CUDA module (needs nvcc, no GPU), i
 # Runs on the Python it is given: no network and no environment of its own there.
 .PHONY: gpu-report
 gpu-report: export OPTIM8_WERROR = 0
-gpu-report: ## on a machine with a GPU: build, test, check, measure (ARGS=check for one part); needs torch, pybind11, ninja
+gpu-report: ## on a machine with a GPU, in 9 minutes: build, check, measure, test (ARGS=--help); needs torch, pybind11, ninja
 	$(PYTHON) experiments/gpu_report.py $(ARGS)
 
 .PHONY: clean

@@ -1,9 +1,11 @@
 """What only a machine with a GPU can show: `python experiments/gpu_report.py PART`, or all parts one after the other.
 
-Parts: build (installs the project here, without network), test (the suite on cuda), check (CPU and CUDA bit for bit,
-and compute-sanitizer), measure (times beside device copy and the peers). Each part ends within 8 minutes: what is not
-finished by then is ended and named in the result, what is finished is kept. Each part adds to --json, or without it to
-experiments/runs/gpu-<name of the GPU>.json. OPTIM8_PEERS names a folder of unpacked packages to measure against.
+Parts, what is worth most first: build (installs the project here, without network), check (CPU and CUDA bit for bit),
+measure (times beside device copy and the peers, and clocks meanwhile), sanitize (compute-sanitizer), test (the suite
+on cuda). All of them end within --total seconds; what is not finished by then is ended and named in the result, what
+is finished is kept. The result is written row by row: to --json, or without it to gpu-<name of the GPU>.json in $OUT,
+or in experiments/runs. OPTIM8_PEERS names a folder of unpacked packages to measure against; OPTIM8_COMMIT the commit,
+where this is no git checkout.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ from gpu.results import render, with_ratios
 from shared.commands import FINISHED, Command, Deadline, Outcome, run_all
 from shared.common import ROOT, add_json, json_path, provenance, write_json
 
-PART_SECONDS = 8 * 60 - 15.0  # the rest is for starting, killing and writing
+TOTAL_SECONDS = 520.0
+# Of what is left of the total, the most that each part takes.
+SHARES = {"build": 0.6, "check": 0.3, "measure": 0.6, "sanitize": 0.35, "test": 1.0}
+GRACE_SECONDS = 5.0  # of a part, to end what runs and to write
 TESTS_AT_ONCE = 6
 CHECKS_AT_ONCE = 4
 PEER_SECONDS = 150.0  # for each; what one has not measured by then is left out
+PROFILE, PROFILE_SECONDS, PROFILE_LINES = "ncu", 20.0, 200
 LAST_LINES = 40  # of the output of what failed
 NO_TESTS = 5  # what pytest returns for a file all of whose tests need an extra that is not installed
 # With it `python -m gpu.check` finds the package.
@@ -51,7 +57,9 @@ class Result:
 
     def __init__(self, part: str, arguments: argparse.Namespace) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        self.path = json_path(arguments, f"gpu-{name}")
+        out = os.environ.get("OUT")
+        own = arguments.json is None and out
+        self.path = Path(out) / f"gpu-{name}.json" if own and out else json_path(arguments, f"gpu-{name}")
         self.part, self.start = part, time.perf_counter()
         self._head = provenance({"part": part, "quick": arguments.quick, "seconds": arguments.seconds})
 
@@ -75,15 +83,16 @@ def build(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
     major, minor = torch.cuda.get_device_capability()
     only_here = {"OPTIM8_CUDA": "1", "OPTIM8_CUDA_ARCHS": f"{major}{minor}"}
-    commands = [
-        Command("install", [*pip, "--editable", "."], only_here),
-        Command("installed", [sys.executable, "-m", "optim8"]),
-    ]
-    found = run_all(commands, deadline)
-    complete = all(outcome.state == FINISHED for outcome in found.values())
+    installed = Command("installed", [sys.executable, "-m", "optim8"])
+    found = run_all([Command("install", [*pip, "--editable", "."], only_here), installed], deadline)
+    if not found["install"].ok and deadline.left() > 0:  # an environment that cannot be written to, or has no pip
+        found["not installed"] = found.pop("install")
+        in_place = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        found |= run_all([Command("build in place", in_place, only_here), installed], deadline)
+    needed = [outcome for name, outcome in found.items() if name != "not installed"]
     return result.save(
-        all(outcome.ok for outcome in found.values()),
-        complete,
+        all(outcome.ok for outcome in needed),
+        all(outcome.state == FINISHED for outcome in needed),
         commands={name: description(outcome) for name, outcome in found.items()},
         installed=found["installed"].lines,
     )
@@ -134,34 +143,24 @@ def sanitizer() -> str | None:
     )
 
 
-def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
+def rows_of(lines: Sequence[str]) -> list[dict[str, Any]]:
     """What a script printed as `ROW` and JSON, also if it was ended before its end."""
-    return [json.loads(line[4:]) for line in outcome.lines if line.startswith("ROW {") and line.endswith("}")]
+    return [json.loads(line[4:]) for line in lines if line.startswith("ROW {") and line.endswith("}")]
 
 
-def check(arguments: argparse.Namespace, deadline: Deadline) -> bool:
-    from gpu import check as checks
-
-    result = Result("check", arguments)
-    script = [sys.executable, "-m", "gpu.check"]
-    quick = ["--quick"] if arguments.quick else []
-    commands = [Command(name, [*script, *quick, name], SCRIPTS) for name in checks.COMPARISONS]
-    tool = sanitizer()
-    for name in ("memcheck", "racecheck") if tool else ():
-        sanitized = [str(tool), "--tool", name, *SANITIZER, *script, "--quick", "kernels"]
-        commands.append(Command(name, sanitized, {**SCRIPTS, **UNCACHED}))
+def compare(part: str, arguments: argparse.Namespace, deadline: Deadline, commands: Sequence[Command]) -> bool:
+    result = Result(part, arguments)
     found: dict[str, dict[str, Any]] = {}
 
     def done(name: str, outcome: Outcome) -> None:
         found[name] = description(outcome)
-        for row in rows_of(outcome):
+        for row in rows_of(outcome.lines):
             found[name].update(row)
         unfinished = [command.name for command in commands if found.get(command.name, {}).get("state") != FINISHED]
         result.save(
             all(entry["ok"] for entry in found.values()),
             not unfinished,
             unfinished=unfinished,
-            sanitizer=tool is not None,
             values=sum(entry.get("values", 0) for entry in found.values()),
             differing=[what for entry in found.values() for what in entry.get("differing", [])],
             commands=found,
@@ -171,20 +170,40 @@ def check(arguments: argparse.Namespace, deadline: Deadline) -> bool:
     return len(found) == len(commands) and all(entry["ok"] for entry in found.values())
 
 
+def check(arguments: argparse.Namespace, deadline: Deadline) -> bool:
+    from gpu import check as checks
+
+    script = [sys.executable, "-m", "gpu.check", *(["--quick"] if arguments.quick else [])]
+    commands = [Command(name, [*script, name], SCRIPTS) for name in checks.COMPARISONS]
+    return compare("check", arguments, deadline, commands)
+
+
+def sanitize(arguments: argparse.Namespace, deadline: Deadline) -> bool:
+    tool = sanitizer()
+    if tool is None:
+        return Result("sanitize", arguments).save(True, True, commands={}, not_run="compute-sanitizer is not here")
+    script = [sys.executable, "-m", "gpu.check", "--quick", "kernels"]
+    options = {**SCRIPTS, **UNCACHED}
+    names = ("memcheck", "racecheck", "initcheck", "synccheck")
+    commands = [Command(name, [tool, "--tool", name, *SANITIZER, *script], options) for name in names]
+    return compare("sanitize", arguments, deadline, commands)
+
+
 def measure(arguments: argparse.Namespace, deadline: Deadline) -> bool:
+    from gpu import clocks
     from gpu import measure as measurements
 
     result = Result("measure", arguments)
     script = [sys.executable, "-m", "gpu.measure"]
     quick = ["--quick"] if arguments.quick else []
-    # One at a time; ours come first, and of the peers the one that compiles for minutes comes last.
-    own = [
-        *[Command(name, [*script, name, *quick], SCRIPTS) for name in ("copy", "steps", "functions")],
-        Command("paged", [sys.executable, "-m", "gpu.paged", *quick], SCRIPTS),
-    ]
     measurements.add_peers()
     here = [name for name in measurements.PEERS if importlib.util.find_spec(name) is not None]
     peers = [Command(name, [*script, name, *quick], SCRIPTS, PEER_SECONDS) for name in here]
+    # One at a time. Of the peers the one that compiles for minutes comes last.
+    first = [Command(name, [*script, name, *quick], SCRIPTS) for name in ("copy", "ceiling", "steps", "launches")]
+    paged = Command("paged", [sys.executable, "-m", "gpu.paged", *quick], SCRIPTS)
+    rest = [Command(name, [*script, name, *quick], SCRIPTS) for name in ("functions", "rules")]
+    own = [*first, *profiles(script, quick), paged, *rest]
     commands = [*own, *peers]
     found: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = [
@@ -193,23 +212,50 @@ def measure(arguments: argparse.Namespace, deadline: Deadline) -> bool:
         if name not in here
     ]
 
-    def done(name: str, outcome: Outcome) -> None:
-        found[name] = description(outcome)
-        rows.extend({"measurement": name, **row} for row in rows_of(outcome))
+    def save() -> None:
         unfinished = [command.name for command in commands if found.get(command.name, {}).get("state") != FINISHED]
         ok = all(found[command.name]["ok"] for command in own if command.name in found)
-        result.save(ok, not unfinished, unfinished=unfinished, commands=found, **with_ratios(rows))
+        more = {"clocks": watched.summary(), **with_ratios(rows)}
+        result.save(ok, not unfinished, unfinished=unfinished, commands=found, **more)
 
-    run_all(commands, deadline, done=done)
+    def heard(name: str, lines: Sequence[str]) -> None:
+        fresh = rows_of(lines)
+        rows.extend({"measurement": name, **row} for row in fresh)
+        if fresh:
+            save()
+
+    def done(name: str, outcome: Outcome) -> None:
+        found[name] = description(outcome)
+        if name.startswith(PROFILE):
+            found[name]["output"] = outcome.lines[-PROFILE_LINES:]
+        save()
+
+    with clocks.Watch() as watched:
+        run_all(commands, deadline, done=done, heard=heard)
     print(render(with_ratios(rows)))
     return all(found[command.name]["ok"] for command in own)
 
 
+def profiles(script: Sequence[str], quick: Sequence[str]) -> list[Command]:
+    """A page of Nsight Compute for the step of each of these kernels, where it is here and may look at counters."""
+    from gpu.measure import MAIN_KERNELS
+
+    tool = shutil.which("ncu")
+    if tool is None:
+        return []
+    look = [tool, "--set", "detailed", "--kernel-name", "regex:step_", "--launch-skip", "1", "--launch-count", "1"]
+    return [
+        Command(f"{PROFILE} {name}", [*look, *script, "one", *quick, "--kernel", name], SCRIPTS, PROFILE_SECONDS)
+        for name in MAIN_KERNELS
+    ]
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Deadline], bool]] = {
     "build": build,
-    "test": test,
     "check": check,
     "measure": measure,
+    "sanitize": sanitize,
+    "test": test,
 }
 
 
@@ -225,11 +271,14 @@ def missing() -> str | None:
     return None if _native.cuda_or_none() is not None else "this tree's optim8._cuda is not built or does not load"
 
 
-def run_part(command: Sequence[str]) -> int:
-    """Runs one part. Where this process is ended the part is told, so that it ends what it started."""
+def run_part(command: Sequence[str], seconds: float) -> int:
+    """Runs one part. Where this process is ended, or the part goes on beyond its seconds, the part is told, so that it
+    ends what it started."""
     process = subprocess.Popen(command)
     try:
-        return process.wait()
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return 1
     finally:
         process.terminate()
         process.wait()
@@ -240,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("part", nargs="?", choices=list(PARTS), help="one part; all of them where it is left out")
     parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
     add_json(parser, "gpu-NAME")
-    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="limit of a part")
+    parser.add_argument("--total", type=float, default=TOTAL_SECONDS, help="seconds of all parts together")
+    parser.add_argument("--seconds", type=float, help="of one part; by default --total")
     parser.add_argument("--tests", type=Path, nargs="+", help="files of the part test; by default all")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -251,13 +301,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu_report: {why}. Run the part `build` first.", file=sys.stderr)
         return 5
     if arguments.part is not None:
-        ok = PARTS[arguments.part](arguments, Deadline(arguments.seconds))
+        seconds = arguments.total if arguments.seconds is None else arguments.seconds
+        ok = PARTS[arguments.part](arguments, Deadline(seconds))
         print(f"{arguments.part}: {'done' if ok else 'not all is well, see the result file'}", flush=True)
         return 0 if ok else 1
     # Each in a process of its own: what `build` installs must be seen by the parts after it.
     given = sys.argv[1:] if argv is None else list(argv)
     script = [sys.executable, str(Path(__file__).resolve())]
-    return max([run_part([*script, name, *given]) for name in PARTS])
+    deadline, codes = Deadline(arguments.total), []
+    for name, share in SHARES.items():
+        seconds = max(0.0, share * deadline.left() - GRACE_SECONDS)
+        codes.append(run_part([*script, name, *given, "--seconds", f"{seconds:.0f}"], seconds + GRACE_SECONDS))
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -228,6 +228,53 @@ def compare_graph(compare: Comparison, quick: bool) -> None:
         compare(f"graph, {q.numel()} values", p, q)
 
 
+def compare_scaler(compare: Comparison, quick: bool) -> None:
+    """Steps through GradScaler, of which one meets an infinite gradient and is left out."""
+    made = []
+    for device in ("cpu", "cuda"):
+        params, optimizer = _optimizers(optim8.AdamW8bit, torch.float32, device)
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=2)
+        for step in range(4):
+            for i, p in enumerate(params):
+                grad = torch.randn(p.numel(), generator=torch.Generator().manual_seed(100 * step + i))
+                if step == 2 and i == 1:
+                    grad[3] = float("inf")
+                p.grad = scaler.scale(grad.to(device))
+            scaler.step(optimizer)
+            scaler.update()
+        made.append((params, optimizer, scaler.get_scale()))
+    (on_cpu, cpu, scale), (on_gpu, gpu, gpu_scale) = made
+    compare("scale", torch.tensor(gpu_scale), torch.tensor(scale))
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        compare(f"scaler, {a.numel()} values", b, a)
+        for name, value in cpu.state[a].items():
+            compare(f"scaler, {a.numel()} values, {name}", gpu.state[b][name], value)
+
+
+def compare_streams(compare: Comparison, quick: bool) -> None:
+    """Steps on streams in turn, each of which waits for the one before."""
+    streams = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+    on_cpu, cpu = _optimizers(optim8.AdamW8bit, torch.float32, "cpu")
+    on_gpu, gpu = _optimizers(optim8.AdamW8bit, torch.float32, "cuda")
+    before = torch.cuda.current_stream()
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(on_cpu, on_gpu, strict=True)):
+            a.grad = torch.randn(a.numel(), generator=torch.Generator().manual_seed(100 * step + i))
+            b.grad = a.grad.cuda()
+        cpu.step()
+        stream = streams[step % 2]
+        stream.wait_stream(before)
+        stream.wait_stream(torch.cuda.current_stream())  # on which gradients came
+        with torch.cuda.stream(stream):
+            gpu.step()
+        before = stream
+        torch.cuda.current_stream().wait_stream(stream)
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        compare(f"streams, {a.numel()} values", b, a)
+        for name, value in cpu.state[a].items():
+            compare(f"streams, {a.numel()} values, {name}", gpu.state[b][name], value)
+
+
 def compare_quotients(compare: Comparison, quick: bool) -> None:
     """Every fifth float32 in [0, 1], as blocks whose absmax is 1, through both dynamic codes."""
     every = torch.arange(0, 0x3F800001, 5 << 12 if quick else 5, dtype=torch.int32)
@@ -313,9 +360,11 @@ def compare_kernels(compare: Comparison, quick: bool) -> None:
 
 COMPARISONS: dict[str, Callable[[Comparison, bool], None]] = {
     "steps": compare_steps,
+    "graph": compare_graph,
+    "scaler": compare_scaler,
+    "streams": compare_streams,
     "large": compare_large,
     "huge": compare_huge,
-    "graph": compare_graph,
     "functions": compare_functions,
     "matrices": compare_matrices,
     "roots": compare_roots,

@@ -1,7 +1,7 @@
 """Times on a GPU, by CUDA events: `python -m gpu.measure MEASUREMENT`.
 
-The step beside device copy, torch and the peers; quantization and 4-bit products; paged steps are in paged.py.
-Prints what it finds as `ROW` and JSON, row by row.
+The step beside device copy, its own accesses alone, torch and the peers; what launches cost; quantization and 4-bit
+products; paged steps are in paged.py. Prints what it finds as `ROW` and JSON, row by row.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,12 +25,19 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optim8.functional as F
+from gpu.ceiling import Ceiling
 
 REPEATS = 15
 AT_ONCE = 4  # calls between two looks at the clock: as in a training, the host is ahead of the device where it can be
 SETS = 3  # of buffers in turn, so that a small set is not found in the cache
 COPY_BYTES = 1 << 30
 PEERS = ("bitsandbytes", "flashoptim", "torchao")
+FIRST = ("optim8 AdamW8bit", "optim8 Lion8bit")  # what is measured before the other rules
+MAIN_KERNELS = {
+    f"{name} {str(dtype)[6:]}": (name, dtype)
+    for name in ("AdamW8bit", "Lion8bit")
+    for dtype in (torch.float32, torch.bfloat16)
+}
 
 
 def median_ms(calls: Sequence[Callable[[], object]], quick: bool) -> float:
@@ -124,8 +132,59 @@ def measure_steps(quick: bool, found: Callable[[bool], dict[str, subjects.Make]]
                 torch.cuda.empty_cache()
 
 
+def _ours(small: bool, first: bool) -> dict[str, subjects.Make]:
+    made = subjects.optim8_subjects(small)
+    return {name: make for name, make in made.items() if (" ".join(name.split()[:2]) in FIRST) == first}
+
+
 def measure_ours(quick: bool) -> None:
-    measure_steps(quick, lambda small: {**subjects.optim8_subjects(small), **subjects.torch_subjects()})
+    measure_steps(quick, lambda small: {**_ours(small, True), **subjects.torch_subjects()})
+
+
+def measure_rules(quick: bool) -> None:
+    measure_steps(quick, lambda small: _ours(small, False))
+
+
+def measure_ceiling(quick: bool) -> None:
+    """The step's loads and stores, of one tensor, for one state and two."""
+    size = 1 << 20 if quick else 1 << 28
+    for dtype in (torch.float32, torch.bfloat16):
+        for states in (1, 2):
+            row: dict[str, Any] = {"subject": f"ceiling of {states} states, {str(dtype)[6:]}"}
+            try:
+                ceiling = Ceiling(size, dtype, states)
+                milliseconds = median_ms([ceiling], quick)
+                row |= {"ms": milliseconds, "bytes_per_second": ceiling.nbytes / (1e-3 * milliseconds)}
+            except (OSError, RuntimeError) as error:  # no nvcc, or a GPU that takes nothing of it
+                row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+            give(row)
+
+
+def measure_launches(quick: bool) -> None:
+    """A step of so many tensors of a block each: on the device, and until the call is back at the host."""
+    for count in (1, 64) if quick else (1, 64, 300, 1024, 4096):
+        params = _parameters([(256,)] * count, torch.float32)
+        optimizer = subjects.optim8_subjects(small=True)["optim8 AdamW8bit min_8bit_size=0"](params)
+        optimizer.step()
+        milliseconds = median_ms([optimizer.step], quick)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(AT_ONCE):
+            optimizer.step()
+        host = 1e3 * (time.perf_counter() - begin) / AT_ONCE
+        torch.cuda.synchronize()
+        give({"subject": f"step of {count} tensors of a block", "ms": milliseconds, "host_ms": host})
+
+
+def step_once(kernel: str, quick: bool) -> None:
+    """Two steps over one tensor, for a profiler."""
+    import optim8
+
+    name, dtype = MAIN_KERNELS[kernel]
+    optimizer = getattr(optim8, name)(_parameters([(1 << 20 if quick else 1 << 28,)], dtype))
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
 
 
 def measure_peer(library: str, quick: bool) -> None:
@@ -186,7 +245,10 @@ def measure_functions(quick: bool) -> None:
 
 MEASURES: dict[str, Callable[[bool], None]] = {
     "copy": measure_copy,
+    "ceiling": measure_ceiling,
     "steps": measure_ours,
+    "launches": measure_launches,
+    "rules": measure_rules,
     "functions": measure_functions,
     **{library: functools.partial(measure_peer, library) for library in PEERS},
 }
@@ -194,10 +256,14 @@ MEASURES: dict[str, Callable[[bool], None]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measurement", choices=list(MEASURES))
+    parser.add_argument("measurement", choices=[*MEASURES, "one"])
+    parser.add_argument("--kernel", choices=list(MAIN_KERNELS), default=next(iter(MAIN_KERNELS)), help="of `one`")
     parser.add_argument("--quick", action="store_true", help="in small: shows that it runs, its figures say nothing")
     arguments = parser.parse_args()
-    MEASURES[arguments.measurement](arguments.quick)
+    if arguments.measurement == "one":
+        step_once(arguments.kernel, arguments.quick)
+    else:
+        MEASURES[arguments.measurement](arguments.quick)
     return 0
 
 

@@ -16,7 +16,7 @@ def with_ratios(rows: Sequence[Row]) -> dict[str, Any]:
     optim8's AdamW8bit on the same tensors."""
     bandwidth = next((row["bytes_per_second"] for row in rows if row["subject"] == "copy"), None)
     own = {(row["workload"], row["dtype"]): row["ms"] for row in rows if row["subject"] == OURS and "ms" in row}
-    kinds: dict[str, list[Row]] = {"steps": [], "functions": [], "paged": []}
+    kinds: dict[str, list[Row]] = {"ceiling": [], "steps": [], "launches": [], "functions": [], "paged": []}
     for row in rows:
         if row["subject"] == "copy":
             continue
@@ -32,16 +32,21 @@ def with_ratios(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The tables of steps, functions and paged steps."""
+    """The tables of the ceiling, steps, launches, functions and paged steps."""
     steps = [
         [row.get("workload", "-"), row.get("dtype", "-"), row["subject"], *_cells(row, ["ms", "of_copy", "times"])]
         for row in result["steps"]
     ]
-    functions = [[row["subject"], *_cells(row, ["ms", "of_copy"])] for row in result["functions"]]
+    ceiling, functions = (
+        [[row["subject"], *_cells(row, ["ms", "of_copy"])] for row in result[kind]] for kind in ("ceiling", "functions")
+    )
+    launches = [[row["subject"], *_cells(row, ["ms", "host_ms"])] for row in result["launches"]]
     paged = [[row["subject"], *_cells(row, ["ms", "of_link"])] for row in result["paged"]]
     return "\n\n".join(
         [
+            table(["accesses of a step", "ms", "of copy"], ceiling),
             table(["workload", "dtype", "subject", "ms", "of copy", f"times {OURS}"], steps),
+            table(["launches", "ms", "ms of the host"], launches),
             table(["function", "ms", "of copy"], functions),
             table(["paged", "ms", "of the link"], paged),
         ]
@@ -49,7 +54,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _cells(row: Row, names: Sequence[str]) -> list[str]:
-    shown = {"ms": "{:.3f}", "of_copy": "{:.0%}", "of_link": "{:.0%}", "times": "{:.2f}"}
+    shown = {"ms": "{:.3f}", "host_ms": "{:.3f}", "of_copy": "{:.0%}", "of_link": "{:.0%}", "times": "{:.2f}"}
     if "error" in row:
         return ["error", *["-"] * (len(names) - 1)]
     return [shown[name].format(row[name]) if name in row else "-" for name in names]

@@ -97,17 +97,26 @@ def run_all(
     deadline: Deadline,
     at_once: int = 1,
     done: Callable[[str, Outcome], None] = lambda name, outcome: None,
+    heard: Callable[[str, Sequence[str]], None] = lambda name, lines: None,
 ) -> dict[str, Outcome]:
     """Run the commands in their order in the project's root, `at_once` at a time.
 
-    At the deadline it ends what still runs and starts nothing more. It calls `done` with each command that ends. An
-    interrupt ends all commands.
+    At the deadline it ends what still runs and starts nothing more. It calls `heard` with the lines that a command has
+    printed since, and `done` with each command that ends. An interrupt ends all commands.
     """
     waiting, running = list(commands), dict[str, tuple[Command, _Running]]()
     outcomes: dict[str, Outcome] = {}
+    told: dict[str, int] = {}
+
+    def tell(name: str, lines: Sequence[str]) -> None:
+        fresh = list(lines[told.get(name, 0) :])
+        told[name] = told.get(name, 0) + len(fresh)
+        if fresh:
+            heard(name, fresh)
 
     def finish(name: str, outcome: Outcome) -> None:
         outcomes[name] = outcome
+        tell(name, outcome.lines)
         done(name, outcome)
 
     try:
@@ -116,6 +125,7 @@ def run_all(
                 command = waiting.pop(0)
                 running[command.name] = (command, _Running(command, f"{command.name}| " if at_once > 1 else ""))
             for name, (command, process) in list(running.items()):
+                tell(name, process.lines)
                 late = deadline.left() <= 0 or time.monotonic() - process.start > command.seconds
                 if process.process.poll() is None and late:
                     process.kill()

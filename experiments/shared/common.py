@@ -84,7 +84,8 @@ def _machine() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """`commit`, None outside a git checkout; `dirty`: does a tracked file (no result, picture or prose) differ?"""
+    """`commit`: outside a git checkout what OPTIM8_COMMIT says, or None. `dirty`: does a tracked file (no result,
+    picture or prose) differ?"""
 
     def git(*arguments: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -95,7 +96,8 @@ def _commit() -> dict[str, Any]:
     changes = git(
         "status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results", ":!docs/figures", ":!*.md"
     )
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    commit = git("rev-parse", "HEAD") or os.environ.get("OPTIM8_COMMIT")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
 def add_outputs(parser: argparse.ArgumentParser, name: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,20 +100,13 @@ def part(path: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def test_check_compares_all_and_names_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, tool = tmp_path / "gpu.json", tmp_path / "compute-sanitizer"
-    # Errors of calls that torch itself makes do not count, and every tensor is an allocation of its own.
-    tool.write_text(
-        '#!/bin/sh\ncase "$*" in *"--report-api-errors no"*) ;; *) exit 8 ;; esac\n'
-        '[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 7\nshift 6\nexec "$@"\n'
-    )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+def test_check_compares_all_and_names_what_failed(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
     returncode, printed = report("check", "--quick", "--json", path)
     found = part(path, "check")
     states = {name: entry["ok"] for name, entry in found["commands"].items()}
     # No CPU poses as a CUDA graph: the one that fails is named with its last words, the others are kept.
-    good = ["steps", "large", "huge", "functions", "matrices", "roots", "quotients", "memcheck", "racecheck"]
+    good = ["steps", "scaler", "streams", "large", "huge", "functions", "matrices", "roots", "quotients"]
     assert states == {**dict.fromkeys(good, True), "graph": False}, printed
     assert returncode == 1
     assert found["complete"]
@@ -121,13 +116,72 @@ def test_check_compares_all_and_names_what_failed(tmp_path: Path, monkeypatch: p
     assert found["differing"] == []
 
 
-def test_measure_gives_shares_and_ratios(tmp_path: Path) -> None:
+# Errors of calls that torch itself makes do not count, and every tensor is an allocation of its own.
+SANITIZER = """#!/bin/sh
+case "$*" in *"--report-api-errors no"*) ;; *) exit 8 ;; esac
+[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 7
+[ "$2" = racecheck ] && exit 9
+shift 6
+exec "$@"
+"""
+
+
+def test_kernels_run_under_each_tool_of_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("OPTIM8_COMMIT", "0123456789")
+    returncode, printed = report("sanitize", "--quick")
+    assert returncode == 1
+    found = part(tmp_path / "gpu-fake-gpu.json", "sanitize")
+    states = {name: entry["ok"] for name, entry in found["commands"].items()}
+    assert states == {"memcheck": True, "racecheck": False, "initcheck": True, "synccheck": True}, printed
+    assert found["commands"]["racecheck"]["returncode"] == 9
+
+
+def test_the_commit_of_a_copy_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from shared import common
+
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert common.provenance({})["commit"] is None
+    monkeypatch.setenv("OPTIM8_COMMIT", "0123456789")
+    assert common.provenance({})["commit"] == "0123456789"
+
+
+def test_rows_are_heard_while_a_command_runs(commands: ModuleType) -> None:
+    told: list[tuple[str, str]] = []
+
+    def heard(name: str, lines: list[str]) -> None:
+        told.extend((name, line) for line in lines)
+
+    def done(name: str, outcome: Any) -> None:
+        told.append((name, "end"))
+
+    listed = [commands.Command("slow", shell("echo one; sleep 2; echo two")), commands.Command("next", shell("echo"))]
+    commands.run_all(listed, commands.Deadline(60), done=done, heard=heard)
+    assert told == [("slow", "one"), ("slow", "two"), ("slow", "end"), ("next", ""), ("next", "end")]
+    told.clear()
+    commands.run_all([commands.Command("endless", shell("echo one; sleep 1000"))], commands.Deadline(5), heard=heard)
+    assert told == [("endless", "one")]
+
+
+def test_measure_gives_shares_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "gpu.json"
+    # It counts up to 1410 MHz, and has a profiler that does not profile.
+    for name, lines in {
+        "nvidia-smi": "echo 1000, 2619, 300.5, 40; echo 1410, 2619, [N/A], 41; echo 1410, 2619, 310.5, 42; sleep 1000",
+        "ncu": 'while [ "$1" != "-m" ]; do shift; done; echo "page of $*"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     returncode, printed = report("measure", "--quick", "--json", path)
     assert returncode == 0, printed
     found = part(path, "measure")
-    own = {name: entry["ok"] for name, entry in found["commands"].items()}
-    assert [name for name in ("copy", "steps", "functions", "paged") if not own[name]] == []
+    assert [name for name, entry in found["commands"].items() if not entry["ok"]] == []
     steps = {(row["workload"], row["dtype"], row["subject"]): row for row in found["steps"] if "workload" in row}
     for (workload, dtype, subject), row in steps.items():
         if "ms" in row:
@@ -140,6 +194,20 @@ def test_measure_gives_shares_and_ratios(tmp_path: Path) -> None:
     assert [row for row in ours if "error" in row] == []
     missing = {row["subject"] for row in found["steps"] if "not installed" in row.get("error", "")}
     assert missing == {"bitsandbytes", "torchao", "flashoptim"}
+    # AdamW and Lion are measured before other rules, functions and pages of a profiler.
+    order = list(found["commands"])
+    assert order[:4] == ["copy", "ceiling", "steps", "launches"]
+    assert order.index("rules") > order.index("paged")
+    assert (
+        "page of -m gpu.measure one --quick --kernel Lion8bit bfloat16"
+        in found["commands"]["ncu Lion8bit bfloat16"]["output"]
+    )
+    assert found["clocks"]["samples"] == 2  # a field that is not told
+    assert found["clocks"]["sm_mhz"] == [1000, 1205, 1410]
+    # It needs a GPU that is one, and says what is missing; what else is measured stays.
+    assert ["error" in row for row in found["ceiling"]] == [True] * 4
+    launches = {row["subject"]: row for row in found["launches"]}
+    assert launches["step of 64 tensors of a block"]["host_ms"] > 0
     subjects = {row["subject"]: row for row in found["paged"]}
     for dtype in ("float32", "bfloat16"):
         for share in ("0%", "50%", "100%"):
@@ -150,6 +218,70 @@ def test_measure_gives_shares_and_ratios(tmp_path: Path) -> None:
     assert len(trainings) == 2
     assert all(row["learns"] for row in trainings)
     assert "blockwise 256 float32" in printed
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_ceiling_has_the_accesses_of_a_step(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By packets, and nothing is left out."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from gpu import ceiling
+    from shared import sass
+
+    ceiling.compile_ceiling("nvcc", arch, tmp_path / "ceiling.so")
+    ctypes.CDLL(str(tmp_path / "ceiling.so")).optim8_ceiling  # noqa: B018 - it loads without a GPU
+    if sass.tool_folder() is None:
+        pytest.skip("needs cuobjdump and nvdisasm")
+    kernels = sass.kernels_of(EXPERIMENTS / "gpu" / "ceiling.cu", arch, tmp_path)
+    assert len(kernels) == 4
+    for name, kernel in kernels.items():
+        states, wide = (2 if ", 2>" in name else 1), "<float" in name
+        # Eight values a lane: two packets of 16 bytes in float32 and one in bfloat16; two words of codes.
+        assert kernel.count(r"LDG\..*\.128") == (4 if wide else 2), name
+        assert kernel.count(r"STG\..*\.128") == (2 if wide else 1), name
+        assert kernel.count(r"LDG") == (4 if wide else 2) + states * ((2 if wide else 1) + 1), name
+        assert kernel.count(r"STG") == (2 if wide else 1) + states * ((2 if wide else 1) + 1), name
+        assert kernel.count(r"(LDL|STL)\b") == 0
+
+
+def test_all_parts_together_keep_to_the_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that takes all that it may leaves time for those after it, in order of value."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import gpu_report
+
+    assert list(gpu_report.SHARES) == list(gpu_report.PARTS) == ["build", "check", "measure", "sanitize", "test"]
+    ran: list[tuple[str, float]] = []
+    now = 0.0
+
+    def run_part(command: list[str], seconds: float) -> int:
+        nonlocal now
+        limit = float(command[-1])
+        assert seconds >= limit
+        ran.append((command[2], limit))
+        now += seconds
+        return int(command[2] == "check")
+
+    monkeypatch.setattr(gpu_report, "run_part", run_part)
+    monkeypatch.setattr("shared.commands.time.monotonic", lambda: now)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_report.main(["--total", "520", "--quick"]) == 1
+    assert [name for name, _ in ran] == list(gpu_report.PARTS)
+    assert now <= 520
+    limits = dict(ran)
+    assert limits["build"] > 200
+    assert limits["check"] > 40
+    assert limits["measure"] > 70
+    assert min(limits.values()) > 10
+
+
+def test_a_part_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import gpu_report
+
+    begin = time.monotonic()
+    assert gpu_report.run_part(["sleep", "1000"], 0.5) == 1
+    assert gpu_report.run_part(["sh", "-c", "exit 3"], 100) == 3
+    assert time.monotonic() - begin < 60
 
 
 def test_tests_run_by_file_and_what_is_not_finished_is_named(tmp_path: Path) -> None:
