@@ -169,9 +169,12 @@ def check_probe(module: Any) -> None:
 
 
 def check_launches(runtime: Runtime) -> None:
-    """Of all checks before: a launch has what its kernel is compiled for, on torch's stream of the device."""
+    """Of all checks before: a launch has what its kernel is compiled for, in machine code too, and torch's stream of
+    the device."""
     assert len(runtime.launches) >= 3 * len(EVERY) * len(FORMS)
+    in_machine_code = link.parameter_bytes()
     for launch in runtime.launches:
+        assert in_machine_code[launch.kernel] == {launch.parameter_bytes}, launch
         assert launch.threads == (512 if is_columns(launch) else 128)
         assert (launch.shared_bytes > 0) == is_columns(launch)
         assert launch.parameter_bytes <= 32764

@@ -47,6 +47,23 @@ def ptx(folder: Path) -> None:
         raise RuntimeError("the objects have no PTX: an architecture of OPTIM8_CUDA_ARCHS must end in +PTX")
 
 
+def parameter_bytes() -> dict[str, set[int]]:
+    """What the machine code in the objects takes as parameters, by the names of kernels: for each architecture."""
+    tools, found = sass.tool_folder(), dict[str, set[int]]()
+    assert tools is not None  # else `ptx` would have said so
+    of_kernel = re.compile(r"^\.nv\.info\.(\w+)$|EIATTR_CBANK_PARAM_SIZE\n.*\n\tValue:\t(0x[0-9a-f]+)", re.MULTILINE)
+    for path in filter(is_kernel, objects()):
+        dumped = subprocess.run(
+            [str(tools / "cuobjdump"), "-elf", str(path)], capture_output=True, text=True, check=True
+        )
+        kernel = ""
+        for name, size in of_kernel.findall(dumped.stdout):
+            kernel = name or kernel
+            if size:
+                found.setdefault(kernel, set()).add(int(size, 16))
+    return found
+
+
 def _headers() -> Path:
     """The folder of CUDA's headers, which nvcc knows."""
     command = ["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull]
