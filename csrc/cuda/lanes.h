@@ -181,6 +181,18 @@ OPTIM8_DEVICE void store_tile(T* to, int count, bool well, const T (&from)[per_l
     }
 }
 
+// The lane's values of a tile as they were read. Those of 16 bits stay packed until they are needed.
+template <class T>
+struct LaneWords {
+    uint32_t word[per_lane * sizeof(T) / 4];
+    OPTIM8_DEVICE float operator[](int k) const {
+        if constexpr (sizeof(T) == 4)
+            return float_of(word[k]);
+        else
+            return to_float(T{static_cast<uint16_t>(word[k / 2] >> 16 * (k % 2))});
+    }
+};
+
 // The lane's eight bytes of a whole tile whose address is fit for packets, as two words; spans as for load_tile.
 template <int span>
 OPTIM8_DEVICE void load_bytes(const uint8_t* from, uint32_t (&words)[per_lane / 4]) {

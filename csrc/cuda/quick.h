@@ -53,7 +53,11 @@ OPTIM8_DEVICE QuickCondition operator>(Quick a, Quick b) { return {a.x > b.x, a.
 OPTIM8_DEVICE Quick select(QuickCondition condition, Quick a, Quick b) {
     return Quick(condition.holds ? a.x : b.x, condition.in_range && (condition.holds ? a.in_range : b.in_range));
 }
-OPTIM8_DEVICE Quick sign(Quick a) { return Quick(sign(a.x), a.in_range); }
+// In fewer instructions than that of core/scalar.h. `one`: the bits of 1.
+OPTIM8_DEVICE float sign_of(float x, uint32_t one) {
+    return fabsf(x) > 0.0f ? float_of((bits_of(x) & ~abs_mask) | one) : 0.0f;
+}
+OPTIM8_DEVICE Quick sign(Quick a) { return Quick(sign_of(a.x, bits_of(1.0f)), a.in_range); }
 
 // The square root times 2^32, from an inverse root by one step of Newton's iteration. At 2^64 times its size no operand
 // below 2^63 under- or overflows on the way, subnormal numbers included; 0 gives 0.

@@ -205,14 +205,14 @@ template <bool wide, class Coding, class Rule, class P, class G>
 OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalars<Rule>& scalars,
                                 const LaneStates<Rule, Coding>& lane_states) {
     constexpr int span = packet_span<P>;
-    P param[per_lane];
-    G grad[per_lane];
+    LaneWords<P> param;
+    LaneWords<G> grad;
     uint32_t codes[state_count<Rule>][per_lane / 4], pairs[state_count<Rule>][per_lane / 2];
     float absmax[state_count<Rule>];
     LaneWeights<P, wide> weights;
-    load_tile<span>(block.param, tile, true, P{}, param);
+    load_words<span>(block.param + place<span>(0), param.word);
     weights.load_low(block.weight, block.param_low, block.begin);
-    load_tile<span>(block.grad, tile, true, G{}, grad);
+    load_words<span>(block.grad + place<span>(0), grad.word);
     each_state<Rule>([&](auto s) {
         load_bytes<span>(block.codes[s.index], codes[s.index]);
         if constexpr (Coding::template low<Rule, s.index>) {
@@ -222,12 +222,14 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
         }
         absmax[s.index] = *block.absmax[s.index];
     });
+    __syncwarp();  // so that no load waits for the tables: their look-ups stay behind it
 
     float now[state_count<Rule>][per_lane], weight[per_lane];
     uint32_t largest[state_count<Rule>] = {};
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) weight[k] = to_float(param[k]);
-    bool in_range = weights.join(block.weight, weight);
+    for (int k = 0; k < per_lane; ++k) weight[k] = param[k];
+    weights.join(block.weight, weight);
+    bool in_range = true;
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) {
         Quick p(weight[k]), state[state_count<Rule>];
@@ -242,7 +244,7 @@ OPTIM8_DEVICE bool step_quickly(const Block<Rule, P, G>& block, const StepScalar
             const float value = quotient * absmax[s.index];
             state[s.index] = Quick(restore<Coding::template root<Rule, s.index>>(value));
         });
-        Rule::update(p, Quick(to_float(grad[k]) * scalars.gradient_factor), state, scalars.of_rule);
+        Rule::update(p, Quick(grad[k] * scalars.gradient_factor), state, scalars.of_rule);
         each_state<Rule>([&](auto s) { state[s.index] = keep<Coding::template root<Rule, s.index>>(state[s.index]); });
         weight[k] = p.x;
         in_range = in_range && p.in_range;

@@ -23,17 +23,6 @@ constexpr int least_major = 9, major_beyond = 12;  // of the compute capability
 constexpr int warps_of_columns = 16;
 constexpr int threads_of_columns = warps_of_columns * warp_size;
 
-// The lane's values of a block as they were read. Those of 16 bits stay packed until they are needed.
-template <class T>
-struct LaneWords {
-    uint32_t word[per_lane * sizeof(T) / 4];
-    OPTIM8_DEVICE float operator[](int k) const {
-        if constexpr (sizeof(T) == 4)
-            return float_of(word[k]);
-        else
-            return to_float(T{static_cast<uint16_t>(word[k / 2] >> 16 * (k % 2))});
-    }
-};
 template <class Rule, class P, class G>
 struct LaneBlock {
     LaneWords<P> param;
