@@ -1,4 +1,4 @@
-"""What the step should cost on an H100, counted from its machine code: `python experiments/gpu_budget.py`.
+"""What the step should cost on an H100 and an H200, counted from its machine code: `python experiments/gpu_budget.py`.
 
 Bytes and instructions per parameter of the 8-bit step's main path, and from them the fraction of copy bandwidth that
 the instructions leave possible. Needs nvcc and no GPU. Not measured: to be held against what gpu_report.py measures.
@@ -16,9 +16,10 @@ from typing import Any
 from shared import sass
 from shared.common import add_json, json_path, provenance, table, write_json
 
-# H100 SXM, from NVIDIA's data sheet and tuning guide; 91 % of the memory's bandwidth is what a copy is taken to reach.
+# From NVIDIA's data sheets of H100 SXM and H200 SXM and its tuning guide; an H200's clock is taken to be an H100's.
+# 91 % of the memory's bandwidth is what a copy is taken to reach.
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
-COPY_BANDWIDTH = 0.91 * 3.35e12
+COPY_BANDWIDTH = {"H100": 0.91 * 3.35e12, "H200": 0.91 * 4.8e12}
 USABLE = 0.8  # of what a pipe can do at most: what kernels whose instructions wait for each other are taken to reach
 WARP, PER_LANE, BLOCK = 32, 8, 256
 BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
@@ -84,8 +85,9 @@ def cycles_of(path: list[str]) -> dict[str, float]:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The 8-bit step, with dithered rounding, of parameters whose gradients have their dtype."""
-    heads = ["rule", "dtype", "bytes/parameter", "instructions/parameter", "registers", "issue slots taken"]
+    """The 8-bit step, with dithered rounding, of float32 and bfloat16 parameters whose gradients have their dtype."""
+    heads = ["rule", "dtype", "bytes/parameter", "instructions/parameter", "registers"]
+    of_card = [f"{head}, {card}" for card in COPY_BANDWIDTH for head in ("held back by", "of copy expected")]
     cells = [
         [
             row["rule"],
@@ -93,15 +95,26 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['bytes_per_parameter']:.2f}",
             f"{row['instructions_per_parameter']:.1f}",
             str(row["registers"]),
-            f"{row['issue_share_needed']:.0%}",
-            row["limit"],
-            f"{row['of_copy_bound']:.0%}",
-            f"{row['of_copy_expected']:.0%}",
+            *[cell for on in row["on"].values() for cell in (on["limit"], f"{on['of_copy_expected']:.0%}")],
         ]
         for row in rows
-        if row["param"] == row["grad"]
+        if row["param"] == row["grad"] != "float16"
     ]
-    return table([*heads, "held back by", "of copy at most", "of copy expected"], cells)
+    return table([*heads, *of_card], cells)
+
+
+def on_card(taken: Mapping[str, float], nbytes: float, bandwidth: float) -> dict[str, Any]:
+    """What limits a block that takes these cycles and moves these bytes, at most and as we expect."""
+    memory = BLOCK * nbytes / bandwidth * MULTIPROCESSORS * CLOCK
+    cycles = {**taken, "memory": memory}
+    limit = max(cycles, key=lambda name: cycles[name])
+    return {
+        "cycles_per_block": cycles,
+        "limit": limit,
+        "of_copy_bound": memory / cycles[limit],
+        "of_copy_expected": min(1.0, USABLE * memory / max(taken.values())),
+        "issue_share_needed": taken["issue"] / memory,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,9 +138,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         taken = {limit: cycles / blocks for limit, cycles in cycles_of(path).items()}
         low_bytes = sum(moment.wide for moment in rule.moments)
         moved = 2 * BYTES[param] + BYTES[grad] + states * (2 + 2 * 4 / BLOCK) + 2 * low_bytes
-        busy = dict(taken)
-        taken["memory"] = BLOCK * moved / COPY_BANDWIDTH * MULTIPROCESSORS * CLOCK
-        limit = max(taken, key=lambda name: taken[name])
         rows.append(
             {
                 "rule": rule.name if kind == "rows" else f"{rule.name}, columns",
@@ -137,11 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "warps_per_multiprocessor": 65536 // (-(-kernel.registers // 8) * 8 * WARP * 4) * 4,
                 "bytes_per_parameter": moved,
                 "instructions_per_parameter": len(path) / PER_LANE / blocks,
-                "cycles_per_block": taken,
-                "of_copy_bound": taken["memory"] / taken[limit],
-                "of_copy_expected": min(1.0, USABLE * taken["memory"] / max(busy.values())),
-                "limit": limit,
-                "issue_share_needed": taken["issue"] / taken["memory"],
+                "on": {card: on_card(taken, moved, bandwidth) for card, bandwidth in COPY_BANDWIDTH.items()},
             }
         )
     constants = {"copy_bandwidth": COPY_BANDWIDTH, "multiprocessors": MULTIPROCESSORS, "clock": CLOCK, "usable": USABLE}

@@ -93,10 +93,11 @@ def bench_step(result: Result) -> str:
 
 def gpu_budget_table(result: Result) -> str:
     assumed, commit = result["assumed"], (result["commit"] or "unknown")[:10]
+    copies = " and ".join(f"{rate / 1e12:.2f} TB/s ({card} SXM)" for card, rate in assumed["copy_bandwidth"].items())
     return (
         f"{gpu_budget.rows_table(result['kernels'])}\n\nNot measured. Counted from the machine code for sm_90; assumed "
         f"{assumed['multiprocessors']} multiprocessors at {assumed['clock'] / 1e9:.2f} GHz and a copy of "
-        f"{assumed['copy_bandwidth'] / 1e12:.2f} TB/s (H100 SXM), and that {assumed['usable']:.0%} of a pipe's peak "
+        f"{copies}, and that {assumed['usable']:.0%} of a pipe's peak "
         f"can be reached; commit {commit}, {result['date'].split()[0]}."
     )
 
