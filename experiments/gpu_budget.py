@@ -109,7 +109,7 @@ def on_card(taken: Mapping[str, float], nbytes: float, bandwidth: float) -> dict
     cycles = {**taken, "memory": memory}
     limit = max(cycles, key=lambda name: cycles[name])
     return {
-        "cycles_per_block": cycles,
+        "memory_cycles_per_block": memory,
         "limit": limit,
         "of_copy_bound": memory / cycles[limit],
         "of_copy_expected": min(1.0, USABLE * memory / max(taken.values())),
@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "warps_per_multiprocessor": 65536 // (-(-kernel.registers // 8) * 8 * WARP * 4) * 4,
                 "bytes_per_parameter": moved,
                 "instructions_per_parameter": len(path) / PER_LANE / blocks,
+                "cycles_per_block": taken,
                 "on": {card: on_card(taken, moved, bandwidth) for card, bandwidth in COPY_BANDWIDTH.items()},
             }
         )
