@@ -33,7 +33,7 @@ OF_ROOT, OF_LOW_BYTE = 9, 7
 # Of the kernel over columns, in float32 and in 16 bits.
 MOST_IN_COLUMNS = {"Adam": (60, 63), "AdamW": (58, 63), "Lion": (32, 36)}
 # What weights that are wider than their bfloat16 parameters, or dithered, add.
-MOST_OF_WEIGHTS = 5
+MOST_OF_WEIGHTS = 6
 # The square roots of a formula that are not those of its states as they are kept.
 MORE_ROOTS = {"Adadelta": 2, "RMSpropCentered": 1, "RMSpropCenteredMomentum": 1}
 
