@@ -16,7 +16,7 @@ COMMA := ,
 # What a target needs beside the package, by the names of extras in pyproject.toml.
 with = $(VENV)/.built $(patsubst %,$(VENV)/.with-%,$(subst $(COMMA), ,$(1)))
 NATIVE := $(shell find csrc 2>/dev/null)
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests experiments -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Without a GPU the environment leaves the CUDA module out, which takes minutes to compile; `cuda-check` compiles it.
 export OPTIM8_CUDA ?= $(if $(wildcard /dev/nvidia* /dev/dxg),,0)

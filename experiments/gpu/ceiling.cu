@@ -63,6 +63,7 @@ extern "C" int optim8_ceiling(int bytes, int states, void* param, const void* gr
                               float* absmax0, float* absmax1, int64_t blocks, void* stream) {
     using namespace optim8::base;
     const Arrays arrays{param, grad, {codes0, codes1}, {absmax0, absmax1}};
-    if (bytes == 4) return states == 1 ? start<float, 1>(arrays, blocks, stream) : start<float, 2>(arrays, blocks, stream);
+    if (bytes == 4)
+        return states == 1 ? start<float, 1>(arrays, blocks, stream) : start<float, 2>(arrays, blocks, stream);
     return states == 1 ? start<bfloat16, 1>(arrays, blocks, stream) : start<bfloat16, 2>(arrays, blocks, stream);
 }
