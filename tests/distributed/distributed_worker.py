@@ -55,7 +55,7 @@ def _process(rank: int, device_type: str, folder: str, stages: Sequence[tuple[st
     sys.path.insert(0, str(HERE))  # the scenarios import the tests' own modules
     torch.set_num_threads(1)
     scenarios: dict[str, Scenario] = {}
-    for module in ("training", "matrices", "checkpoints", "loading", "counting"):
+    for module in ("training", "matrices", "checkpoints", "loading", "weights", "counting"):
         scenarios |= importlib.import_module(f"distributed_{module}").SCENARIOS
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
     before: list[Path] = []  # what the ranks of the stage before report at its end
