@@ -57,9 +57,8 @@ class Result:
 
     def __init__(self, part: str, arguments: argparse.Namespace) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        out = os.environ.get("OUT")
-        own = arguments.json is None and out
-        self.path = Path(out) / f"gpu-{name}.json" if own and out else json_path(arguments, f"gpu-{name}")
+        out = os.environ.get("OUT") if arguments.json is None else None
+        self.path = Path(out) / f"gpu-{name}.json" if out else json_path(arguments, f"gpu-{name}")
         self.part, self.start = part, time.perf_counter()
         self._head = provenance({"part": part, "quick": arguments.quick, "seconds": arguments.seconds})
 

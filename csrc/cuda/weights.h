@@ -64,7 +64,8 @@ struct LaneWeights<bfloat16, true> {
     // Stores the weights of a block. `start`: the dither of the lane's first.
     OPTIM8_DEVICE static void store(Weight weight, const float (&param)[per_lane], uint32_t start, bfloat16* to,
                                     void* low_of_row, int64_t begin) {
-        // Of each what is kept, and half a unit of the parameter, after which that is the upper half.
+        // Of each keep_weight and, as param_of_weight adds it, half a unit of the parameter: then that is the upper
+        // half.
         uint32_t kept[per_lane];
         if (weight == Weight::Bits32) {
             uint32_t low[per_lane / 2];

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from shared.common import ROOT
+from shared import sass
 
 BLOCK = 256
-FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}")
+FLAGS = (*sass.NVCC_FLAGS, "-shared", "-Xcompiler", "-fPIC")
 
 
 def compile_ceiling(nvcc: str, arch: str, target: Path) -> None:
@@ -35,9 +35,10 @@ def _function() -> Callable[..., int]:
     if nvcc is None:
         raise RuntimeError("there is no nvcc on PATH or in CUDA_HOME")
     major, minor = torch.cuda.get_device_capability()
-    target = Path(tempfile.mkdtemp()) / "ceiling.so"
-    compile_ceiling(nvcc, f"sm_{major}{minor}", target)
-    found: Callable[..., int] = ctypes.CDLL(str(target)).optim8_ceiling
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded stays
+        target = Path(folder) / "ceiling.so"
+        compile_ceiling(nvcc, f"sm_{major}{minor}", target)
+        found: Callable[..., int] = ctypes.CDLL(str(target)).optim8_ceiling
     return found
 
 

@@ -132,7 +132,6 @@ def test_kernels_run_under_each_tool_of_the_sanitizer(tmp_path: Path, monkeypatc
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setenv("OPTIM8_COMMIT", "0123456789")
     returncode, printed = report("sanitize", "--quick")
     assert returncode == 1
     found = part(tmp_path / "gpu-fake-gpu.json", "sanitize")
@@ -146,6 +145,7 @@ def test_the_commit_of_a_copy_comes_from_the_environment(tmp_path: Path, monkeyp
     from shared import common
 
     monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.delenv("OPTIM8_COMMIT", raising=False)
     assert common.provenance({})["commit"] is None
     monkeypatch.setenv("OPTIM8_COMMIT", "0123456789")
     assert common.provenance({})["commit"] == "0123456789"
@@ -244,7 +244,7 @@ def test_the_ceiling_has_the_accesses_of_a_step(arch: str, tmp_path: Path, monke
         assert kernel.count(r"(LDL|STL)\b") == 0
 
 
-def test_all_parts_together_keep_to_the_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_parts_together_keep_to_the_total(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that takes all that it may leaves time for those after it, in order of value."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     import gpu_report
@@ -274,7 +274,7 @@ def test_all_parts_together_keep_to_the_total(tmp_path: Path, monkeypatch: pytes
     assert min(limits.values()) > 10
 
 
-def test_a_part_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     import gpu_report
 
